@@ -1,0 +1,44 @@
+"""Jacobian products that pass through attention.
+
+Fused scaled-dot-product attention has no forward-mode derivative and no second derivative, and the inference fast
+path of ``nn.TransformerEncoderLayer`` has none at all. The two products here run the function with torch's plain
+matrix-product kernel, which has both.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["jvp", "vjp"]
+
+
+def jvp(
+    function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Value and directional derivative of ``function``, by forward mode."""
+    # Forward mode refuses an expanded tensor.
+    primals = tuple(primal.contiguous() for primal in primals)
+    with _differentiable_attention():
+        value, derivative = torch.func.jvp(function, primals, tangents)  # type: ignore[misc]
+    return value, derivative
+
+
+def vjp(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
+    """Value of ``function`` and its transposed Jacobian as a function, differentiable again."""
+    with _differentiable_attention():
+        value, pullback = torch.func.vjp(function, z)  # type: ignore[misc]
+    return value, pullback
+
+
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -1,0 +1,193 @@
+"""Shapes, times and the wording of input errors: ``z`` is ``(B, *E)``, ``t`` is ``()`` or ``(B,)``."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "as_time",
+    "bad_rows",
+    "choose",
+    "event_size",
+    "expand",
+    "expand_time",
+    "keyword_names",
+    "of_time",
+    "sum_event",
+    "validate_cond",
+    "validate_count",
+    "validate_data",
+    "validate_time",
+]
+
+
+def event_size(event_shape: Iterable[int]) -> int:
+    """Number of scalars d in one event."""
+    return math.prod(event_shape)
+
+
+def expand(c: Tensor, like: Tensor) -> Tensor:
+    """Give a coefficient of shape ``()``, ``(B,)`` or ``(B, *E')`` the rank and dtype of a state.
+
+    Args:
+        c: coefficient; a vector is one value per row of ``like``.
+        like: state, shape ``(B, *E)``.
+
+    Returns:
+        ``c`` viewed as ``(B, 1, ..., 1)``, ready to multiply ``like``.
+    """
+    if c.ndim == 1:
+        c = c.reshape(-1, *(1,) * (like.ndim - 1))
+    return c.to(dtype=like.dtype, device=like.device)
+
+
+def expand_time(t: Tensor, z: Tensor) -> Tensor:
+    """The time a network sees: shape ``(B,)``, dtype and device of ``z``."""
+    return t.to(dtype=z.dtype, device=z.device).expand(z.shape[0])
+
+
+def as_time(t: float | Tensor, device: torch.device | None = None) -> Tensor:
+    """A time as float64, the precision in which the library keeps all times."""
+    return torch.as_tensor(t, dtype=torch.float64, device=device)
+
+
+def of_time(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Evaluate a user's function of time at float64 ``t``, in the dtype of its parameters if it has any."""
+    if isinstance(function, nn.Module):
+        parameter = next((p for p in function.parameters() if p.is_floating_point()), None)
+        if parameter is not None:
+            return function(t.to(dtype=parameter.dtype, device=parameter.device)).to(torch.float64)
+    return torch.as_tensor(function(t), dtype=torch.float64, device=t.device)
+
+
+def sum_event(y: Tensor) -> Tensor:
+    """Sum over the event: ``(B, *E)`` to ``(B,)``."""
+    return y.flatten(1).sum(1) if y.ndim > 1 else y
+
+
+def bad_rows(y: Tensor) -> tuple[int, ...]:
+    """Rows of ``(B, ...)`` with a NaN or an infinity."""
+    finite = torch.isfinite(y)
+    if bool(finite.all()):
+        return ()
+    return tuple(torch.nonzero(~finite.reshape(y.shape[0], -1).all(1)).flatten().tolist())
+
+
+def some(rows: Iterable[int], limit: int = 8) -> str:
+    """Row numbers for a message, at most ``limit`` of them."""
+    rows = list(rows)
+    return str(rows) if len(rows) <= limit else f"{rows[:limit]} and {len(rows) - limit} more"
+
+
+def nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str:
+    """A "did you mean" clause, empty when nothing is close."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def choose(argument: str, name: object, options: Iterable[str]) -> str:
+    """Return ``name`` if it is one of ``options``, else raise with the nearest valid name."""
+    options = list(options)
+    if isinstance(name, str) and name in options:
+        return name
+    hint = nearest(name, options) if isinstance(name, str) else ""
+    raise ValueError(f"{argument}={name!r} is unknown{hint} Valid: {', '.join(map(repr, options))}.")
+
+
+def validate_count(argument: str, value: Any) -> int:
+    """A whole number of at least one (steps, probes, samples)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be an int, got {type(value).__name__} ({value!r}).")
+    if value < 1:
+        raise ValueError(f"{argument} must be at least 1, got {value}.")
+    return value
+
+
+def validate_data(
+    x: Any, event_shape: tuple[int, ...], *, name: str = "x", dtype: torch.dtype | None, device: torch.device | None
+) -> Tensor:
+    """Check that ``x`` is real, finite data of shape ``(B, *event_shape)`` on the model's device and dtype.
+
+    Args:
+        x: the data.
+        event_shape: E of the model.
+        name: the argument's name in messages.
+        dtype: dtype of the model's parameters (None: it has none, anything floating goes).
+        device: device of the model's parameters (None: it has none).
+
+    Raises:
+        TypeError: not a tensor, or integer, bool or complex.
+        ValueError: wrong shape, dtype, device, or NaN/inf in named rows.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor(...).")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, but a density needs real data; convert with {name}.to(torch.float32), "
+            "or call bits_per_dim for integer data."
+        )
+    if x.ndim != len(event_shape) + 1 or tuple(x.shape[1:]) != event_shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected (B, {', '.join(map(str, event_shape))}) for "
+            f"event_shape={event_shape}; add a batch dimension or reshape the events."
+        )
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} is on device {x.device}, the model on {device}; move one with .to({str(device)!r}).")
+    if dtype is not None and x.dtype != dtype:
+        raise ValueError(f"{name} has dtype {x.dtype}, the model {dtype}; convert one with .to({dtype}).")
+    rows = bad_rows(x)
+    if rows:
+        raise ValueError(f"{name} has NaN or inf in rows {some(rows)}; drop or repair them.")
+    return x
+
+
+def validate_time(t: float | Tensor, t_min: float, like: Tensor) -> Tensor:
+    """Check a user's time: ``()`` or ``(B,)``, inside [t_min, 1]; returns it in float64."""
+    time = as_time(t, like.device)
+    if time.ndim > 1 or (time.ndim == 1 and time.shape[0] != like.shape[0]):
+        raise ValueError(f"t has shape {tuple(time.shape)}, expected () or ({like.shape[0]},), one time per row.")
+    if not bool(((time >= t_min) & (time <= 1.0)).all()):
+        raise ValueError(
+            f"t must lie in [t_min, 1] = [{t_min:g}, 1], got values in [{float(time.min()):g}, {float(time.max()):g}]; "
+            "t = 0 is data, t = 1 is noise."
+        )
+    return time
+
+
+def keyword_names(function: Callable[..., Any], skip: int) -> tuple[frozenset[str], bool]:
+    """Keywords a callable accepts after its first ``skip`` arguments, and whether it takes ``**kwargs``."""
+    target = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return frozenset(), True
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = frozenset(p.name for p in parameters[skip:] if p.kind in by_name)
+    return names, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def validate_cond(cond: Mapping[str, Any], names: frozenset[str], anything: bool, caller: Callable[..., Any]) -> None:
+    """Refuse a conditioning keyword nobody accepts, or one that is a misspelt option of ``caller``.
+
+    Args:
+        cond: the keywords caught by ``**cond``.
+        names: keywords the predictor or the transform name in their signatures.
+        anything: whether one of them takes ``**kwargs``.
+        caller: the public function whose options could have been meant.
+    """
+    options, _ = keyword_names(caller, 2)
+    for key in cond:
+        if key in names:
+            continue
+        hint = nearest(key, options, cutoff=0.75) or nearest(key, names, cutoff=0.75)
+        if hint or not anything:
+            accepted = ", ".join(map(repr, sorted(names))) or "none"
+            raise TypeError(
+                f"{caller.__name__}() got the keyword {key!r}{hint or ';'} it is no option of this function, and the "
+                f"predictor does not name it (conditioning keywords it names: {accepted})."
+            )

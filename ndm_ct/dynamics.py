@@ -1,0 +1,104 @@
+r"""The generative dynamics: the process with the model's prediction in the place of x.
+
+.. math::
+    \text{probability flow} \quad dz = v\,dt, \qquad
+    \text{reverse SDE} \quad dz = (v - \tfrac12 g^2 s)\,dt + g\,d\bar w ,
+
+with v and s taken at the model's :math:`(\hat F, \hat{\dot F})(z, t)`. Both are one drift,
+
+.. math::
+    f = \alpha' \hat F + \alpha \hat{\dot F} + c\,(z - \alpha \hat F), \qquad
+    c = \frac{\sigma'}{\sigma} + \frac{g^2}{2 \sigma^2} ,
+
+with g = 0 for the flow. The part linear in z has the divergence :math:`d\,\sigma'/\sigma` exactly; only the network
+part needs a trace.
+
+Warning:
+    With prediction "x" and a transform that is nonlinear in x, flow and SDE are different models: the ELBO determines
+    only one combination of v and s. See the README, "What the number means".
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ndm_ct._shapes import event_size, expand
+from ndm_ct.process import ForwardProcess, drift
+
+__all__ = ["ProbabilityFlow", "ReverseSDE"]
+
+
+class MomentsFunction(Protocol):
+    r"""The model's head, ``(z (B, *E), t (B,)) -> (F, dF)``, both ``(B, *E)``."""
+
+    def __call__(self, z: Tensor, t: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+
+class ProbabilityFlow:
+    r"""The field :math:`v(z, t)` of the deterministic generator.
+
+    Args:
+        process: the forward process.
+        moments: the model's :math:`(\hat F, \hat{\dot F})`.
+        dtype: precision in which the network is evaluated; the algebra around it keeps the precision of z.
+    """
+
+    def __init__(self, process: ForwardProcess, moments: MomentsFunction, dtype: torch.dtype) -> None:
+        self.process, self.moments, self.dtype = process, moments, dtype
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        """Velocity at time ``t`` (float64, ``()`` or ``(B,)``) and state ``z`` ``(B, *E)``; shape of z."""
+        t = t.expand(z.shape[0])
+        return drift(z, *_in_dtype(self.moments, z, t, self.dtype), self.process.schedule(t), self.process.transform)
+
+    def linear_divergence(self, t: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+        r""":math:`d\,\sigma'/\sigma`: the exact divergence of the part of v that is linear in z; shape of ``t``."""
+        return event_size(event_shape) * self.process.schedule(t).dlog_sigma
+
+    def network_part(self, t: Tensor) -> Callable[[Tensor], Tensor]:
+        r"""The rest of v at time t, :math:`z \mapsto (\alpha' - \alpha\sigma'/\sigma)\hat F + \alpha\hat{\dot F}`."""
+
+        def part(z: Tensor) -> Tensor:
+            time = t.expand(z.shape[0])
+            c = self.process.schedule(time)
+            F, dF = _in_dtype(self.moments, z, time, self.dtype)
+            return expand(c.dalpha - c.alpha * c.dlog_sigma, z) * F + expand(c.alpha, z) * dF
+
+        return part
+
+    def assemble(self, t: Tensor, z: Tensor, network_part: Tensor) -> Tensor:
+        r"""The velocity from its network part: adds :math:`(\sigma'/\sigma) z`."""
+        return network_part + expand(self.process.schedule(t.expand(z.shape[0])).dlog_sigma, z) * z
+
+
+class ReverseSDE:
+    r"""Drift :math:`v - \tfrac12 g^2 s` and diffusion g of the stochastic generator.
+
+    States are in the transform's basis, where g is diagonal (pixels, unless the transform says otherwise).
+
+    Args:
+        process: the forward process.
+        moments: the model's :math:`(\hat F, \hat{\dot F})`.
+        dtype: precision in which the network is evaluated.
+    """
+
+    def __init__(self, process: ForwardProcess, moments: MomentsFunction, dtype: torch.dtype) -> None:
+        self.process, self.moments, self.dtype = process, moments, dtype
+
+    def drift(self, t: Tensor, y: Tensor) -> Tensor:
+        """Drift at time ``t`` and state ``y`` ``(B, *E)`` in the basis; shape of y."""
+        process, t = self.process, t.expand(y.shape[0])
+        z = process.transform.from_basis(y)
+        F, dF = _in_dtype(self.moments, z, t, self.dtype)
+        return process.transform.to_basis(drift(z, F, dF, process.schedule(t), process.transform, process.half_rate(t)))
+
+    def diffusion(self, t: Tensor, y: Tensor) -> Tensor:
+        """The diagonal of g at time ``t``, broadcastable to ``y``."""
+        return expand(self.process.diffusion(t.expand(y.shape[0])), y)
+
+
+def _in_dtype(moments: MomentsFunction, z: Tensor, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    F, dF = moments(z.to(dtype), t)
+    return F.to(z.dtype), dF.to(z.dtype)

@@ -1,0 +1,346 @@
+r"""The model: a forward process, a predictor, a prior and a time interval.
+
+The predictor's output becomes the pair :math:`(\hat F, \hat{\dot F})` that the dynamics need:
+
+=============  ====================================================================================================
+``"x"``        :math:`\hat x` is predicted; the pair is :math:`F(\hat x, t), \dot F(\hat x, t)` (the paper)
+``"eps"``      :math:`\hat x = (z - \sigma\hat\epsilon)/\alpha`; F must be the identity
+``"v"``        :math:`v = \alpha\epsilon - \sigma x`, :math:`\hat x = (\alpha z - \sigma\hat v)/(\alpha^2+\sigma^2)`;
+               F must be the identity (this is not the velocity :math:`\epsilon - x` of flow matching)
+``"moments"``  the pair itself, estimates of :math:`E[F \mid z], E[\dot F \mid z]`; no transform is evaluated
+=============  ====================================================================================================
+
+References:
+    Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
+    Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ndm_ct import _shapes
+from ndm_ct._errors import PredictorError
+from ndm_ct._shapes import as_time, expand, expand_time
+from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
+from ndm_ct.process import ForwardProcess, Volatility
+from ndm_ct.schedules import LinearLogSNR, Schedule, VarianceExploding
+from ndm_ct.transforms import Identity, Transform
+
+__all__ = ["NDM", "IsotropicNormal", "Prior"]
+
+PREDICTIONS = ("x", "eps", "v", "moments")
+
+
+class Prior(Protocol):
+    """The distribution of :math:`z_1`. A ``torch.distributions`` object over events will do."""
+
+    def log_prob(self, z: Tensor, /) -> Tensor:
+        """Log density in nats, ``(B, *E)`` to ``(B,)``."""
+        ...
+
+
+@runtime_checkable
+class NormalKL(Protocol):
+    """A prior that knows its divergence from a diagonal normal in closed form."""
+
+    def kl_from_normal(self, mean: Tensor, std: Tensor) -> Tensor:
+        r""":math:`KL(N(\mathrm{mean}, \mathrm{std}^2) \,\|\, p_1)`, ``(B, *E)`` twice to ``(B,)``."""
+        ...
+
+
+class IsotropicNormal:
+    r""":math:`N(0, s^2 I)` over an event.
+
+    Args:
+        event_shape: E.
+        scale: s.
+    """
+
+    def __init__(self, event_shape: Sequence[int], scale: float = 1.0) -> None:
+        self.event_shape, self.scale = tuple(event_shape), scale
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        d = _shapes.event_size(self.event_shape)
+        return -0.5 * (_shapes.sum_event((z / self.scale) ** 2) + d * math.log(2.0 * math.pi * self.scale**2))
+
+    def sample(
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw ``(n, *E)``."""
+        noise = torch.randn((n, *self.event_shape), generator=generator, dtype=dtype, device=device)
+        return self.scale * noise
+
+    def kl_from_normal(self, mean: Tensor, std: Tensor) -> Tensor:
+        ratio = (std / self.scale) ** 2
+        return 0.5 * _shapes.sum_event((mean / self.scale) ** 2 + ratio - ratio.log() - 1.0)
+
+
+class NDM(nn.Module):
+    r"""A Neural Diffusion Model: noise a transform of x, generate by its probability flow or reverse SDE.
+
+    .. math::
+        q(z_t \mid x) = N(\alpha_t F_\varphi(x, t),\ \sigma_t^2 I)
+
+    Args:
+        predictor: callable ``(z (B, *E), t (B,), **cond) -> (B, *E)`` (a pair of these for ``"moments"``); an
+            ``nn.Module`` or a function.
+        event_shape: E, the shape of one data point.
+        transform: :math:`F`; None is the identity, an ordinary diffusion.
+        schedule: :math:`\alpha, \sigma`; None is ``LinearLogSNR(gamma_min=-13.3, gamma_max=5.0)``.
+        volatility: :math:`\eta` in :math:`g^2 = \eta\sigma^2\gamma'`, a float or a callable of t.
+        prediction: what the predictor returns: "x", "eps", "v" or "moments".
+        prior: distribution of :math:`z_1` with ``log_prob`` and ``sample(n, generator=, dtype=, device=)`` or
+            ``sample((n,))``; None is :math:`N(0, s^2 I)`, s = :math:`\sigma_1` for VarianceExploding, else 1.
+        t_min: where data lives; None is the schedule's own safe value, 0 where :math:`\sigma_0 > 0`.
+
+    Raises:
+        ValueError: an unknown prediction; "eps" or "v" with a transform; "eps" where alpha = 0; t_min outside
+            [0, 1) or 0 where :math:`\sigma_0 = 0`.
+
+    Example:
+        >>> model = NDM(lambda z, t: 0.5 * z, event_shape=(2,))
+        >>> model.velocity(torch.zeros(3, 2), 0.5).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        predictor: Callable[..., Any],
+        event_shape: Sequence[int],
+        *,
+        transform: Transform | None = None,
+        schedule: Schedule | None = None,
+        volatility: Volatility = 1.0,
+        prediction: str = "x",
+        prior: Any = None,
+        t_min: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(predictor):
+            raise TypeError(f"predictor must be callable as predictor(z, t), got {type(predictor).__name__}.")
+        transform = Identity() if transform is None else transform
+        schedule = LinearLogSNR() if schedule is None else schedule
+        for name, value, kind in (("transform", transform, Transform), ("schedule", schedule, Schedule)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__} of ndm_ct, got {type(value).__name__}.")
+        self.event_shape = tuple(int(size) for size in event_shape)
+        if any(size < 1 for size in self.event_shape):
+            raise ValueError(f"event_shape must have positive sizes, got {self.event_shape}.")
+        self.prediction = _shapes.choose("prediction", prediction, PREDICTIONS)
+        self.process = ForwardProcess(transform, schedule, volatility)
+        self.predictor = predictor
+        self.t_min = _validate_t_min(t_min, schedule)
+        self._validate_prediction()
+        self.custom_prior = prior
+        self.prior = prior if prior is not None else IsotropicNormal(self.event_shape, _prior_scale(schedule))
+        if hasattr(predictor, "bind_schedule"):
+            predictor.bind_schedule(schedule)
+        names, anything = _shapes.keyword_names(predictor, 2)
+        transform_names, transform_anything = transform.cond_names()
+        self._predictor_names, self._predictor_anything = names, anything
+        self._cond_names, self._cond_anything = names | transform_names, anything or transform_anything
+
+    def _validate_prediction(self) -> None:
+        if self.prediction not in ("eps", "v"):
+            return
+        if not isinstance(self.transform, Identity):
+            raise ValueError(
+                f"prediction={self.prediction!r} recovers x only where F is the identity, but transform is "
+                f"{type(self.transform).__name__}; use prediction='x' or 'moments'."
+            )
+        with torch.no_grad():
+            at_one = self.schedule(as_time(1.0))
+        if self.prediction == "eps" and float(at_one.alpha) < 1e-12:
+            raise ValueError(
+                f"prediction='eps' divides by alpha, and {type(self.schedule).__name__} has alpha(1) = 0; use "
+                "prediction='v' or 'x'."
+            )
+
+    @property
+    def transform(self) -> Transform:
+        """The transform F."""
+        return self.process.transform
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+        return self.process.schedule
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of the networks' parameters; None if they have none."""
+        parameter = self._network_parameter()
+        return None if parameter is None else parameter.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the networks' parameters; None if they have none."""
+        parameter = self._network_parameter()
+        return None if parameter is None else parameter.device
+
+    def _network_parameter(self) -> Tensor | None:
+        for module in (self.predictor, self.transform):
+            if isinstance(module, nn.Module):
+                for parameter in module.parameters():
+                    if parameter.is_floating_point():
+                        return parameter
+        return None
+
+    def moments(self, z: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        r"""The model's :math:`(\hat F, \hat{\dot F})`.
+
+        Args:
+            z: state, shape ``(B, *E)``.
+            t: time, float64, ``()`` or ``(B,)``.
+            cond: conditioning of predictor and transform.
+
+        Raises:
+            PredictorError: the predictor returned the wrong shape, dtype, or no pair for "moments".
+        """
+        if self.prediction == "moments":
+            return self._pair(self._predict(z, t, cond), z)
+        return self.transform.with_derivative(self.predict_x(z, t, **cond), t, **cond)
+
+    def predict_x(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        r""":math:`\hat x(z, t)`, shape of ``z``.
+
+        Raises:
+            ValueError: the head is "moments", which predicts F and not x.
+        """
+        if self.prediction == "moments":
+            raise ValueError("a model with prediction='moments' predicts (F, dF/dt), not x; call moments().")
+        output = self._validated(self._predict(z, t, cond), z)
+        if self.prediction == "x":
+            return output
+        c = self.schedule(t)
+        alpha, sigma = expand(c.alpha, z), expand(c.sigma, z)
+        if self.prediction == "eps":
+            return (z - sigma * output) / alpha
+        return (alpha * z - sigma * output) / (alpha**2 + sigma**2)
+
+    def _predict(self, z: Tensor, t: Tensor, cond: dict[str, Any]) -> Any:
+        if not self._predictor_anything:
+            cond = {key: value for key, value in cond.items() if key in self._predictor_names}
+        return self.predictor(z, expand_time(t, z), **cond)
+
+    def _pair(self, output: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not (isinstance(output, tuple | list) and len(output) == 2):
+            came = f"{len(output)} values" if isinstance(output, tuple | list) else type(output).__name__
+            raise PredictorError(
+                f"prediction='moments' needs a pair (F, dF/dt) from the predictor, got {came}; return two tensors of "
+                "the shape of z."
+            )
+        return self._validated(output[0], z), self._validated(output[1], z)
+
+    def _validated(self, output: Any, z: Tensor) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise PredictorError(
+                f"the predictor returned {type(output).__name__}, expected a tensor of shape {tuple(z.shape)} for "
+                f"prediction={self.prediction!r}."
+            )
+        if output.shape != z.shape:
+            raise PredictorError(
+                f"the predictor returned shape {tuple(output.shape)}, expected {tuple(z.shape)}, the shape of z."
+            )
+        if output.dtype != z.dtype:
+            raise PredictorError(
+                f"the predictor returned dtype {output.dtype} for z of {z.dtype}; keep one dtype (autocast inside the "
+                f"network is fine, if its output is cast back)."
+            )
+        return output
+
+    def flow(self, dtype: torch.dtype, **cond: Any) -> ProbabilityFlow:
+        """The probability flow under fixed conditioning, its network evaluated in ``dtype``."""
+        return ProbabilityFlow(self.process, lambda z, t: self.moments(z, t, **cond), dtype)
+
+    def reverse_sde(self, dtype: torch.dtype, **cond: Any) -> ReverseSDE:
+        """The reverse SDE under fixed conditioning, its network evaluated in ``dtype``."""
+        return ReverseSDE(self.process, lambda z, t: self.moments(z, t, **cond), dtype)
+
+    def velocity(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        r"""Velocity of the probability flow, :math:`v(z, t)`.
+
+        Args:
+            z: state, shape ``(B, *E)``.
+            t: time in [t_min, 1], ``()`` or ``(B,)``.
+            cond: conditioning.
+
+        Returns:
+            Shape of ``z``.
+        """
+        time = self._validated_state(z, t, cond, self.velocity)
+        return self.flow(z.dtype, **cond)(time, z)
+
+    def score(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2`; arguments and shapes as in ``velocity``."""
+        time = self._validated_state(z, t, cond, self.score)
+        c = self.schedule(time)
+        F, _ = self.moments(z, time, **cond)
+        return (expand(c.alpha, z) * F - z) / expand(c.sigma**2, z)
+
+    def _validated_state(
+        self, z: Tensor, t: float | Tensor, cond: dict[str, Any], caller: Callable[..., Any]
+    ) -> Tensor:
+        self.validate(z, cond, caller, name="z")
+        return _shapes.validate_time(t, self.t_min, z)
+
+    def validate(self, x: Tensor, cond: dict[str, Any], caller: Callable[..., Any], *, name: str = "x") -> None:
+        """Check data and conditioning keywords before any work; ``caller`` is the public function asked."""
+        _shapes.validate_cond(cond, self._cond_names, self._cond_anything, caller)
+        _shapes.validate_data(x, self.event_shape, name=name, dtype=self.dtype, device=self.device)
+
+    def sample_prior(
+        self, n: int, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device | str | None
+    ) -> Tensor:
+        """Draw :math:`z_1`, shape ``(n, *E)``."""
+        if isinstance(self.prior, torch.distributions.Distribution):
+            if generator is not None:
+                raise ValueError(
+                    "a torch.distributions prior cannot draw from a generator; give the prior a method "
+                    "sample(n, generator=, dtype=, device=), or leave generator out."
+                )
+            return self.prior.sample(torch.Size((n,))).to(dtype=dtype, device=device)
+        return cast(Tensor, self.prior.sample(n, generator=generator, dtype=dtype, device=device))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode for the length of a solve, every submodule's own mode restored afterwards."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def extra_repr(self) -> str:
+        return f"event_shape={self.event_shape}, prediction={self.prediction!r}, t_min={self.t_min:g}"
+
+
+def _prior_scale(schedule: Schedule) -> float:
+    return schedule.sigma_max if isinstance(schedule, VarianceExploding) else 1.0
+
+
+def _validate_t_min(t_min: float | None, schedule: Schedule) -> float:
+    if t_min is None:
+        return schedule.safe_t_min
+    if not 0.0 <= t_min < 1.0:
+        raise ValueError(f"t_min must lie in [0, 1), got {t_min!r}.")
+    with torch.no_grad():
+        sigma = float(schedule(as_time(t_min)).sigma)
+    if not sigma > 0.0:
+        raise ValueError(
+            f"t_min={t_min!r} has sigma = 0 under {type(schedule).__name__}, where score and velocity are singular; "
+            f"use t_min={schedule.safe_t_min:.3g} (the default) or another small positive time."
+        )
+    return float(t_min)

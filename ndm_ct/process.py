@@ -1,0 +1,195 @@
+r"""The forward process given x: :math:`z_t = \alpha_t F(x, t) + \sigma_t \epsilon`.
+
+With :math:`F = F(x, t)` and :math:`\dot F = \partial F/\partial t`,
+
+.. math::
+    v = \alpha' F + \alpha \dot F + \frac{\sigma'}{\sigma} (z - \alpha F), \qquad
+    s = \frac{\alpha F - z}{\sigma^2}, \qquad
+    g^2 = \eta\, \sigma^2 \gamma' .
+
+The process is not Markovian: for s < t its posterior is
+:math:`q(z_s \mid z_t, x) = N(\alpha_s F(x, s) + \kappa (z_t - \alpha_t F(x, t)),\ \tilde\sigma^2 I)` with
+:math:`\kappa = \sqrt{\sigma_s^2 - \tilde\sigma^2} / \sigma_t`. The choice
+
+.. math::
+    \tilde\sigma^2 = \sigma_s^2 \Bigl(1 - \exp\bigl(-\textstyle\int_s^t \eta \gamma' du\bigr)\Bigr)
+
+is the exact transition of the reverse SDE with x frozen: DDPM at :math:`\eta = 1`, DDIM at :math:`\eta = 0`.
+
+References:
+    Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
+    Song, Meng and Ermon, Denoising Diffusion Implicit Models, https://arxiv.org/abs/2010.02502
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ndm_ct._shapes import expand, of_time
+from ndm_ct.schedules import Coefficients, Schedule
+from ndm_ct.transforms import Transform
+
+__all__ = ["ForwardProcess", "drift"]
+
+Volatility = float | Callable[[Tensor], Tensor]
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
+_LARGEST_EXPONENT = 80.0  # exp(-80) is below the rounding of float64 against 1
+
+
+def drift(
+    z: Tensor,
+    F: Tensor,
+    dF: Tensor,
+    c: Coefficients,
+    transform: Transform,
+    half_rate: Tensor | None = None,
+) -> Tensor:
+    r"""The one drift of the library: :math:`v - \tfrac12 h^2 s = \alpha' F + \alpha\dot F + c\,(z - \alpha F)`.
+
+    Here :math:`c = \sigma'/\sigma + \tfrac12 h^2/\sigma^2`. With h = 0 it is the velocity v of the probability flow,
+    with h = g the drift of the reverse SDE.
+
+    Args:
+        z: state, shape ``(B, *E)``.
+        F: :math:`F` at x or at the model's prediction, shape ``(B, *E)``.
+        dF: :math:`\dot F`, shape ``(B, *E)``.
+        c: coefficients of the schedule at t.
+        transform: says in which basis a rate that varies over the event is diagonal.
+        half_rate: :math:`\tfrac12 h^2/\sigma^2`, shape ``()``, ``(B,)`` or broadcastable to ``(B, *E)``; None is 0.
+    """
+    alpha = expand(c.alpha, z)
+    residual = z - alpha * F
+    out = expand(c.dalpha, z) * F + alpha * dF + expand(c.dlog_sigma, z) * residual
+    return out if half_rate is None else out + transform.diagonal(half_rate, residual)
+
+
+class ForwardProcess(nn.Module):
+    r"""Marginals, velocity, score and posterior of z given x.
+
+    Args:
+        transform: :math:`F(x, t)`.
+        schedule: :math:`\alpha, \sigma`.
+        volatility: :math:`\eta \ge 0`, a float or a callable of float64 time that returns the shape of its argument,
+            or that shape followed by axes broadcastable to the event (then in the transform's basis).
+    """
+
+    def __init__(self, transform: Transform, schedule: Schedule, volatility: Volatility) -> None:
+        super().__init__()
+        if not callable(volatility) and not (math.isfinite(volatility) and volatility >= 0.0):
+            raise ValueError(f"volatility must be a float >= 0 or a callable of t, got {volatility!r}.")
+        self.transform, self.schedule, self.volatility = transform, schedule, volatility
+
+    def eta(self, t: Tensor) -> Tensor:
+        r""":math:`\eta(t)`, float64, of the shape of ``t``, or ``(B, *E')`` where it varies over the event."""
+        if not callable(self.volatility):
+            return torch.full_like(t, self.volatility)
+        # Asked for a batch of one, a volatility's own axes cannot be mistaken for the batch.
+        eta = of_time(self.volatility, t.reshape(-1))
+        return eta.reshape(t.shape) if eta.ndim == 1 else eta
+
+    def mean(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        r""":math:`\alpha_t F(x, t)`, shape ``(B, *E)``."""
+        return expand(self.schedule(t).alpha, x) * self.transform(x, t, **cond)
+
+    def sample(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **cond: Any,
+    ) -> Tensor:
+        r"""Draw :math:`z_t = \alpha_t F(x, t) + \sigma_t \epsilon`.
+
+        Args:
+            x: data, shape ``(B, *E)``.
+            t: float64 time, ``()`` or ``(B,)``.
+            eps: the noise :math:`\epsilon`; drawn if None.
+            generator: source of the noise.
+            cond: conditioning of the transform.
+        """
+        if eps is None:
+            eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return self.mean(x, t, **cond) + expand(self.schedule(t).sigma, x) * eps
+
+    def velocity(self, z: Tensor, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        r""":math:`v(z, x, t)`: the time derivative of z at fixed x and :math:`\epsilon`."""
+        F, dF = self.transform.with_derivative(x, t, **cond)
+        return drift(z, F, dF, self.schedule(t), self.transform)
+
+    def score(self, z: Tensor, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        r""":math:`s(z, x, t) = \nabla_z \log q(z_t \mid x)`."""
+        c = self.schedule(t)
+        return (expand(c.alpha, z) * self.transform(x, t, **cond) - z) / expand(c.sigma**2, z)
+
+    def reverse_drift(self, z: Tensor, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        r""":math:`v - \tfrac12 g^2 s` given x: the drift of the conditional reverse SDE."""
+        F, dF = self.transform.with_derivative(x, t, **cond)
+        return drift(z, F, dF, self.schedule(t), self.transform, self.half_rate(t))
+
+    def half_rate(self, t: Tensor) -> Tensor:
+        r""":math:`\tfrac12 g^2/\sigma^2 = \tfrac12 \eta \gamma'`, float64."""
+        eta = self.eta(t)
+        return 0.5 * eta * _like(self.schedule(t).dgamma, eta)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        r""":math:`g(t) = \sigma \sqrt{\eta \gamma'}`, float64; infinite where alpha = 0."""
+        eta, c = self.eta(t), self.schedule(t)
+        return _like(c.sigma * c.dgamma.sqrt(), eta) * eta.sqrt()
+
+    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The frozen-x step from t to s < t.
+
+        Returns:
+            :math:`\kappa` and :math:`\tilde\sigma`, float64, with the shape of :math:`\eta(t)`.
+        """
+        exponent = self._integrated_volatility(s, t)
+        at_s = _like(self.schedule(s).sigma, exponent)
+        at_t = _like(self.schedule(t).sigma, exponent)
+        return at_s / at_t * torch.exp(-0.5 * exponent), at_s * torch.sqrt(-torch.expm1(-exponent))
+
+    def posterior(self, z: Tensor, F_s: Tensor, F_t: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Mean and standard deviation of :math:`q(z_s \mid z_t, x)`, given F at both times.
+
+        Args:
+            z: :math:`z_t`, shape ``(B, *E)``.
+            F_s: :math:`F(x, s)`.
+            F_t: :math:`F(x, t)`.
+            s: the earlier time (less noise).
+            t: the later time.
+
+        Returns:
+            The mean, shape ``(B, *E)``, and :math:`\tilde\sigma` as a float64 coefficient for
+            ``transform.diagonal``.
+        """
+        kappa, std = self.transition(s, t)
+        residual = z - expand(self.schedule(t).alpha, z) * F_t
+        return expand(self.schedule(s).alpha, z) * F_s + self.transform.diagonal(kappa, residual), std
+
+    def _integrated_volatility(self, s: Tensor, t: Tensor) -> Tensor:
+        r""":math:`\int_s^t \eta\gamma' du`, capped where its exponential is zero anyway."""
+        start, end = self.schedule(s).gamma, self.schedule(t).gamma
+        if not callable(self.volatility):
+            if self.volatility == 0.0:
+                return torch.zeros_like(end)
+            return self.volatility * (end - start)
+        # Gauss-Legendre in gamma: the measure gamma' du is d gamma, whatever the schedule.
+        half = 0.5 * (end - start).clamp(max=_LARGEST_EXPONENT)
+        total: Tensor | float = 0.0
+        for node, weight in zip(_NODES, _WEIGHTS, strict=True):
+            gamma = start + half * (1.0 + node)
+            eta = self.eta(self.schedule.time_at(torch.atan(torch.exp(0.5 * gamma))))
+            total = total + weight * _like(half, eta) * eta
+        assert isinstance(total, Tensor)
+        return torch.where(_like(end, total).isinf(), math.inf, total)
+
+
+def _like(c: Tensor, reference: Tensor) -> Tensor:
+    """Append axes to ``c`` (shape of t) until it broadcasts against a coefficient that may vary over the event."""
+    return c.reshape(*c.shape, *(1,) * (reference.ndim - c.ndim))

@@ -1,0 +1,227 @@
+r"""Exact models: for Gaussian-mixture data and a linear transform everything is known in closed form.
+
+With :math:`x \sim \sum_k w_k N(m_k, C_k)` and :math:`F(x, t) = A(t) x`,
+
+.. math::
+    p_t(z) = \sum_k w_k N(z;\ \alpha A m_k,\ S_k), \qquad S_k = \alpha^2 A C_k A^\top + \sigma^2 I,
+
+    \hat x(z, t) = \sum_k r_k(z, t) \bigl[ m_k + \alpha C_k A^\top S_k^{-1} (z - \alpha A m_k) \bigr],
+
+with responsibilities :math:`r_k \propto w_k N(z; \cdot, S_k)`. The prior is the exact :math:`p_1`, so ``loglik``
+equals ``log_prob(x, t_min)`` to the accuracy of the solver. Use these models to check a solver, a device or a
+precision before trusting a network.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ndm_ct._shapes import as_time, event_size, validate_data, validate_time
+from ndm_ct.model import NDM
+from ndm_ct.process import Volatility
+from ndm_ct.schedules import LinearLogSNR, Schedule
+from ndm_ct.transforms import Identity, Transform
+
+__all__ = ["Gaussian", "GaussianMixture"]
+
+
+class _Marginals:
+    r"""The marginals :math:`p_t` and the posterior mean; float64 inside."""
+
+    def __init__(
+        self, weights: Tensor, means: Tensor, covs: Tensor, event_shape: tuple[int, ...], schedule: Schedule,
+        transform: Transform,
+    ) -> None:  # fmt: skip
+        self.log_weights, self.means, self.covs = weights.log(), means, covs
+        self.event_shape, self.schedule, self.transform = event_shape, schedule, transform
+
+    def matrix(self, t: Tensor) -> Tensor:
+        """A(t) as ``(d, d)`` for a scalar t: the transform applied to the unit vectors."""
+        d = self.means.shape[1]
+        basis = torch.eye(d, dtype=torch.float64, device=self.means.device).reshape(d, *self.event_shape)
+        return self.transform(basis, t).reshape(d, d).mT
+
+    def components(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means ``(K, d)``, Cholesky factors of S ``(K, d, d)`` and gains ``(K, d, d)`` at a scalar t."""
+        c = self.schedule(t)
+        mapped = c.alpha * self.matrix(t)
+        cross = self.covs @ mapped.mT
+        eye = torch.eye(self.means.shape[1], dtype=torch.float64, device=self.means.device)
+        factor = torch.linalg.cholesky(mapped @ cross + c.sigma**2 * eye)
+        gain = torch.cholesky_solve(cross.mT, factor).mT
+        return self.means @ mapped.mT, factor, gain
+
+    def weighted_log_densities(self, z: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+        """log w_k N(z; mean_k, S_k) for z ``(B, d)``: ``(K, B)``."""
+        residual = z - mean[:, None, :]
+        whitened = torch.linalg.solve_triangular(factor, residual.mT, upper=False)
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = self.log_weights - log_det - 0.5 * z.shape[1] * math.log(2.0 * math.pi)
+        return constant[:, None] - 0.5 * (whitened**2).sum(-2)
+
+    def log_prob(self, z: Tensor, t: Tensor) -> Tensor:
+        def one(flat: Tensor, time: Tensor) -> Tensor:
+            mean, factor, _ = self.components(time)
+            return torch.logsumexp(self.weighted_log_densities(flat, mean, factor), 0)
+
+        return self._by_time(one, z, t).to(z.dtype)
+
+    def posterior_mean(self, z: Tensor, t: Tensor) -> Tensor:
+        def one(flat: Tensor, time: Tensor) -> Tensor:
+            mean, factor, gain = self.components(time)
+            share = torch.softmax(self.weighted_log_densities(flat, mean, factor), 0)
+            estimate = self.means[:, None, :] + (flat - mean[:, None, :]) @ gain.mT
+            return (share[:, :, None] * estimate).sum(0)
+
+        return self._by_time(one, z, t).reshape(z.shape).to(z.dtype)
+
+    def _by_time(self, function: Any, z: Tensor, t: Tensor) -> Tensor:
+        """Apply ``function(rows, scalar time)`` to the rows of each distinct time."""
+        flat = z.flatten(1).to(torch.float64)
+        times, index = torch.unique(as_time(t, z.device).expand(z.shape[0]), return_inverse=True)
+        if times.numel() == 1:
+            return torch.as_tensor(function(flat, times[0]))
+        rows = [torch.nonzero(index == k).flatten() for k in range(times.numel())]
+        values = [function(flat[row], time) for row, time in zip(rows, times, strict=True)]
+        order = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
+        return torch.cat(values)[torch.argsort(order)] if values else function(flat, as_time(1.0, z.device))
+
+
+class _MarginalPrior:
+    r"""The exact :math:`p_1` as a prior."""
+
+    def __init__(self, marginals: _Marginals) -> None:
+        self.marginals = marginals
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.marginals.log_prob(z, as_time(1.0, z.device))
+
+    def sample(
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        return _draw(self.marginals, n, as_time(1.0), generator).to(dtype=dtype, device=device)
+
+
+def _draw(marginals: _Marginals, n: int, t: Tensor, generator: torch.Generator | None) -> Tensor:
+    mean, factor, _ = marginals.components(t)
+    device = None if generator is None else generator.device
+    k = torch.multinomial(marginals.log_weights.exp().to(device), n, replacement=True, generator=generator)
+    noise = torch.randn(n, mean.shape[1], dtype=torch.float64, device=device, generator=generator)
+    k, noise = k.to(mean.device), noise.to(mean.device)
+    return (mean[k] + (factor[k] @ noise[..., None])[..., 0]).reshape(n, *marginals.event_shape)
+
+
+class GaussianMixture(NDM):
+    r"""An NDM whose predictor is the exact posterior mean of Gaussian-mixture data.
+
+    Args:
+        weights: :math:`w_k`, shape ``(K,)``, positive, sum 1.
+        means: :math:`m_k`, shape ``(K, *E)``.
+        covs: :math:`C_k`, shape ``(K, d, d)`` over flattened events, positive definite.
+        schedule: None is the default of :class:`~ndm_ct.model.NDM`.
+        transform: a transform that is linear in x; None is the identity.
+        volatility: :math:`\eta`.
+        t_min: None is the schedule's safe value.
+
+    Raises:
+        ValueError: a transform that is not linear, or parameters that do not describe a mixture.
+
+    Example:
+        >>> import ndm_ct
+        >>> _ = torch.manual_seed(0)
+        >>> covs = torch.eye(2).repeat(2, 1, 1)
+        >>> model = GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), covs)
+        >>> x = torch.randn(4, 2, dtype=torch.float64)
+        >>> torch.allclose(ndm_ct.loglik(model, x), model.log_prob(x), atol=1e-3)
+        True
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        means: Tensor,
+        covs: Tensor,
+        *,
+        schedule: Schedule | None = None,
+        transform: Transform | None = None,
+        volatility: Volatility = 1.0,
+        t_min: float | None = None,
+    ) -> None:
+        weights, means, covs = (torch.as_tensor(value, dtype=torch.float64) for value in (weights, means, covs))
+        event_shape = tuple(means.shape[1:])
+        k, d = means.shape[0], event_size(event_shape)
+        if weights.shape != (k,) or covs.shape != (k, d, d):
+            raise ValueError(
+                f"weights {tuple(weights.shape)}, means {tuple(means.shape)} and covs {tuple(covs.shape)} do not fit; "
+                f"expected (K,), (K, *event) and (K, d, d) with d = {d}."
+            )
+        if not (bool((weights > 0).all()) and abs(float(weights.sum()) - 1.0) < 1e-6):
+            raise ValueError(f"weights must be positive and sum to 1, got {weights.tolist()}.")
+        if not torch.allclose(covs, covs.mT) or not bool((torch.linalg.eigvalsh(covs) > 0).all()):
+            raise ValueError("covs must be symmetric and positive definite.")
+        transform = Identity() if transform is None else transform
+        if not transform.linear:
+            raise ValueError(f"the exact model needs a transform linear in x, got {type(transform).__name__}.")
+        schedule = LinearLogSNR() if schedule is None else schedule
+        marginals = _Marginals(weights, means.flatten(1), covs, event_shape, schedule, transform)
+        super().__init__(
+            lambda z, t: marginals.posterior_mean(z, t), event_shape, transform=transform, schedule=schedule,
+            volatility=volatility, prior=_MarginalPrior(marginals), t_min=t_min,
+        )  # fmt: skip
+        self.marginals = marginals
+
+    def log_prob(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
+        r""":math:`\log p_t(z)` in nats.
+
+        Args:
+            z: shape ``(B, *E)``.
+            t: time in [t_min, 1], ``()`` or ``(B,)``; None is t_min.
+
+        Returns:
+            Shape ``(B,)``.
+        """
+        validate_data(z, self.event_shape, name="z", dtype=None, device=None)
+        return self.marginals.log_prob(z, validate_time(self.t_min if t is None else t, self.t_min, z))
+
+    def sample_data(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw x from the mixture itself, float64, shape ``(n, *E)``."""
+        k = torch.multinomial(self.marginals.log_weights.exp(), n, replacement=True, generator=generator)
+        factor = torch.linalg.cholesky(self.marginals.covs)
+        noise = torch.randn(n, self.marginals.means.shape[1], dtype=torch.float64, generator=generator)
+        return (self.marginals.means[k] + (factor[k] @ noise[..., None])[..., 0]).reshape(n, *self.event_shape)
+
+
+class Gaussian(GaussianMixture):
+    r"""An NDM with the exact predictor of data :math:`x \sim N(m, C)`.
+
+    Args:
+        mean: m, shape ``E``.
+        cov: C, shape ``(d, d)`` over the flattened event.
+        schedule: as in :class:`GaussianMixture`.
+        transform: as in :class:`GaussianMixture`.
+        volatility: :math:`\eta`.
+        t_min: None is the schedule's safe value.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        cov: Tensor,
+        *,
+        schedule: Schedule | None = None,
+        transform: Transform | None = None,
+        volatility: Volatility = 1.0,
+        t_min: float | None = None,
+    ) -> None:
+        mean, cov = torch.as_tensor(mean), torch.as_tensor(cov)
+        super().__init__(
+            torch.ones(1), mean[None], cov[None], schedule=schedule, transform=transform, volatility=volatility,
+            t_min=t_min,
+        )  # fmt: skip
