@@ -1,21 +1,36 @@
 """Continuous-time generative models with a learnable forward process: likelihoods with error bars, and samplers."""
 
-from ndm_ct import divergence, reference, schedules, solvers, transforms
+from ndm_ct import discrete, divergence, objectives, quantisation, reference, schedules, solvers, transforms
 from ndm_ct._errors import CheckpointError, PredictorError, SolverError
+from ndm_ct.bits import BitsInfo, bits_per_dim
 from ndm_ct.likelihood import LikelihoodInfo, decode, encode, loglik
 from ndm_ct.model import NDM
+from ndm_ct.objectives import ElboInfo, elbo, loss
+from ndm_ct.sampling import SampleInfo, sample
+
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "NDM",
+    "BitsInfo",
     "CheckpointError",
+    "ElboInfo",
     "LikelihoodInfo",
     "PredictorError",
+    "SampleInfo",
     "SolverError",
+    "bits_per_dim",
     "decode",
+    "discrete",
     "divergence",
+    "elbo",
     "encode",
     "loglik",
+    "loss",
+    "objectives",
+    "quantisation",
     "reference",
+    "sample",
     "schedules",
     "solvers",
     "transforms",

@@ -30,7 +30,7 @@ class Configurable:
         """``{"type": class name, argument: value, ...}``, JSON-serialisable."""
         if Configurable.registry.get(type(self).__name__) is not type(self):
             raise Unconfigurable(f"{type(self).__name__} is not a class of this package.")
-        names = [name for name in inspect.signature(type(self)).parameters]
+        names = list(inspect.signature(type(self)).parameters)
         return {"type": type(self).__name__} | {name: to_config(getattr(self, name)) for name in names}
 
 

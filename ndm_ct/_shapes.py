@@ -160,7 +160,12 @@ def validate_time(t: float | Tensor, t_min: float, like: Tensor) -> Tensor:
 
 
 def keyword_names(function: Callable[..., Any], skip: int) -> tuple[frozenset[str], bool]:
-    """Keywords a callable accepts after its first ``skip`` arguments, and whether it takes ``**kwargs``."""
+    """Keywords a callable accepts after its first ``skip`` arguments, and whether it takes ``**kwargs``.
+
+    A module that hands its keywords on to another says what that one accepts in a method ``cond_names()``.
+    """
+    if isinstance(function, nn.Module) and hasattr(function, "cond_names"):
+        return function.cond_names()
     target = function.forward if isinstance(function, nn.Module) else function
     try:
         parameters = list(inspect.signature(target).parameters.values())

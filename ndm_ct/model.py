@@ -31,7 +31,7 @@ from ndm_ct.process import ForwardProcess, Volatility
 from ndm_ct.schedules import LinearLogSNR, Schedule, VarianceExploding
 from ndm_ct.transforms import Identity, Transform
 
-__all__ = ["NDM", "IsotropicNormal", "Prior"]
+__all__ = ["NDM", "IsotropicNormal", "NormalKL", "Prior", "validate_prediction"]
 
 PREDICTIONS = ("x", "eps", "v", "moments")
 
@@ -211,6 +211,30 @@ class NDM(nn.Module):
             return self._pair(self._predict(z, t, cond), z)
         return self.transform.with_derivative(self.predict_x(z, t, **cond), t, **cond)
 
+    def frozen(self, z: Tensor, t: Tensor, s: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        r"""The model's F at t and at s < t from one prediction at t, for steps that freeze it.
+
+        For a prediction of x these are :math:`F(\hat x, t), F(\hat x, s)`; for "moments"
+        :math:`\hat F` and :math:`\hat F + (s - t) \hat{\dot F}`.
+
+        Args:
+            z: state :math:`z_t`, shape ``(B, *E)``.
+            t: its time, float64, ``()`` or ``(B,)``.
+            s: the time stepped to, of the shape of ``t``.
+            cond: conditioning.
+
+        Raises:
+            PredictorError: as in ``moments``, or the prediction is NaN or infinite (with time and rows).
+        """
+        if self.prediction == "moments":
+            F, dF = self.moments(z, t, **cond)
+            F_s = F + expand(s - t, z) * dF
+        else:
+            x = self.predict_x(z, t, **cond)
+            F, F_s = self.transform(x, t, **cond), self.transform(x, s, **cond)
+        validate_prediction(F_s, t)
+        return F, F_s
+
     def predict_x(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
         r""":math:`\hat x(z, t)`, shape of ``z``.
 
@@ -325,6 +349,21 @@ class NDM(nn.Module):
 
     def extra_repr(self) -> str:
         return f"event_shape={self.event_shape}, prediction={self.prediction!r}, t_min={self.t_min:g}"
+
+
+def validate_prediction(prediction: Tensor, t: Tensor) -> None:
+    """Refuse a prediction with NaN or inf, naming rows and times.
+
+    Raises:
+        PredictorError: naming the rows and the time of the first.
+    """
+    rows = _shapes.bad_rows(prediction.detach())
+    if rows:
+        time = float(t.expand(prediction.shape[0])[rows[0]])
+        raise PredictorError(
+            f"the predictor returned NaN or inf at t={time:.6g} in batch rows {_shapes.some(rows)}; check its weights "
+            "and its scale near the ends of the time interval."
+        )
 
 
 def _prior_scale(schedule: Schedule) -> float:

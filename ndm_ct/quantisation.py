@@ -73,7 +73,8 @@ class Quantisation:
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise TypeError(
                 f"{name} has dtype {x.dtype}; bits per dimension are defined for integer levels "
-                f"0 ... {self.levels - 1}. Undo your scaling and convert with .to(torch.uint8), or use loglik for continuous data."
+                f"0 ... {self.levels - 1}. Undo your scaling and convert with .to(torch.uint8), or use loglik for "
+                "continuous data."
             )
         outside = (x < 0) | (x.long() >= self.levels)
         if bool(outside.any()):

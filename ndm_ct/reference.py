@@ -109,6 +109,19 @@ class _MarginalPrior:
         return _draw(self.marginals, n, as_time(1.0), generator).to(dtype=dtype, device=device)
 
 
+class _GaussianPrior(_MarginalPrior):
+    r"""The exact :math:`p_1` of a single Gaussian, which knows its divergence from another."""
+
+    def kl_from_normal(self, mean: Tensor, std: Tensor) -> Tensor:
+        own_mean, factor, _ = self.marginals.components(as_time(1.0, mean.device))
+        residual, variance = mean.flatten(1).double() - own_mean[0], std.flatten(1).double() ** 2
+        precision = torch.cholesky_inverse(factor[0])
+        log_det = 2.0 * factor[0].diagonal().log().sum()
+        quadratic = ((residual @ precision) * residual).sum(1)
+        trace = (variance * precision.diagonal() - 1.0 - variance.log()).sum(1)
+        return (0.5 * (quadratic + trace + log_det)).to(mean.dtype)
+
+
 def _draw(marginals: _Marginals, n: int, t: Tensor, generator: torch.Generator | None) -> Tensor:
     mean, factor, _ = marginals.components(t)
     device = None if generator is None else generator.device
@@ -172,9 +185,14 @@ class GaussianMixture(NDM):
         schedule = LinearLogSNR() if schedule is None else schedule
         marginals = _Marginals(weights, means.flatten(1), covs, event_shape, schedule, transform)
         super().__init__(
-            lambda z, t: marginals.posterior_mean(z, t), event_shape, transform=transform, schedule=schedule,
-            volatility=volatility, prior=_MarginalPrior(marginals), t_min=t_min,
-        )  # fmt: skip
+            lambda z, t: marginals.posterior_mean(z, t),
+            event_shape,
+            transform=transform,
+            schedule=schedule,
+            volatility=volatility,
+            prior=_GaussianPrior(marginals) if k == 1 else _MarginalPrior(marginals),
+            t_min=t_min,
+        )
         self.marginals = marginals
 
     def log_prob(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:

@@ -187,6 +187,10 @@ class LinearLogSNR(Schedule):
         slope = self.gamma_max - self.gamma_min
         return _variance_preserving(self.gamma_min + slope * t, torch.full_like(t, slope))
 
+    def time_at(self, angle: Tensor) -> Tensor:
+        gamma = 2.0 * torch.tan(angle).log()
+        return ((gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)).clamp(0.0, 1.0)
+
 
 class VariancePreserving(Schedule):
     r"""The VP-SDE: :math:`\alpha = e^{-B/2},\ \sigma^2 = 1 - e^{-B}`,
@@ -290,6 +294,9 @@ class Rectified(Schedule):
     def forward(self, t: Tensor) -> Coefficients:
         one = torch.ones_like(t)
         return Coefficients(1.0 - t, t, -one, one)
+
+    def time_at(self, angle: Tensor) -> Tensor:
+        return (torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))).clamp(0.0, 1.0)
 
 
 class Trigonometric(Schedule):

@@ -1,0 +1,355 @@
+r"""Small networks: enough for vectors, digits and small images, and the scaling that makes any of them a good head.
+
+A network is called ``net(z, t)`` with t of shape ``(B,)``, or ``net(x)`` if built with ``time=False`` (the features of a
+separable transform). All start as the zero function. :class:`Preconditioned` turns a network into a prediction of x,
+
+.. math::
+    \hat x = c_{skip} z - c_{out}\, \mathrm{net}(c_{in} z, t), \qquad
+    c_{skip} = \frac{\alpha s^2}{\alpha^2 s^2 + \sigma^2}, \quad
+    c_{out} = \frac{\sigma s}{\sqrt{\alpha^2 s^2 + \sigma^2}}, \quad
+    c_{in} = \frac{1}{\sqrt{\alpha^2 s^2 + \sigma^2}},
+
+where s is the standard deviation of the data: input and target of the network have unit variance at every t, and
+the zero network is the exact denoiser of :math:`N(0, s^2 I)`. For s = 1 and a variance-preserving schedule this is
+:math:`\alpha z - \sigma\,\mathrm{net}(z, t)`.
+
+References:
+    Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, section 5,
+    https://arxiv.org/abs/2206.00364
+    Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
+    Ronneberger, Fischer and Brox, U-Net, https://arxiv.org/abs/1505.04597
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ndm_ct._config import Configurable, Unconfigurable, to_config
+from ndm_ct._shapes import choose, event_size, expand, keyword_names, validate_count
+
+__all__ = ["MLP", "Preconditioned", "TimeEmbedding", "UNet"]
+
+HEADS = ("x", "moments")
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+_FREQUENCIES = 16
+_GROUPS = 8
+
+
+class TimeEmbedding(nn.Module, Configurable):
+    r"""Features of t in [0, 1]: :math:`\sin \omega_k t, \cos \omega_k t`, then two linear layers.
+
+    The frequencies run geometrically from :math:`\pi/2` to :math:`32\pi`: the slowest feature is monotone over the
+    interval, the fastest resolves 1/64 of it, and time derivatives of a network stay of moderate size.
+
+    Args:
+        width: number of features.
+
+    Example:
+        >>> TimeEmbedding(8)(torch.linspace(0, 1, 3)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = validate_count("width", width)
+        self.hidden = nn.Linear(2 * _FREQUENCIES, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """``(B,)`` to ``(B, width)``, ready for a linear layer (the last operation is a SiLU)."""
+        k = torch.arange(_FREQUENCIES, dtype=t.dtype, device=t.device) / (_FREQUENCIES - 1)
+        phase = t[:, None] * (0.5 * math.pi * 64.0**k)
+        features = torch.cat([phase.sin(), phase.cos()], dim=1)
+        return functional.silu(self.output(functional.silu(self.hidden(features))))
+
+
+class MLP(nn.Module, Configurable):
+    """A residual perceptron over flattened events, SiLU throughout, time as scale and shift of the hidden layers.
+
+    Args:
+        event_shape: E; an int for vectors.
+        width: width of the hidden layers.
+        depth: number of residual blocks.
+        outputs: None: the output has the shape of z; K: it is ``(B, K, *E)``, as ``Separable`` and the head "moments"
+            (K = 2) need.
+        time: whether the network takes t.
+        dropout: probability of dropping a hidden unit in training.
+
+    Example:
+        >>> MLP(2)(torch.ones(3, 2), torch.zeros(3))
+        tensor([[0., 0.],
+                [0., 0.],
+                [0., 0.]], grad_fn=<ViewBackward0>)
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        width: int = 128,
+        depth: int = 3,
+        outputs: int | None = None,
+        time: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        for size in self.event_shape:
+            validate_count("event_shape", size)
+        self.width, self.depth = validate_count("width", width), validate_count("depth", depth)
+        self.outputs, self.time, self.dropout = _validate_outputs(outputs), time, dropout
+        size = event_size(self.event_shape)
+        self.embedding = TimeEmbedding(width) if time else None
+        self.input = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(_DenseBlock(width, width if time else None, dropout) for _ in range(depth))
+        self.output = _zero(nn.Linear(width, size * (outputs or 1)))
+
+    def forward(self, z: Tensor, t: Tensor | None = None, /) -> Tensor:
+        """``(B, *E)`` to ``(B, *E)``, or ``(B, K, *E)`` with ``outputs=K``.
+
+        Raises:
+            TypeError: t is missing, or given to a network without time.
+        """
+        embedding = _embed(self.embedding, t, self)
+        h = self.input(z.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.output(functional.silu(h)).reshape(_output_shape(z, self.outputs))
+
+
+class _DenseBlock(nn.Module):
+    r""":math:`h + W_2\,\mathrm{silu}(W_1 \mathrm{silu}(h)\,(1 + a(t)) + b(t))`."""
+
+    def __init__(self, width: int, embedding: int | None, dropout: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.modulation = nn.Linear(embedding, 2 * width) if embedding else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, embedding: Tensor | None) -> Tensor:
+        inner = _modulate(self.first(functional.silu(h)), self.modulation, embedding)
+        return h + self.second(self.dropout(functional.silu(inner)))
+
+
+class UNet(nn.Module, Configurable):
+    """A small convolutional U-Net: one residual block down and one up per resolution, two at the lowest.
+
+    Resolutions are changed by folding 2x2 pixels into channels and back, skip connections are sums. The highest
+    resolution has ``width`` channels, all others twice as many. The defaults make 0.23 million parameters.
+
+    Args:
+        channels: C of the images ``(C, H, W)``; H and W must be multiples of ``2**(levels - 1)``.
+        width: channels at the highest resolution.
+        levels: number of resolutions.
+        outputs: None: the output has the shape of z; K: it is ``(B, K, C, H, W)``.
+        time: whether the network takes t.
+        dropout: probability of dropping a hidden unit in training.
+
+    Example:
+        >>> net = UNet(1, width=8)
+        >>> net(torch.ones(2, 1, 8, 8), torch.zeros(2)).abs().max()
+        tensor(0., grad_fn=<MaxBackward1>)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int = 32,
+        levels: int = 2,
+        outputs: int | None = None,
+        time: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.channels, self.width = validate_count("channels", channels), validate_count("width", width)
+        self.levels, self.outputs = validate_count("levels", levels), _validate_outputs(outputs)
+        self.time, self.dropout = time, dropout
+        embedding = 2 * width if time else None
+        widths = [width if level == 0 else 2 * width for level in range(levels)]
+        self.embedding = TimeEmbedding(2 * width) if time else None
+        self.input = nn.Conv2d(channels, width, 3, padding=1)
+        self.down = nn.ModuleList(_ConvolutionBlock(w, embedding, dropout) for w in widths)
+        self.shrink = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(_ConvolutionBlock(w, embedding, dropout) for w in widths)
+        self.grow = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.norm = _group_norm(width)
+        self.output = _zero(nn.Conv2d(width, channels * (outputs or 1), 3, padding=1))
+
+    def forward(self, z: Tensor, t: Tensor | None = None, /) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C, H, W)``, or ``(B, K, C, H, W)`` with ``outputs=K``.
+
+        Raises:
+            TypeError: t is missing, or given to a network without time.
+            ValueError: z is no image of these channels, or its sides cannot be halved ``levels - 1`` times.
+        """
+        self._validate(z)
+        embedding = _embed(self.embedding, t, self)
+        h = self.input(z)
+        skips = []
+        for level, block in enumerate(self.down):
+            h = block(h, embedding)
+            if level < self.levels - 1:
+                skips.append(h)
+                h = self.shrink[level](functional.pixel_unshuffle(h, 2))
+        for level in reversed(range(self.levels)):
+            if level < self.levels - 1:
+                h = functional.pixel_shuffle(self.grow[level](h), 2) + skips[level]
+            h = self.up[level](h, embedding)
+        return self.output(functional.silu(self.norm(h))).reshape(_output_shape(z, self.outputs))
+
+    def _validate(self, z: Tensor) -> None:
+        factor = 2 ** (self.levels - 1)
+        if z.ndim != 4 or z.shape[1] != self.channels or z.shape[2] % factor or z.shape[3] % factor:
+            raise ValueError(
+                f"UNet(channels={self.channels}, levels={self.levels}) got an input of shape {tuple(z.shape)}, expected "
+                f"(B, {self.channels}, H, W) with H and W multiples of {factor}; pad the images or use fewer levels."
+            )
+
+
+class _ConvolutionBlock(nn.Module):
+    """Two convolutions with normalisation, time as scale and shift between them."""
+
+    def __init__(self, width: int, embedding: int | None, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _group_norm(width), _group_norm(width)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * width) if embedding else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, embedding: Tensor | None) -> Tensor:
+        inner = self.norm2(self.first(functional.silu(self.norm1(h))))
+        inner = functional.silu(_modulate(inner, self.modulation, embedding))
+        return h + self.second(self.dropout(inner))
+
+
+class Preconditioned(nn.Module, Configurable):
+    r"""A network scaled to predict x (head "x"), or the pair of head "moments", at every noise level.
+
+    .. math::
+        \hat x = c_{skip} z - c_{out}\,\mathrm{net}(c_{in} z, t), \qquad
+        (\hat F, \hat{\dot F}) = (c_{skip} z - c_{out}\,\mathrm{net}_1(c_{in} z, t),\ \mathrm{net}_2(c_{in} z, t))
+
+    with the coefficients of this module's header. The schedule is the model's: ``NDM`` binds it.
+
+    Args:
+        net: ``net(z, t, **cond)``, returning ``(B, *E)`` for "x" and ``(B, 2, *E)`` for "moments".
+        head: "x" or "moments"; the ``prediction`` of the model.
+        data_std: s, standard deviation of the data over all coordinates.
+    """
+
+    def __init__(self, net: nn.Module, head: str = "x", data_std: float = 1.0) -> None:
+        super().__init__()
+        self.net, self.head = net, choose("head", head, HEADS)
+        if not (math.isfinite(data_std) and data_std > 0.0):
+            raise ValueError(f"data_std must be a positive number, got {data_std!r}.")
+        self.data_std = data_std
+        self._names, self._anything = keyword_names(net, 2)
+        # Kept out of the submodules: the schedule's parameters belong to the model's process. A copy of the model
+        # copies this reference along with the schedule it points at.
+        self.__dict__["_schedule"] = None
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        """Conditioning keywords the network accepts, and whether it accepts any."""
+        return self._names, self._anything
+
+    def bind_schedule(self, schedule: nn.Module) -> None:
+        """Take alpha and sigma from ``schedule``, a callable of float64 time.
+
+        Raises:
+            ValueError: it is bound to a different schedule already, which another model relies on.
+        """
+        bound = self.__dict__["_schedule"]
+        if bound is not None and bound is not schedule and not _interchangeable(bound, schedule):
+            raise ValueError(
+                f"this predictor is bound to the {type(bound).__name__} of another model, and one with "
+                f"{type(schedule).__name__} would change that model; take a copy.deepcopy(predictor) and unbind() it, or "
+                "unbind() this one if the other model is gone."
+            )
+        self.__dict__["_schedule"] = schedule
+
+    def unbind(self) -> None:
+        """Forget the schedule, so that another model can bind its own."""
+        self.__dict__["_schedule"] = None
+
+    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The prediction at state z ``(B, *E)`` and time t ``(B,)``; a pair for head "moments".
+
+        Raises:
+            RuntimeError: no schedule is bound.
+            ValueError: the network's output does not fit the head.
+        """
+        skip, out, into = (expand(c, z) for c in self._coefficients(t))
+        output = self.net(into * z, t, **cond)
+        if self.head == "x":
+            return skip * z - out * output
+        expected = (z.shape[0], 2, *z.shape[1:])
+        if tuple(output.shape) != expected:
+            raise ValueError(
+                f"head='moments' needs two outputs of the network, shape {expected}, got {tuple(output.shape)}; build "
+                "it with outputs=2."
+            )
+        return skip * z - out * output[:, 0], output[:, 1]
+
+    def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        schedule = self.__dict__["_schedule"]
+        if schedule is None:
+            raise RuntimeError(
+                "Preconditioned needs a noise schedule and has none; pass it as the predictor of an NDM, or call "
+                "bind_schedule(schedule)."
+            )
+        c, s = schedule(t.double()), self.data_std
+        spread = torch.sqrt((c.alpha * s) ** 2 + c.sigma**2)
+        return c.alpha * s**2 / spread**2, c.sigma * s / spread, 1.0 / spread
+
+
+def _interchangeable(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two schedules are the same function for good: equal configurations, nothing to learn."""
+    if any(True for module in (a, b) for _ in module.parameters()):
+        return False
+    try:
+        return bool(to_config(a) == to_config(b))
+    except Unconfigurable:
+        return False
+
+
+def _validate_outputs(outputs: int | None) -> int | None:
+    return None if outputs is None else validate_count("outputs", outputs)
+
+
+def _output_shape(z: Tensor, outputs: int | None) -> tuple[int, ...]:
+    return tuple(z.shape) if outputs is None else (z.shape[0], outputs, *z.shape[1:])
+
+
+def _embed(embedding: TimeEmbedding | None, t: Tensor | None, net: nn.Module) -> Tensor | None:
+    if embedding is None:
+        if t is not None:
+            raise TypeError(f"this {type(net).__name__} was built with time=False but got a time; call net(x).")
+        return None
+    if t is None:
+        raise TypeError(f"{type(net).__name__} needs a time: call net(z, t), or build it with time=False.")
+    return embedding(t)
+
+
+def _modulate(h: Tensor, layer: nn.Module | None, embedding: Tensor | None) -> Tensor:
+    r""":math:`h\,(1 + a) + b`, one pair (a, b) per row and channel."""
+    if layer is None:
+        return h
+    scale, shift = layer(embedding).reshape(h.shape[0], -1, *(1,) * (h.ndim - 2)).chunk(2, dim=1)
+    return h * (1.0 + scale) + shift
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, _GROUPS), channels)
+
+
+def _zero(layer: Layer) -> Layer:
+    """Zero weight and bias, so that a network starts as the zero function."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

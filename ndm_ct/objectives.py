@@ -1,0 +1,387 @@
+r"""The evidence lower bound, always in full: three terms, no balancing weights.
+
+.. math::
+    -\mathrm{ELBO} = KL(q(z_1 \mid x) \,\|\, p(z_1)) + L_{diff} + E[-\log p(x \mid z_0)]
+
+.. math::
+    L_{diff} = \int_{t_{min}}^1 E\,\tfrac12 \frac{e^{-\gamma} \gamma'}{\eta}
+    \Bigl\| \frac{1 + \eta}{2} \Delta F - \frac{\Delta \dot F}{\gamma'} \Bigr\|^2 dt, \qquad
+    \Delta F = F(x, t) - \hat F(z_t, t)
+
+With T discrete steps, :math:`KL_t = \|\alpha_s \Delta F_s - \kappa \alpha_t \Delta F_t\|^2 / (2 \tilde\sigma^2)`; the
+sum tends to the integral at order 1/T. For F the identity and :math:`\eta = 1` the integrand is VDM's
+:math:`-\tfrac12 \mathrm{SNR}' \|x - \hat x\|^2`.
+
+Real-valued data are decoded by :math:`N(z_0/\alpha_0, e^{\gamma_0} I)`, so the bound is on the density smoothed by that
+kernel; integer data by the softmax of the same exponent over the levels.
+
+Times are drawn uniformly in :math:`\gamma`, or, where the schedule has :math:`\gamma(1) = \infty`, uniformly in
+:math:`\arctan(\sigma/\alpha)`.
+
+References:
+    Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
+    Kingma et al., Variational Diffusion Models, https://arxiv.org/abs/2107.00630
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ndm_ct._shapes import as_time, expand, sum_event, validate_count
+from ndm_ct.model import NDM, NormalKL, validate_prediction
+from ndm_ct.quantisation import Quantisation
+from ndm_ct.transforms import Identity
+
+__all__ = [
+    "ElboInfo",
+    "diffusion_integrand",
+    "elbo",
+    "elbo_discrete",
+    "loss",
+    "prior_term",
+    "reconstruction_term",
+    "times",
+    "transition_kl",
+]
+
+
+@dataclass(frozen=True)
+class ElboInfo:
+    """The terms of minus the ELBO, nats, each ``(B,)``; they add up to minus the bound.
+
+    Args:
+        prior: KL(q(z_1|x) || p(z_1)).
+        diffusion: estimate of L_diff.
+        reconstruction: E[-log p(x|z_0)].
+        stderr: standard error of the bound from the random times and noise; NaN for one sample.
+        nfe: network evaluations of the whole batch.
+    """
+
+    prior: Tensor
+    diffusion: Tensor
+    reconstruction: Tensor
+    stderr: Tensor
+    nfe: int
+
+
+def times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Map uniform numbers to times, uniformly in :math:`\gamma` (or in the angle where :math:`\gamma(1) = \infty`).
+
+    Args:
+        model: gives schedule and interval.
+        u: float64 in [0, 1], any shape.
+
+    Returns:
+        t and the weight :math:`1/p(t)` of an integral over t, both of the shape of ``u``, without gradient.
+    """
+    schedule = model.schedule
+    with torch.no_grad():
+        low, high = schedule(as_time(model.t_min, u.device)), schedule(as_time(1.0, u.device))
+        if bool(torch.isfinite(high.gamma)):
+            start, span = low.gamma, high.gamma - low.gamma
+            t = schedule.time_at(torch.atan(torch.exp(0.5 * (start + span * u))))
+            t = t.clamp(model.t_min, 1.0)
+            return t, span / schedule(t).dgamma
+        start, span = low.angle, high.angle - low.angle
+        t = schedule.time_at(start + span * u).clamp(model.t_min, 1.0)
+        return t, span / schedule(t).dangle
+
+
+def low_discrepancy(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """n numbers in [0, 1), each uniform, together one in every interval of length 1/n (one random shift)."""
+    shift = torch.rand((), dtype=torch.float64, device=device, generator=generator)
+    return (shift + torch.arange(n, dtype=torch.float64, device=device) / max(n, 1)) % 1.0
+
+
+def diffusion_integrand(model: NDM, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Tensor:
+    r"""The integrand of :math:`L_{diff}` at time t for one noise, nats per unit time.
+
+    Args:
+        model: the model; its volatility must be positive.
+        x: data, shape ``(B, *E)``.
+        t: float64 times, shape ``(B,)``.
+        eps: noise :math:`\epsilon`, shape ``(B, *E)``.
+        cond: conditioning.
+
+    Returns:
+        Shape ``(B,)``.
+    """
+    F, dF = model.transform.with_derivative(x, t, **cond)
+    return _integrand(model, F, dF, *_predicted(model, F, t, eps, cond), t)
+
+
+def _predicted(model: NDM, F: Tensor, t: Tensor, eps: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    c = model.schedule(t)
+    z = expand(c.alpha, F) * F + expand(c.sigma, F) * eps
+    F_hat, dF_hat = model.moments(z, t, **cond)
+    validate_prediction(F_hat, t)
+    validate_prediction(dF_hat, t)
+    return F_hat, dF_hat
+
+
+def _integrand(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor) -> Tensor:
+    c, eta = model.schedule(t), model.process.eta(t)
+    delta, ddelta = F - F_hat, dF - dF_hat
+    if eta.ndim > 1:  # the volatility varies over the event, in the transform's basis
+        delta, ddelta = model.transform.to_basis(delta), model.transform.to_basis(ddelta)
+    eta = expand(eta, F)
+    residual = 0.5 * (1.0 + eta) * delta - expand(c.inverse_dgamma, F) * ddelta
+    return (0.5 * c.snr_rate).to(F.dtype) * sum_event(residual**2 / eta)
+
+
+def prior_term(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+    r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample."""
+    t = as_time(1.0, x.device).expand(x.shape[0])
+    mean = model.process.mean(x, t, **cond)
+    std = expand(model.schedule(t).sigma, x).expand_as(x)
+    if isinstance(model.prior, NormalKL):
+        return model.prior.kl_from_normal(mean, std)
+    eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    log_q = -sum_event(0.5 * eps**2 + std.log() + 0.5 * math.log(2.0 * math.pi))
+    return log_q - model.prior.log_prob(mean + std * eps)
+
+
+def reconstruction_term(
+    model: NDM,
+    x: Tensor,
+    *,
+    quantisation: Quantisation | None = None,
+    generator: torch.Generator | None = None,
+    **cond: Any,
+) -> Tensor:
+    r""":math:`E[-\log p(x \mid z_0)]`, nats, ``(B,)``.
+
+    Exact for real-valued data; for integer data (``quantisation`` given, x at bin centres) one sample of z_0.
+    """
+    t = as_time(model.t_min, x.device).expand(x.shape[0])
+    F, gamma = model.transform(x, t, **cond), expand(model.schedule(t).gamma, x)
+    if quantisation is None:
+        # z_0/alpha_0 = F + e^{gamma_0/2} eps, so the expectation of the square is known.
+        return 0.5 * sum_event((F - x) ** 2 * torch.exp(-gamma) + 1.0 + math.log(2.0 * math.pi) + gamma)
+    eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    decoded = F + torch.exp(0.5 * gamma) * eps
+    values = quantisation.values(x)
+    logits = -0.5 * (decoded[..., None] - values) ** 2 * torch.exp(-gamma)[..., None]
+    own = -0.5 * (decoded - x) ** 2 * torch.exp(-gamma)
+    return sum_event(torch.logsumexp(logits, -1) - own)
+
+
+@overload
+def elbo(
+    model: NDM, x: Tensor, *, samples: int = ..., quantisation: Quantisation | None = ...,
+    generator: torch.Generator | None = ..., return_info: Literal[False] = ..., **cond: Any,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def elbo(
+    model: NDM, x: Tensor, *, samples: int = ..., quantisation: Quantisation | None = ...,
+    generator: torch.Generator | None = ..., return_info: Literal[True], **cond: Any,
+) -> tuple[Tensor, ElboInfo]: ...  # fmt: skip
+
+
+def elbo(
+    model: NDM,
+    x: Tensor,
+    *,
+    samples: int = 1,
+    quantisation: Quantisation | None = None,
+    generator: torch.Generator | None = None,
+    return_info: bool = False,
+    **cond: Any,
+) -> Tensor | tuple[Tensor, ElboInfo]:
+    r"""The evidence lower bound on :math:`\log p(x)` in continuous time, nats, one unbiased estimate per row.
+
+    The network is switched to eval mode meanwhile; gradients flow unless disabled by the caller.
+
+    Args:
+        model: the model.
+        x: data, shape ``(B, *E)``.
+        samples: pairs (t, eps) per row, stratified in time; two and more give a standard error.
+        quantisation: the bins, if x are the centres of integer levels; the bound is then on the log-probability.
+        generator: source of times and noise.
+        return_info: also return an :class:`ElboInfo`.
+        cond: conditioning.
+
+    Returns:
+        Shape ``(B,)``; with ``return_info`` a pair.
+
+    Example:
+        >>> import ndm_ct
+        >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
+        >>> x = model.sample_data(4)
+        >>> bound, info = ndm_ct.elbo(model, x, samples=8, return_info=True)
+        >>> torch.equal(bound, -(info.prior + info.diffusion + info.reconstruction))
+        True
+    """
+    model.validate(x, cond, elbo)
+    _validate_volatility(model)
+
+    def draw(u: Tensor) -> Tensor:
+        t, weight = times(model, u)
+        eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return weight.to(x.dtype) * diffusion_integrand(model, x, t, eps, **cond)
+
+    return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
+
+
+def elbo_discrete(
+    model: NDM,
+    x: Tensor,
+    *,
+    steps: int,
+    samples: int = 1,
+    quantisation: Quantisation | None = None,
+    generator: torch.Generator | None = None,
+    return_info: bool = False,
+    **cond: Any,
+) -> Any:
+    r"""The ELBO of the model with T discrete steps, uniform in the coordinate of :func:`times`.
+
+    Args:
+        model: the model.
+        x: data, shape ``(B, *E)``.
+        steps: T.
+        samples: transitions drawn per row.
+        quantisation: as in :func:`elbo`.
+        generator: as in :func:`elbo`.
+        return_info: as in :func:`elbo`.
+        cond: conditioning.
+
+    Returns:
+        As :func:`elbo`.
+    """
+    model.validate(x, cond, elbo_discrete)
+    _validate_volatility(model)
+    grid, _ = times(model, torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64))
+    grid = grid.to(x.device)
+
+    def draw(u: Tensor) -> Tensor:
+        index = (u * steps).long().clamp(max=steps - 1)
+        eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return steps * transition_kl(model, x, grid[index], grid[index + 1], eps, **cond)
+
+    return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
+
+
+def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Tensor:
+    r""":math:`KL(q(z_s \mid z_t, x) \,\|\, p(z_s \mid z_t))` at :math:`z_t = \alpha_t F + \sigma_t \epsilon`, ``(B,)``.
+
+    Args:
+        model: the model.
+        x: data, shape ``(B, *E)``.
+        s: the earlier times, shape ``(B,)``.
+        t: the later times, shape ``(B,)``.
+        eps: noise, shape ``(B, *E)``.
+        cond: conditioning.
+    """
+    process, transform = model.process, model.transform
+    c = model.schedule(t)
+    F_t, F_s = transform(x, t, **cond), transform(x, s, **cond)
+    z = expand(c.alpha, x) * F_t + expand(c.sigma, x) * eps
+    mean, std = process.posterior(z, F_s, F_t, s, t)
+    F_hat_t, F_hat_s = model.frozen(z, t, s, **cond)
+    model_mean, _ = process.posterior(z, F_hat_s, F_hat_t, s, t)
+    return 0.5 * sum_event(transform.diagonal(1.0 / std, mean - model_mean) ** 2)
+
+
+def _bound(
+    model: NDM,
+    x: Tensor,
+    draw: Callable[[Tensor], Tensor],
+    samples: int,
+    quantisation: Quantisation | None,
+    generator: torch.Generator | None,
+    return_info: bool,
+    cond: dict[str, Any],
+) -> Any:
+    """The three terms, the diffusion term by ``draw`` (uniform number to estimate), stratified over the samples."""
+    validate_count("samples", samples)
+    strata = max(1, samples // 2)
+    points: list[list[Tensor]] = [[] for _ in range(strata)]
+    with model.evaluating():
+        for sample in range(samples):
+            k = sample % strata
+            uniform = torch.rand(x.shape[0], dtype=torch.float64, device=x.device, generator=generator)
+            points[k].append(draw((k + uniform) / strata))
+        diffusion, variance = _stratified(points)
+        prior = prior_term(model, x, generator=generator, **cond)
+        if quantisation is None:
+            reconstruction = reconstruction_term(model, x, **cond)
+        else:
+            drawn = [
+                reconstruction_term(model, x, quantisation=quantisation, generator=generator, **cond)
+                for _ in range(samples)
+            ]
+            reconstruction, extra = _stratified([drawn])
+            variance = variance + extra
+    bound = -(prior + diffusion + reconstruction)
+    if not return_info:
+        return bound
+    return bound, ElboInfo(prior, diffusion, reconstruction, variance.sqrt(), samples)
+
+
+def _stratified(points: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean over equal strata, and the variance of that mean (NaN where a stratum has a single point)."""
+    means, variances = [], []
+    for stratum in points:
+        values = torch.stack(stratum)
+        means.append(values.mean(0))
+        single = len(stratum) == 1
+        variances.append(torch.full_like(values[0], math.nan) if single else values.var(0) / len(stratum))
+    count = len(points)
+    return torch.stack(means).mean(0), torch.stack(variances).detach().sum(0) / count**2
+
+
+def loss(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+    r"""The training objective: minus the ELBO, one time per row, times of low discrepancy over the batch.
+
+    With prediction "moments" the regressions of :math:`\hat F` and :math:`\hat{\dot F}` are added, in the units of the
+    bound and with the transform held fixed,
+
+    .. math::
+        \tfrac12 e^{-\gamma} \gamma' \bigl( \|F - \hat F\|^2 + \|\dot F - \hat{\dot F}\|^2 / \gamma'^2 \bigr) ,
+
+    so that at the optimum both are conditional means, and the probability flow is the true one.
+
+    Args:
+        model: the model, in the mode the caller chose.
+        x: data, shape ``(B, *E)``.
+        generator: source of times and noise.
+        cond: conditioning.
+
+    Returns:
+        Shape ``(B,)``, nats; its mean is to be minimised.
+    """
+    model.validate(x, cond, loss)
+    _validate_volatility(model)
+    t, weight = times(model, low_discrepancy(x.shape[0], generator, x.device))
+    eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    F, dF = model.transform.with_derivative(x, t, **cond)
+    F_hat, dF_hat = _predicted(model, F, t, eps, cond)
+    rate = _integrand(model, F, dF, F_hat, dF_hat, t)
+    if model.prediction == "moments" and not isinstance(model.transform, Identity):
+        if F.requires_grad:  # a second evaluation, through which nothing reaches the transform
+            F, dF = F.detach(), dF.detach()
+            F_hat, dF_hat = _predicted(model, F, t, eps, cond)
+        rate = rate + _regressions(model, F, dF, F_hat, dF_hat, t)
+    constant = prior_term(model, x, generator=generator, **cond) + reconstruction_term(model, x, **cond)
+    return weight.to(x.dtype) * rate + constant
+
+
+def _regressions(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor) -> Tensor:
+    c = model.schedule(t)
+    error = (F - F_hat) ** 2 + (expand(c.inverse_dgamma, F) * (dF - dF_hat)) ** 2
+    return (0.5 * c.snr_rate).to(F.dtype) * sum_event(error)
+
+
+def _validate_volatility(model: NDM) -> None:
+    if model.process.volatility == 0.0:
+        raise ValueError(
+            "volatility=0.0 is a deterministic process, whose ELBO is minus infinity for every x; use a positive "
+            "volatility to train, and method='ode' or 'ddim' to sample deterministically."
+        )

@@ -1,0 +1,215 @@
+r"""Sampling: from :math:`z_1 \sim p_1` down to :math:`t_{min}` along one of the model's dynamics.
+
+==============================  ==========================================================================
+``"ode"``                       probability flow, adaptive
+``"euler", "midpoint",``        probability flow, one step of the method per interval of a uniform time grid
+``"heun", "rk4"``
+``"sde"``                       reverse SDE on the grid, two evaluations per step (stochastic Heun)
+``"ddpm", "ddim"``              frozen-prediction steps on the grid (:mod:`ndm_ct.discrete`)
+==============================  ==========================================================================
+
+A sample is a draw of :math:`z_{t_{min}}`, the variable whose density ``loglik`` reports; no last denoising step is
+taken.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ndm_ct import _shapes
+from ndm_ct.discrete import DDIM, DDPM, walk
+from ndm_ct.model import NDM
+from ndm_ct.solvers import FIXED_METHODS, odeint, odeint_grid, sdeint
+
+__all__ = ["METHODS", "SampleInfo", "sample"]
+
+SDE_SOLVER = "heun"
+METHODS = ("ode", "sde", "ddpm", "ddim", *FIXED_METHODS)
+"""Names ``sample`` knows."""
+
+RTOL = ATOL = 1e-5
+
+Callback = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What sampling cost.
+
+    Args:
+        nfe: network evaluations of the whole batch.
+        accepted: accepted steps.
+        rejected: rejected steps.
+        z: the prior draw :math:`z_1`, ``(n, *E)``.
+    """
+
+    nfe: int
+    accepted: int
+    rejected: int
+    z: Tensor
+
+
+def sample(
+    model: NDM,
+    n: int,
+    *,
+    method: str = "ode",
+    steps: int | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    return_info: bool = False,
+    **cond: Any,
+) -> Any:
+    r"""Draw n samples.
+
+    Args:
+        model: the model.
+        n: number of samples, zero allowed.
+        method: see the module's table.
+        steps: number of steps of a fixed-grid method, taken exactly; not for "ode".
+        rtol: relative tolerance, only for "ode"; None is 1e-5.
+        atol: absolute tolerance, only for "ode"; None is 1e-5.
+        generator: source of all randomness.
+        dtype: dtype of the samples; None is the model's.
+        device: None is the model's.
+        progress: show a bar.
+        return_info: also return a :class:`SampleInfo`.
+        cond: conditioning, tensors with n rows.
+
+    Returns:
+        Shape ``(n, *E)``; with ``return_info`` a pair.
+
+    Raises:
+        ValueError: unknown method; steps missing, below one, or without effect; tolerances without effect.
+
+    Example:
+        >>> import ndm_ct
+        >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
+        >>> ndm_ct.sample(model, 5, method="ddim", steps=10).shape
+        torch.Size([5, 2])
+    """
+    _shapes.choose("method", method, METHODS)
+    _validate_options(method, steps, rtol, atol)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"n must be a non-negative int, got {n!r}.")
+    dtype = dtype or model.dtype or torch.get_default_dtype()
+    device = torch.device(device) if device is not None else model.device or torch.device("cpu")
+    with model.evaluating(), torch.no_grad():
+        z1 = model.sample_prior(n, generator=generator, dtype=dtype, device=device)
+        model.validate(z1, cond, sample, name="z1")
+        with _bar(progress, steps, model.t_min) as callback:
+            if method == "ode":
+                x, info = _adaptive(model, z1, rtol, atol, callback, cond)
+            else:
+                assert steps is not None
+                grid = torch.linspace(1.0, model.t_min, steps + 1, dtype=torch.float64, device=device)
+                x, nfe = _ON_GRID.get(method, _fixed)(model, z1, grid, method, generator, callback, cond)
+                info = SampleInfo(nfe, steps, 0, z1)
+    x = x.to(dtype)
+    return (x, info) if return_info else x
+
+
+def _validate_options(method: str, steps: int | None, rtol: float | None, atol: float | None) -> None:
+    if method == "ode":
+        if steps is not None:
+            raise ValueError(
+                "method='ode' chooses its own steps, so steps has no effect; set rtol and atol, or take a fixed-grid "
+                "method such as 'heun'."
+            )
+        return
+    if steps is None:
+        raise ValueError(f"method={method!r} takes a fixed number of steps; pass steps=, for example steps=100.")
+    _shapes.validate_count("steps", steps)
+    given = [name for name, value in (("rtol", rtol), ("atol", atol)) if value is not None]
+    if given:
+        raise ValueError(f"{' and '.join(given)} has no effect with method={method!r}, which takes fixed steps.")
+
+
+def _adaptive(
+    model: NDM, z1: Tensor, rtol: float | None, atol: float | None, callback: Callback | None, cond: dict[str, Any]
+) -> tuple[Tensor, SampleInfo]:
+    flow = model.flow(z1.dtype, **cond)
+    solution = odeint(
+        lambda t, state: (flow(t, state[0]),), (z1.double(),), 1.0, model.t_min,
+        rtol=RTOL if rtol is None else rtol, atol=ATOL if atol is None else atol, callback=callback,
+    )  # fmt: skip
+    return solution.state[0], SampleInfo(solution.evaluations, solution.accepted, solution.rejected, z1)
+
+
+def _fixed(
+    model: NDM,
+    z1: Tensor,
+    grid: Tensor,
+    method: str,
+    generator: torch.Generator | None,
+    callback: Callback | None,
+    cond: dict[str, Any],
+) -> tuple[Tensor, int]:
+    flow = model.flow(z1.dtype, **cond)
+    solution = odeint_grid(
+        lambda t, state: (flow(t, state[0]),), (z1.double(),), grid, method=method, callback=callback
+    )
+    return solution.state[0], solution.evaluations
+
+
+def _stochastic(
+    model: NDM,
+    z1: Tensor,
+    grid: Tensor,
+    method: str,
+    generator: torch.Generator | None,
+    callback: Callback | None,
+    cond: dict[str, Any],
+) -> tuple[Tensor, int]:
+    z, first = z1.double(), 0
+    if not bool(torch.isfinite(model.process.diffusion(grid[:1])).all()):
+        # g(1) is infinite: the first step is the frozen-prediction transition, which forgets z_1 as the SDE would.
+        z, first = walk(DDPM(model), z1, grid[:2], generator=generator, callback=callback, **cond).double(), 1
+    if len(grid) - first < 2:
+        return z, first
+    sde, transform = model.reverse_sde(z1.dtype, **cond), model.transform
+    solution = sdeint(
+        sde.drift, sde.diffusion, transform.to_basis(z), grid[first:], method=SDE_SOLVER, generator=generator,
+        callback=callback,
+    )  # fmt: skip
+    return transform.from_basis(solution.state[0]), first + solution.evaluations
+
+
+def _discrete(
+    model: NDM,
+    z1: Tensor,
+    grid: Tensor,
+    method: str,
+    generator: torch.Generator | None,
+    callback: Callback | None,
+    cond: dict[str, Any],
+) -> tuple[Tensor, int]:
+    sampler = DDPM(model) if method == "ddpm" else DDIM(model)
+    return walk(sampler, z1, grid, generator=generator, callback=callback, **cond), len(grid) - 1
+
+
+_ON_GRID = {"sde": _stochastic, "ddpm": _discrete, "ddim": _discrete}
+
+
+@contextmanager
+def _bar(progress: bool, steps: int | None, t_min: float) -> Iterator[Callback | None]:
+    """A callback that moves a bar: by steps on a grid, by time for adaptive solves."""
+    if not progress:
+        yield None
+        return
+    with tqdm(total=steps or 100, desc="sampling", unit="step" if steps else "%") as bar:
+
+        def by_time(t: float) -> None:
+            bar.update(int(100 * (1.0 - t) / (1.0 - t_min)) - bar.n)
+
+        yield by_time if steps is None else lambda t: bar.update(1) and None
+        bar.update(bar.total - bar.n)
