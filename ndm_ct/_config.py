@@ -30,7 +30,9 @@ class Configurable:
         """``{"type": class name, argument: value, ...}``, JSON-serialisable."""
         if Configurable.registry.get(type(self).__name__) is not type(self):
             raise Unconfigurable(f"{type(self).__name__} is not a class of this package.")
-        names = list(inspect.signature(type(self)).parameters)
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of an inherited __init__
+        parameters = inspect.signature(type(self)).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind not in variadic]
         return {"type": type(self).__name__} | {name: to_config(getattr(self, name)) for name in names}
 
 

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ def keyword_names(function: Callable[..., Any], skip: int) -> tuple[frozenset[st
     A module that hands its keywords on to another says what that one accepts in a method ``cond_names()``.
     """
     if isinstance(function, nn.Module) and hasattr(function, "cond_names"):
-        return function.cond_names()
+        return cast(Any, function).cond_names()
     target = function.forward if isinstance(function, nn.Module) else function
     try:
         parameters = list(inspect.signature(target).parameters.values())

@@ -192,4 +192,4 @@ class ForwardProcess(nn.Module):
 
 def _like(c: Tensor, reference: Tensor) -> Tensor:
     """Append axes to ``c`` (shape of t) until it broadcasts against a coefficient that may vary over the event."""
-    return c.reshape(*c.shape, *(1,) * (reference.ndim - c.ndim))
+    return c.reshape((*c.shape, *(1,) * (reference.ndim - c.ndim)))

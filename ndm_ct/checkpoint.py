@@ -1,0 +1,304 @@
+"""Models and trainings on disk: one safetensors file each, replaced atomically, read without executing anything.
+
+The file's ``__metadata__`` holds a JSON description under the key ``"ndm_ct"`` and a SHA-256 digest of description and
+tensors under ``"sha256"``. A model's description names the classes of this library and their constructor arguments;
+only those are ever rebuilt, and anything else is marked ``"external"`` and has to be passed to :func:`load`.
+
+References:
+    The safetensors format, https://github.com/huggingface/safetensors
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ndm_ct._config import Unconfigurable, from_config, to_config
+from ndm_ct._errors import CheckpointError
+from ndm_ct.model import NDM
+from ndm_ct.process import ForwardProcess
+from ndm_ct.transforms import Transform
+
+__all__ = ["load", "save"]
+
+FORMAT = 1
+EXTERNAL = "external"
+KEY, DIGEST = "ndm_ct", "sha256"
+
+PathLike = str | os.PathLike[str]
+
+
+def save(model: NDM, path: PathLike) -> None:
+    """Write a model, weights and configuration, to one file.
+
+    The file is complete or absent at every moment: it is written beside its final place, flushed to the disk and moved.
+    A predictor or transform that is not made of this library's classes is saved as weights only.
+
+    Args:
+        model: the model.
+        path: file to write or replace.
+
+    Raises:
+        ValueError: the prior, schedule or volatility cannot be described in the file. Nothing is written.
+        TypeError: the model's state holds something that is no tensor. Nothing is written.
+
+    Example:
+        >>> import tempfile, ndm_ct
+        >>> model = ndm_ct.NDM(ndm_ct.nn.Preconditioned(ndm_ct.nn.MLP(2)), event_shape=(2,))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ndm_ct.save(model, f"{folder}/model.safetensors")
+        ...     ndm_ct.load(f"{folder}/model.safetensors").event_shape
+        (2,)
+    """
+    write(path, model.state_dict(), {"kind": "model", "model": describe(model)})
+
+
+def load(path: PathLike, *, predictor: Any = None, transform: Transform | None = None) -> NDM:
+    """Read a model that :func:`save` wrote; it is in eval mode, its weights those saved, bit by bit.
+
+    Args:
+        path: the file.
+        predictor: the predictor, if the file does not describe its own. Its weights are replaced by the file's; a
+            plain function is taken as it is.
+        transform: likewise the transform.
+
+    Raises:
+        CheckpointError: the file is not a model of this library, is damaged, names unknown classes, or its tensors do
+            not fit. Neither the file nor a module passed in has changed.
+        ValueError: a predictor or transform is missing, or given though the file describes its own.
+        FileNotFoundError: there is no such file.
+    """
+    description, tensors = read(path, "model")
+    try:
+        return _rebuild(description["model"], tensors, predictor, transform)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the description lacks the entry {error}.") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def describe(model: NDM) -> dict[str, Any]:
+    """The JSON description of a model, all but its weights.
+
+    Raises:
+        ValueError: the prior, schedule or volatility cannot be described.
+    """
+    if model.custom_prior is not None:
+        raise ValueError(
+            f"a model with the custom prior {type(model.custom_prior).__name__} cannot be saved: the file has no place "
+            "for it. Save model.state_dict() with torch.save, and build the model with its prior before loading it."
+        )
+    parts: dict[str, Any] = {}
+    for name, value in (("schedule", model.schedule), ("volatility", model.process.volatility)):
+        try:
+            parts[name] = to_config(value)
+        except Unconfigurable as error:
+            raise ValueError(
+                f"the {name} cannot be saved: {error} Use one of this library's, or save model.state_dict() with "
+                "torch.save and build the model before loading it."
+            ) from error
+    for name, part in (("transform", model.transform), ("predictor", model.predictor)):
+        try:
+            parts[name] = to_config(part)
+        except Unconfigurable:
+            parts[name] = EXTERNAL
+    return parts | {
+        "event_shape": list(model.event_shape),
+        "prediction": model.prediction,
+        "t_min": model.t_min,
+    }
+
+
+def _rebuild(config: Any, tensors: dict[str, Tensor], predictor: Any, transform: Transform | None) -> NDM:
+    if not isinstance(config, dict):
+        raise CheckpointError(f"the model's description is a {type(config).__name__}, expected an object.")
+    given = {"predictor": predictor, "transform": transform}
+    for name, value in given.items():
+        _validate_given(name, value, config[name])
+    with _describing(), torch.device("meta"):  # names and shapes without memory
+        _compare(_skeleton(_parts(config, given)), tensors, config)
+    # Forked: the initial weights, soon replaced, take nothing from the caller's random numbers.
+    with _describing(), torch.random.fork_rng(devices=[]):
+        parts = _parts(config, given)
+        model = NDM(
+            parts["predictor"],
+            config["event_shape"],
+            transform=parts["transform"],
+            schedule=parts["schedule"],
+            volatility=parts["volatility"],
+            prediction=config["prediction"],
+            t_min=config["t_min"],
+        )
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+@contextmanager
+def _describing() -> Iterator[None]:
+    """Whatever a constructor finds wrong is the file's fault."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"the description does not make a model: {error}") from error
+
+
+def _validate_given(name: str, value: Any, config: Any) -> None:
+    if config == EXTERNAL and value is None:
+        raise ValueError(
+            f"the file holds only the weights of its {name}, which is not made of this library's classes; build it and "
+            f"pass load(path, {name}=...)."
+        )
+    if config != EXTERNAL and value is not None:
+        kind = config.get("type") if isinstance(config, dict) else config
+        raise ValueError(f"{name} was given, but the file describes its own ({kind}); leave {name} out.")
+
+
+def _parts(config: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("predictor", "transform", "schedule", "volatility")
+    return {name: given[name] if config[name] == EXTERNAL else from_config(config[name]) for name in names}
+
+
+def _skeleton(parts: dict[str, Any]) -> nn.Module:
+    """A module with the state names of the model, and none of its behaviour."""
+    skeleton = nn.Module()
+    skeleton.process = ForwardProcess(parts["transform"], parts["schedule"], parts["volatility"])
+    if isinstance(parts["predictor"], nn.Module):
+        skeleton.predictor = parts["predictor"]
+    return skeleton
+
+
+def _compare(skeleton: nn.Module, tensors: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    expected = skeleton.state_dict()
+    for problem, names in (("lacks", expected.keys() - tensors), ("has unexpected", tensors.keys() - expected.keys())):
+        if names:
+            raise CheckpointError(f"the file {problem} tensors {_some(names)}; the model's structure differs.")
+    for name, tensor in tensors.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)} in the file, {tuple(wanted.shape)} in the model."
+            )
+        own = config["predictor" if name.startswith("predictor.") else "transform"] != EXTERNAL
+        # A network of this library takes the file's precision; one passed in keeps its own.
+        if tensor.dtype != wanted.dtype and not (own and tensor.is_floating_point() and wanted.is_floating_point()):
+            raise CheckpointError(
+                f"tensor {name!r} has dtype {tensor.dtype} in the file, {wanted.dtype} in the model; convert the "
+                f"module with .to({tensor.dtype}) before loading."
+            )
+
+
+def _some(names: Any) -> str:
+    names = sorted(names)
+    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def write(path: PathLike, tensors: Mapping[str, Any], description: dict[str, Any]) -> None:
+    """Write tensors and a description to ``path``, all or nothing.
+
+    Args:
+        path: file to write or replace.
+        tensors: by name; they may share memory, which the file does not keep.
+        description: JSON-serialisable; the format version is added.
+    """
+    copies = {name: _writable(name, tensor) for name, tensor in tensors.items()}
+    text = json.dumps({"format": FORMAT} | description, allow_nan=False)
+    data = safetensors.torch.save(copies, {KEY: text, DIGEST: _digest(text, copies)})
+    write_atomically(path, data)
+
+
+def write_atomically(path: PathLike, data: bytes) -> None:
+    """Replace the file at ``path`` by ``data``; a failure or a crash leaves the old file as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself, too, is on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what :func:`write` wrote.
+
+    Args:
+        path: the file.
+        kind: "model" or "training", what it must hold.
+
+    Returns:
+        The description and the tensors, on the CPU.
+
+    Raises:
+        CheckpointError: not a file of this library, damaged, of a newer format, or of another kind.
+    """
+    with Path(path).open("rb"):
+        pass  # a missing or unreadable file is the system's own error
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Cloned: the file may be replaced while the tensors live.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); it is damaged or foreign."
+        ) from error
+    text = metadata.get(KEY)
+    if text is None:
+        raise CheckpointError(f"{path}: a safetensors file, but not written by this library (no {KEY!r} metadata).")
+    if metadata.get(DIGEST) != _digest(text, tensors):
+        raise CheckpointError(f"{path}: the checksum does not match; the file was damaged or edited.")
+    try:
+        description = json.loads(text)
+        found = (description["format"], description["kind"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the description is no JSON object with format and kind ({error}).") from error
+    if found[0] != FORMAT:
+        raise CheckpointError(f"{path}: format {found[0]!r}, this version reads format {FORMAT}; update the library.")
+    if found[1] != kind:
+        hint = "; fit(run_dir=...) resumes it; its model is in model.safetensors" if kind == "model" else ""
+        raise CheckpointError(f"{path}: holds a {found[1]!r}, expected a {kind!r}{hint}.")
+    return description, tensors
+
+
+def _writable(name: str, tensor: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"the state {name!r} is a {type(tensor).__name__}; only tensors can be saved.")
+    if tensor.dtype == torch.complex128:
+        raise TypeError(f"the state {name!r} has dtype torch.complex128, which the format lacks; keep it as two reals.")
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memory(tensor))
+    return digest.hexdigest()
+
+
+def memory(tensor: Tensor) -> Any:
+    """The tensor's memory, for hashing."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,141 @@
+"""Data as rows a model can be trained on: real values, or the levels of integer data and what their bounds mean."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ndm_ct import objectives
+from ndm_ct._shapes import as_time, event_size, validate_cond, validate_data
+from ndm_ct.checkpoint import memory
+from ndm_ct.model import NDM
+from ndm_ct.quantisation import Quantisation
+
+__all__ = ["DEQUANTISATIONS", "Bins", "Source"]
+
+DEQUANTISATIONS = ("uniform", "centres")
+
+
+class Bins:
+    """How data become what the model is trained on, and its nats become bits per dimension."""
+
+    def __init__(self, model: NDM, quantisation: Quantisation | None, dequantisation: str) -> None:
+        self.model, self.quantisation, self.dequantisation = model, quantisation, dequantisation
+        self.dtype = model.dtype or torch.get_default_dtype()
+        self.size = event_size(model.event_shape)
+
+    def validate(self, x: Tensor, name: str) -> Tensor:
+        """Check rows as given."""
+        if self.quantisation is None:
+            if not (x.is_floating_point() or x.is_complex()):
+                raise TypeError(
+                    f"{name} has dtype {x.dtype}, but a density needs real data; for integer levels 0 ... L-1 pass "
+                    "quantisation=Quantisation(levels=L), else convert to a float dtype."
+                )
+            return self._validate_real(x, name)
+        self.quantisation.validate(x, name)
+        self._validate_real(x[:1].to(self.dtype), name)
+        return x
+
+    def _validate_real(self, x: Tensor, name: str) -> Tensor:
+        return validate_data(x, self.model.event_shape, name=name, dtype=self.dtype, device=self.model.device)
+
+    def real(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Validated rows as real values."""
+        if self.quantisation is None:
+            return x
+        if self.dequantisation == "uniform":
+            return self.quantisation.uniform(x, self.dtype, generator)
+        return self.quantisation.centres(x, self.dtype)
+
+    def elbo(self, model: NDM, x: Tensor, generator: torch.Generator, cond: dict[str, Any]) -> Tensor:
+        """The bound in nats per event, on the log-probability of integer data."""
+        centres = self.quantisation is not None and self.dequantisation == "centres"
+        bound = objectives.elbo(
+            model, x, quantisation=self.quantisation if centres else None, generator=generator, **cond
+        )
+        if self.quantisation is None or centres:
+            return bound
+        return bound + self.size * self.quantisation.uniform_offset
+
+    def bits(self, nats: float) -> float:
+        """Nats of a negative log-probability per event in bits per dimension."""
+        return nats / (self.size * math.log(2.0))
+
+    def bits_of_loss(self, loss: float) -> float | None:
+        """Bits per dimension of a training loss; None if it is no bound on a log-probability.
+
+        On bin centres the loss holds the reconstruction term of a density, :math:`\\frac d2 (\\log 2 \\pi e +
+        \\gamma_0)`; it is taken out, and that of the levels, negligible for a well-chosen :math:`\\gamma_0`, left out.
+        """
+        if self.quantisation is None or self.model.prediction == "moments":
+            return None
+        if self.dequantisation == "uniform":
+            return self.bits(loss - self.size * self.quantisation.uniform_offset)
+        with torch.no_grad():
+            gamma = float(self.model.schedule.gamma(as_time(self.model.t_min, self.model.device)))
+        return self.bits(loss - 0.5 * self.size * (math.log(2.0 * math.pi * math.e) + gamma))
+
+
+class Source:
+    """Rows of data and their conditioning, checked once (a Dataset's as they come)."""
+
+    def __init__(self, data: Any, cond: Mapping[str, Any], bins: Bins, name: str, caller: Callable[..., Any]) -> None:
+        self.bins, self.name = bins, name
+        self.data: Tensor | Dataset[Tensor]
+        if isinstance(data, Dataset):
+            self.data = data
+            self.rows = len(cast(Any, data))
+        else:
+            self.data = bins.validate(self._as_tensor(data), name)
+            self.rows = self.data.shape[0]
+        if self.rows < 1:
+            raise ValueError(f"{name} has no rows.")
+        self.cond = {key: self._validated_cond(key, value) for key, value in cond.items()}
+        model = bins.model
+        validate_cond(self.cond, model._cond_names, model._cond_anything, caller)
+
+    def _as_tensor(self, data: Any) -> Tensor:
+        if isinstance(data, np.ndarray):
+            if data.dtype.kind == "f":
+                return torch.tensor(data, dtype=self.bins.dtype, device=self.bins.model.device)
+            return torch.tensor(data.astype(np.int64) if data.dtype.kind == "u" and data.itemsize > 1 else data)
+        if isinstance(data, Tensor):
+            return data
+        raise TypeError(
+            f"{self.name} must be a tensor, an array or a map-style Dataset of tensors, got {type(data).__name__}."
+        )
+
+    def _validated_cond(self, key: str, value: Any) -> Tensor:
+        value = torch.as_tensor(value)
+        if value.ndim < 1 or value.shape[0] != self.rows:
+            raise ValueError(
+                f"the conditioning {key!r} has shape {tuple(value.shape)}, expected one row for each of the "
+                f"{self.rows} rows of {self.name}."
+            )
+        return value
+
+    def batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """Rows as the model is trained on them."""
+        if isinstance(self.data, Tensor):
+            x = self.data[rows]
+        else:
+            items = [self.data[row] for row in rows.tolist()]
+            if not all(isinstance(item, Tensor) for item in items):
+                raise TypeError(
+                    f"an item of {self.name} is a {type(items[0]).__name__}, expected a tensor x; pass conditioning as "
+                    "cond={name: tensor}."
+                )
+            x = self.bins.validate(torch.stack(items), self.name)
+        return self.bins.real(x, generator), {key: value[rows] for key, value in self.cond.items()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must agree for a training to continue; of a Dataset only the length is known."""
+        tensors = dict(self.cond) | ({"": self.data} if isinstance(self.data, Tensor) else {})
+        digests = {key: hashlib.sha256(memory(value)).hexdigest() for key, value in tensors.items()}
+        return {"rows": self.rows, "sha256": digests}

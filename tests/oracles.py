@@ -1,0 +1,151 @@
+"""Models whose every quantity is known in closed form, and the registries the laws run over."""
+
+import math
+
+import torch
+
+from ndm_ct import schedules, transforms
+from ndm_ct.model import NDM
+from ndm_ct.reference import Gaussian, GaussianMixture
+
+SCHEDULES = {
+    "VariancePreserving": schedules.VariancePreserving,
+    "SubVariancePreserving": schedules.SubVariancePreserving,
+    "VarianceExploding": schedules.VarianceExploding,
+    "LinearLogSNR": schedules.LinearLogSNR,
+    "Cosine": schedules.Cosine,
+    "Rectified": schedules.Rectified,
+}
+ALL_SCHEDULES = SCHEDULES | {
+    "Trigonometric": schedules.Trigonometric,
+    "LearnedLogSNR": lambda: perturbed(schedules.LearnedLogSNR()),
+    "Tabulated": lambda: schedules.Tabulated(ddpm_table()),
+}
+
+
+def k(t):
+    """A moving scale with k(0) = 1."""
+    return 1.0 + 1.5 * t
+
+
+TRANSFORMS = {"identity": transforms.Identity, "moving scale": lambda: transforms.TimeScaling(k)}
+
+
+def ddpm_table(steps=1000):
+    """Cumulative alpha^2 of the linear DDPM schedule."""
+    return torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
+
+
+def perturbed(module, scale=0.3):
+    """A learnable schedule away from its initial, nearly linear shape."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def rotated_covariance(d=6, low=0.05, high=4.0):
+    """Anisotropic and rotated: with an isotropic one Rademacher probes are exact and test nothing."""
+    generator = torch.Generator().manual_seed(7)
+    rotation, _ = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))
+    spectrum = torch.logspace(math.log10(low), math.log10(high), d, dtype=torch.float64)
+    return rotation @ torch.diag(spectrum) @ rotation.mT
+
+
+def gaussian(schedule=None, transform=None, d=6, **kwargs):
+    generator = torch.Generator().manual_seed(8)
+    mean = torch.randn(d, dtype=torch.float64, generator=generator)
+    return Gaussian(mean, rotated_covariance(d), schedule=schedule, transform=transform, **kwargs)
+
+
+def mixture(schedule=None, transform=None, components=5, d=8, **kwargs):
+    generator = torch.Generator().manual_seed(9)
+    factors = 0.3 * torch.randn(components, d, d, dtype=torch.float64, generator=generator)
+    covs = factors @ factors.mT + 0.05 * torch.eye(d, dtype=torch.float64)
+    means = 2.0 * torch.randn(components, d, dtype=torch.float64, generator=generator)
+    weights = torch.arange(1.0, components + 1.0, dtype=torch.float64)
+    return GaussianMixture(weights / weights.sum(), means, covs, schedule=schedule, transform=transform, **kwargs)
+
+
+class Wiggle(transforms.Transform):
+    """F(x, t) = x + a t sin 3x: nonlinear, with F(x, 0) = x."""
+
+    def __init__(self, a=0.8):
+        super().__init__()
+        self.a = a
+
+    def forward(self, x, t, **cond):
+        return x + self.a * t.reshape(-1, 1) * torch.sin(3.0 * x)
+
+
+class ThreePoints:
+    """Data on three points: every posterior moment is a sum of three terms (d = 1)."""
+
+    points = torch.tensor([-1.0, 0.2, 1.1], dtype=torch.float64)
+    weights = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
+
+    def __init__(self, schedule, transform, eta=1.0):
+        self.schedule, self.transform, self.eta = schedule, transform, eta
+
+    def at(self, t):
+        """F, dF of the points at times (B,): each (B, 3)."""
+        n = t.shape[0]
+        x = self.points.repeat(n)[:, None]
+        F, dF = self.transform.with_derivative(x, t.repeat_interleave(3))
+        return F.reshape(n, 3), dF.reshape(n, 3)
+
+    def posterior(self, z, t):
+        """q(x = x_k | z): (B, 3)."""
+        c = self.schedule(t)
+        F, _ = self.at(t)
+        logits = self.weights.log() - 0.5 * ((z - c.alpha[:, None] * F) / c.sigma[:, None]) ** 2
+        return torch.softmax(logits, 1)
+
+    def moments(self, z, t):
+        """E[F | z], E[dF | z]: the exact "moments" head."""
+        t = t.expand(z.shape[0]).double()
+        share = self.posterior(z, t)
+        F, dF = self.at(t)
+        return (share * F).sum(1, keepdim=True), (share * dF).sum(1, keepdim=True)
+
+    def log_prob(self, z, t):
+        t = torch.as_tensor(t, dtype=torch.float64).expand(z.shape[0])
+        c = self.schedule(t)
+        F, _ = self.at(t)
+        log_normal = -0.5 * ((z - c.alpha[:, None] * F) / c.sigma[:, None]) ** 2 - c.sigma[:, None].log()
+        return torch.logsumexp(self.weights.log() + log_normal - 0.5 * math.log(2 * math.pi), 1)
+
+    def model(self, **kwargs):
+        """The NDM with the exact moments and the exact prior."""
+        exact = self
+
+        class Prior:
+            def log_prob(self, z):
+                return exact.log_prob(z, 1.0)
+
+            def sample(self, n, *, generator=None, dtype=None, device=None):
+                index = torch.multinomial(exact.weights, n, replacement=True, generator=generator)
+                one = torch.ones(1, dtype=torch.float64)
+                c = exact.schedule(one)
+                mean = c.alpha * exact.at(one)[0][0][index]
+                noise = torch.randn(n, dtype=torch.float64, generator=generator)
+                return (mean + c.sigma * noise)[:, None].to(dtype)
+
+        return NDM(
+            self.moments, (1,), transform=self.transform, schedule=self.schedule, prediction="moments",
+            volatility=self.eta, prior=Prior(), **kwargs,
+        )  # fmt: skip
+
+
+def hermite_points(n):
+    """Points whose equal-weight average is exact for polynomials of degree 3 of a standard normal in n dimensions."""
+    unit = math.sqrt(n) * torch.eye(n, dtype=torch.float64)
+    return torch.cat([unit, -unit])
+
+
+def order(errors, steps):
+    """Slope of log error against log step size, by least squares."""
+    x = -torch.tensor([math.log(s) for s in steps], dtype=torch.float64)
+    y = torch.tensor([math.log(float(e)) for e in errors], dtype=torch.float64)
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
