@@ -51,7 +51,7 @@ def expand_time(t: Tensor, z: Tensor) -> Tensor:
     return t.to(dtype=z.dtype, device=z.device).expand(z.shape[0])
 
 
-def as_time(t: float | Tensor, device: torch.device | None = None) -> Tensor:
+def as_time(t: float | list[float] | Tensor, device: torch.device | None = None) -> Tensor:
     """A time as float64, the precision in which the library keeps all times."""
     return torch.as_tensor(t, dtype=torch.float64, device=device)
 

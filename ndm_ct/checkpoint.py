@@ -1,8 +1,9 @@
 """Models and trainings on disk: one safetensors file each, replaced atomically, read without executing anything.
 
-The file's ``__metadata__`` holds a JSON description under the key ``"ndm_ct"`` and a SHA-256 digest of description and
-tensors under ``"sha256"``. A model's description names the classes of this library and their constructor arguments;
-only those are ever rebuilt, and anything else is marked ``"external"`` and has to be passed to :func:`load`.
+The file's ``__metadata__`` holds one entry, a JSON description under the key ``"ndm_ct"``, which begins with a SHA-256
+digest of its other entries and of the tensors. Equal contents make equal files. A model's description names classes of
+this library and their constructor arguments; only those are ever rebuilt, and anything else is marked ``"external"``
+and has to be passed to :func:`load`.
 
 References:
     The safetensors format, https://github.com/huggingface/safetensors
@@ -32,7 +33,8 @@ __all__ = ["load", "save"]
 
 FORMAT = 1
 EXTERNAL = "external"
-KEY, DIGEST = "ndm_ct", "sha256"
+_PREFIXES = (("predictor.", "predictor"), ("process.transform.", "transform"))
+KEY = "ndm_ct"
 
 PathLike = str | os.PathLike[str]
 
@@ -191,7 +193,7 @@ def _compare(skeleton: nn.Module, tensors: Mapping[str, Tensor], config: dict[st
             raise CheckpointError(
                 f"tensor {name!r} has shape {tuple(tensor.shape)} in the file, {tuple(wanted.shape)} in the model."
             )
-        own = config["predictor" if name.startswith("predictor.") else "transform"] != EXTERNAL
+        own = not any(name.startswith(prefix) and config[part] == EXTERNAL for prefix, part in _PREFIXES)
         # A network of this library takes the file's precision; one passed in keeps its own.
         if tensor.dtype != wanted.dtype and not (own and tensor.is_floating_point() and wanted.is_floating_point()):
             raise CheckpointError(
@@ -215,8 +217,7 @@ def write(path: PathLike, tensors: Mapping[str, Any], description: dict[str, Any
     """
     copies = {name: _writable(name, tensor) for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT} | description, allow_nan=False)
-    data = safetensors.torch.save(copies, {KEY: text, DIGEST: _digest(text, copies)})
-    write_atomically(path, data)
+    write_atomically(path, safetensors.torch.save(copies, {KEY: _signed(text, copies)}))
 
 
 def write_atomically(path: PathLike, data: bytes) -> None:
@@ -267,13 +268,13 @@ def read(path: PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     text = metadata.get(KEY)
     if text is None:
         raise CheckpointError(f"{path}: a safetensors file, but not written by this library (no {KEY!r} metadata).")
-    if metadata.get(DIGEST) != _digest(text, tensors):
-        raise CheckpointError(f"{path}: the checksum does not match; the file was damaged or edited.")
     try:
         description = json.loads(text)
-        found = (description["format"], description["kind"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the description is no JSON object with format and kind ({error}).") from error
+        digest, found = description.pop("sha256"), (description["format"], description["kind"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the description is no JSON object of this library's kind ({error}).") from error
+    if text != _signed("{" + text[len(_signature(digest)) :], tensors):
+        raise CheckpointError(f"{path}: the checksum does not match; the file was damaged or edited.")
     if found[0] != FORMAT:
         raise CheckpointError(f"{path}: format {found[0]!r}, this version reads format {FORMAT}; update the library.")
     if found[1] != kind:
@@ -288,6 +289,15 @@ def _writable(name: str, tensor: Any) -> Tensor:
     if tensor.dtype == torch.complex128:
         raise TypeError(f"the state {name!r} has dtype torch.complex128, which the format lacks; keep it as two reals.")
     return tensor.detach().cpu().contiguous().clone()
+
+
+def _signature(digest: str) -> str:
+    return f'{{"sha256": "{digest}", '
+
+
+def _signed(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """The JSON object ``text`` with the digest as its first entry."""
+    return _signature(_digest(text, tensors)) + text[1:]
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._autodiff import vjp
-from ndm_ct._shapes import choose, event_size, validate_count
+from ndm_ct._shapes import choose, event_size, sum_event, validate_count
 
 __all__ = ["BoundTrace", "Exact", "Hutchinson", "TraceEstimator", "resolve"]
 
@@ -68,7 +68,7 @@ class BoundTrace:
 
         def quadratic_form(probe: Tensor) -> Tensor:
             (product,) = pullback(probe)
-            return (probe * product).flatten(1).sum(1)
+            return sum_event(probe * product)
 
         forms = torch.func.vmap(quadratic_form, chunk_size=self.chunk)(self.probes)
         return value, forms.sum(0)[:, None] if self.exact else forms.mT

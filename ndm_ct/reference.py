@@ -13,8 +13,6 @@ precision before trusting a network.
 """
 
 import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -37,56 +35,71 @@ class _Marginals:
         self.log_weights, self.means, self.covs = weights.log(), means, covs
         self.event_shape, self.schedule, self.transform = event_shape, schedule, transform
 
-    def matrix(self, t: Tensor) -> Tensor:
-        """A(t) as ``(d, d)`` for a scalar t: the transform applied to the unit vectors."""
-        d = self.means.shape[1]
-        basis = torch.eye(d, dtype=torch.float64, device=self.means.device).reshape(d, *self.event_shape)
-        return self.transform(basis, t).reshape(d, d).mT
-
     def components(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Means ``(K, d)``, Cholesky factors of S ``(K, d, d)`` and gains ``(K, d, d)`` at a scalar t."""
-        c = self.schedule(t)
-        mapped = c.alpha * self.matrix(t)
+        """Means ``(T, K, d)``, Cholesky factors of S ``(T, K, d, d)`` and gains ``(T, K, d, d)`` at times ``(T,)``."""
+        c, d = self.schedule(t), self.means.shape[1]
+        eye = torch.eye(d, dtype=torch.float64, device=self.means.device)
+        # A(t) column by column: the transform applied to the unit vectors.
+        columns = self.transform(
+            eye.reshape(d, *self.event_shape).repeat(len(t), *self._ones()), t.repeat_interleave(d)
+        )
+        mapped = (c.alpha[:, None, None] * columns.reshape(len(t), d, d).mT)[:, None]
         cross = self.covs @ mapped.mT
-        eye = torch.eye(self.means.shape[1], dtype=torch.float64, device=self.means.device)
-        factor = torch.linalg.cholesky(mapped @ cross + c.sigma**2 * eye)
+        factor = torch.linalg.cholesky(mapped @ cross + (c.sigma**2)[:, None, None, None] * eye)
         gain = torch.cholesky_solve(cross.mT, factor).mT
-        return self.means @ mapped.mT, factor, gain
+        return torch.einsum("tij,kj->tki", mapped[:, 0], self.means), factor, gain
 
-    def weighted_log_densities(self, z: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-        """log w_k N(z; mean_k, S_k) for z ``(B, d)``: ``(K, B)``."""
-        residual = z - mean[:, None, :]
-        whitened = torch.linalg.solve_triangular(factor, residual.mT, upper=False)
+    def _ones(self) -> tuple[int, ...]:
+        return (1,) * len(self.event_shape)
+
+    def _residuals(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log w_k N(z; mean_k, S_k) ``(B, K)``, residuals z - mean_k ``(B, K, d)`` and gains, for z ``(B, d)``."""
+        mean, factor, gain = self.components(_distinct(t))
+        residual = z[:, None, :] - mean
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(z.shape[1]).to(factor).expand_as(factor), upper=False)
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         constant = self.log_weights - log_det - 0.5 * z.shape[1] * math.log(2.0 * math.pi)
-        return constant[:, None] - 0.5 * (whitened**2).sum(-2)
+        return constant - 0.5 * _apply(inverse, residual).square().sum(-1), residual, gain
 
     def log_prob(self, z: Tensor, t: Tensor) -> Tensor:
-        def one(flat: Tensor, time: Tensor) -> Tensor:
-            mean, factor, _ = self.components(time)
-            return torch.logsumexp(self.weighted_log_densities(flat, mean, factor), 0)
-
-        return self._by_time(one, z, t).to(z.dtype)
+        """log p_t(z), ``(B, *E)`` to ``(B,)``."""
+        log_densities, _, _ = self._residuals(self._flat(z), t)
+        return torch.logsumexp(log_densities, 1).to(z.dtype)
 
     def posterior_mean(self, z: Tensor, t: Tensor) -> Tensor:
-        def one(flat: Tensor, time: Tensor) -> Tensor:
-            mean, factor, gain = self.components(time)
-            share = torch.softmax(self.weighted_log_densities(flat, mean, factor), 0)
-            estimate = self.means[:, None, :] + (flat - mean[:, None, :]) @ gain.mT
-            return (share[:, :, None] * estimate).sum(0)
+        """E[x | z_t = z], shape of ``z``."""
+        log_densities, residual, gain = self._residuals(self._flat(z), t)
+        share = torch.softmax(log_densities, 1)
+        estimate = self.means + _apply(gain, residual)
+        return (share[:, :, None] * estimate).sum(1).reshape(z.shape).to(z.dtype)
 
-        return self._by_time(one, z, t).reshape(z.shape).to(z.dtype)
+    def draw(self, n: int, t: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """n draws of z_t (t of shape ``(1,)``), or of x where t is None; float64."""
+        if t is None:
+            mean, factor = self.means, torch.linalg.cholesky(self.covs)
+        else:
+            mean, factor = (part[0] for part in self.components(t)[:2])
+        device = mean.device if generator is None else generator.device
+        k = torch.multinomial(self.log_weights.exp().to(device), n, replacement=True, generator=generator)
+        noise = torch.randn(n, mean.shape[1], dtype=torch.float64, device=device, generator=generator)
+        k, noise = k.to(mean.device), noise.to(mean.device)
+        return (mean[k] + (factor[k] @ noise[..., None])[..., 0]).reshape(n, *self.event_shape)
 
-    def _by_time(self, function: Any, z: Tensor, t: Tensor) -> Tensor:
-        """Apply ``function(rows, scalar time)`` to the rows of each distinct time."""
-        flat = z.flatten(1).to(torch.float64)
-        times, index = torch.unique(as_time(t, z.device).expand(z.shape[0]), return_inverse=True)
-        if times.numel() == 1:
-            return torch.as_tensor(function(flat, times[0]))
-        rows = [torch.nonzero(index == k).flatten() for k in range(times.numel())]
-        values = [function(flat[row], time) for row, time in zip(rows, times, strict=True)]
-        order = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
-        return torch.cat(values)[torch.argsort(order)] if values else function(flat, as_time(1.0, z.device))
+    def _flat(self, z: Tensor) -> Tensor:
+        return z.reshape(z.shape[0], self.means.shape[1]).to(torch.float64)
+
+
+def _distinct(t: Tensor) -> Tensor:
+    """One time where all are the same (every solve), else all of them; ``()`` or ``(B,)`` to ``(1,)`` or ``(B,)``."""
+    t = as_time(t).reshape(-1)
+    return t[:1] if t.numel() > 1 and bool((t == t[0]).all()) else t
+
+
+def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """``(1 or B, K, d, d)`` times ``(B, K, d)``."""
+    if len(matrices) == 1:
+        return torch.einsum("kij,bkj->bki", matrices[0], vectors)
+    return torch.einsum("bkij,bkj->bki", matrices, vectors)
 
 
 class _MarginalPrior:
@@ -96,7 +109,7 @@ class _MarginalPrior:
         self.marginals = marginals
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return self.marginals.log_prob(z, as_time(1.0, z.device))
+        return self.marginals.log_prob(z, as_time([1.0], z.device))
 
     def sample(
         self,
@@ -106,29 +119,21 @@ class _MarginalPrior:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        return _draw(self.marginals, n, as_time(1.0), generator).to(dtype=dtype, device=device)
+        return self.marginals.draw(n, as_time([1.0]), generator).to(dtype=dtype, device=device)
 
 
 class _GaussianPrior(_MarginalPrior):
     r"""The exact :math:`p_1` of a single Gaussian, which knows its divergence from another."""
 
     def kl_from_normal(self, mean: Tensor, std: Tensor) -> Tensor:
-        own_mean, factor, _ = self.marginals.components(as_time(1.0, mean.device))
-        residual, variance = mean.flatten(1).double() - own_mean[0], std.flatten(1).double() ** 2
-        precision = torch.cholesky_inverse(factor[0])
-        log_det = 2.0 * factor[0].diagonal().log().sum()
+        (own_mean,), (factor,) = (part[0] for part in self.marginals.components(as_time([1.0], mean.device))[:2])
+        flat = (mean.shape[0], own_mean.numel())
+        residual, variance = mean.reshape(flat).double() - own_mean, std.reshape(flat).double() ** 2
+        precision = torch.cholesky_inverse(factor)
+        log_det = 2.0 * factor.diagonal().log().sum()
         quadratic = ((residual @ precision) * residual).sum(1)
         trace = (variance * precision.diagonal() - 1.0 - variance.log()).sum(1)
         return (0.5 * (quadratic + trace + log_det)).to(mean.dtype)
-
-
-def _draw(marginals: _Marginals, n: int, t: Tensor, generator: torch.Generator | None) -> Tensor:
-    mean, factor, _ = marginals.components(t)
-    device = None if generator is None else generator.device
-    k = torch.multinomial(marginals.log_weights.exp().to(device), n, replacement=True, generator=generator)
-    noise = torch.randn(n, mean.shape[1], dtype=torch.float64, device=device, generator=generator)
-    k, noise = k.to(mean.device), noise.to(mean.device)
-    return (mean[k] + (factor[k] @ noise[..., None])[..., 0]).reshape(n, *marginals.event_shape)
 
 
 class GaussianMixture(NDM):
@@ -183,7 +188,7 @@ class GaussianMixture(NDM):
         if not transform.linear:
             raise ValueError(f"the exact model needs a transform linear in x, got {type(transform).__name__}.")
         schedule = LinearLogSNR() if schedule is None else schedule
-        marginals = _Marginals(weights, means.flatten(1), covs, event_shape, schedule, transform)
+        marginals = _Marginals(weights, means.reshape(k, d), covs, event_shape, schedule, transform)
         super().__init__(
             lambda z, t: marginals.posterior_mean(z, t),
             event_shape,
@@ -210,10 +215,7 @@ class GaussianMixture(NDM):
 
     def sample_data(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw x from the mixture itself, float64, shape ``(n, *E)``."""
-        k = torch.multinomial(self.marginals.log_weights.exp(), n, replacement=True, generator=generator)
-        factor = torch.linalg.cholesky(self.marginals.covs)
-        noise = torch.randn(n, self.marginals.means.shape[1], dtype=torch.float64, generator=generator)
-        return (self.marginals.means[k] + (factor[k] @ noise[..., None])[..., 0]).reshape(n, *self.event_shape)
+        return self.marginals.draw(n, None, generator)
 
 
 class Gaussian(GaussianMixture):

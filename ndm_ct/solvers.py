@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 ADAPTIVE_METHODS = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "adaptive_heun": 2}
-"""Adaptive ODE methods and their orders (torchdiffeq's fehlberg2 missed its tolerance by a factor of 300 and is left out)."""
+"""Adaptive ODE methods and their orders. torchdiffeq's fehlberg2 misses its tolerance by a factor of 300: left out."""
 
 FIXED_METHODS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 """Fixed-grid ODE methods and their orders, which are also their evaluations per step."""

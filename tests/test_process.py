@@ -255,8 +255,8 @@ def test_default_prior_is_matched_to_the_schedule():
 def test_exact_priors_divergence_is_torchs():
     model = gaussian(schedules.LinearLogSNR(-6, 1.0))
     mean, std = torch.randn(3, 6, dtype=torch.float64), torch.rand(3, 6, dtype=torch.float64) + 0.5
-    own_mean, factor, _ = model.marginals.components(time(1.0))
-    prior = torch.distributions.MultivariateNormal(own_mean[0], scale_tril=factor[0])
+    own_mean, factor, _ = model.marginals.components(time([1.0]))
+    prior = torch.distributions.MultivariateNormal(own_mean[0, 0], scale_tril=factor[0, 0])
     for row in range(3):
         q = torch.distributions.MultivariateNormal(mean[row], torch.diag(std[row] ** 2))
         expected = torch.distributions.kl_divergence(q, prior)
