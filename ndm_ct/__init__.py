@@ -1,12 +1,14 @@
 """Continuous-time generative models with a learnable forward process: likelihoods with error bars, and samplers."""
 
-from ndm_ct import discrete, divergence, objectives, quantisation, reference, schedules, solvers, transforms
+from ndm_ct import discrete, divergence, nn, objectives, quantisation, reference, schedules, solvers, transforms
 from ndm_ct._errors import CheckpointError, PredictorError, SolverError
 from ndm_ct.bits import BitsInfo, bits_per_dim
+from ndm_ct.checkpoint import load, save
 from ndm_ct.likelihood import LikelihoodInfo, decode, encode, loglik
 from ndm_ct.model import NDM
 from ndm_ct.objectives import ElboInfo, elbo, loss
 from ndm_ct.sampling import SampleInfo, sample
+from ndm_ct.training import FitResult, fit
 
 __version__ = "0.1.0.dev0"
 
@@ -15,6 +17,7 @@ __all__ = [
     "BitsInfo",
     "CheckpointError",
     "ElboInfo",
+    "FitResult",
     "LikelihoodInfo",
     "PredictorError",
     "SampleInfo",
@@ -25,12 +28,16 @@ __all__ = [
     "divergence",
     "elbo",
     "encode",
+    "fit",
+    "load",
     "loglik",
     "loss",
+    "nn",
     "objectives",
     "quantisation",
     "reference",
     "sample",
+    "save",
     "schedules",
     "solvers",
     "transforms",

@@ -151,6 +151,12 @@ class NDM(nn.Module):
         self._cond_names, self._cond_anything = names | transform_names, anything or transform_anything
 
     def _validate_prediction(self) -> None:
+        head = getattr(self.predictor, "head", self.prediction)
+        if head != self.prediction:
+            raise ValueError(
+                f"the predictor is built for prediction={head!r}, but prediction={self.prediction!r} was asked for; make "
+                "the two agree."
+            )
         if self.prediction not in ("eps", "v"):
             return
         if not isinstance(self.transform, Identity):

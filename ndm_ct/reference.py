@@ -13,6 +13,7 @@ precision before trusting a network.
 """
 
 import math
+
 import torch
 from torch import Tensor
 
@@ -79,6 +80,8 @@ class _Marginals:
             mean, factor = self.means, torch.linalg.cholesky(self.covs)
         else:
             mean, factor = (part[0] for part in self.components(t)[:2])
+        if n == 0:
+            return mean.new_empty(0, *self.event_shape)
         device = mean.device if generator is None else generator.device
         k = torch.multinomial(self.log_weights.exp().to(device), n, replacement=True, generator=generator)
         noise = torch.randn(n, mean.shape[1], dtype=torch.float64, device=device, generator=generator)

@@ -193,7 +193,7 @@ class SharedPath:
         own = torch.randn(n, dtype=torch.float64, generator=generator) * math.sqrt(self.width**3 / 12.0)
         self.u = 0.5 * self.width * self.w + own
 
-    def __call__(self, ta, tb, return_U=False):  # noqa: N803
+    def __call__(self, ta, tb, return_U=False):
         a, b = round((float(ta) - self.low) / self.width), round((float(tb) - self.low) / self.width)
         w = self.w[a:b]
         if not return_U:

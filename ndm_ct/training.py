@@ -1,0 +1,536 @@
+r"""Training: minimise minus the ELBO, keep an average of the weights, survive being killed at any moment.
+
+Step k (from 0) of K has the learning rate
+
+.. math::
+    \mathrm{lr}_k = \mathrm{lr} \cdot \min\Bigl(1, \frac{k + 1}{W}\Bigr)
+    \cdot \Bigl(f + (1 - f)\, \tfrac12 \bigl(1 + \cos \pi p_k\bigr)\Bigr), \qquad
+    p_k = \max\Bigl(0, \frac{k - W}{K - W}\Bigr)
+
+with W steps of warm-up and final fraction f. After n updates the averaged weights follow
+
+.. math::
+    \bar\theta \leftarrow d_n \bar\theta + (1 - d_n) \theta, \qquad
+    d_n = \min\Bigl(\mathrm{ema}, \frac{1 + n}{10 + n}\Bigr), \quad d_0 = 0 .
+
+All randomness is a function of (seed, k): step k draws noise and times from a generator of its own, and epoch e has
+its own permutation. A training is therefore resumed from weights, optimiser state and k alone, and continues with the
+bits of a training that was never interrupted.
+
+References:
+    Loshchilov and Hutter, SGDR (the cosine decay), https://arxiv.org/abs/1608.03983
+    Loshchilov and Hutter, Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101
+"""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from ndm_ct import checkpoint, objectives
+from ndm_ct._errors import PredictorError
+from ndm_ct._shapes import choose, validate_count
+from ndm_ct.checkpoint import PathLike
+from ndm_ct.model import NDM
+from ndm_ct.quantisation import Quantisation
+from ndm_ct.rows import DEQUANTISATIONS, Bins, Source
+
+__all__ = ["FitResult", "fit"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
+# Last words of the seeds, one per use of randomness; numpy pads short seeds with zeros, so none is 0.
+_EPOCH, _VALIDATION = 1, 2
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training did.
+
+    Args:
+        step: optimiser steps completed, earlier runs of the same ``run_dir`` included.
+        finished: whether all steps were done (not if interrupted or out of time).
+        history: rows with step, loss (nats per event, mean since the row before), lr, grad_norm, seconds, and
+            bits_per_dim for integer data.
+        validation: rows with step, validation_elbo (nats per event), validation_stderr, seconds, and
+            validation_bits_per_dim for integer data.
+    """
+
+    step: int
+    finished: bool
+    history: tuple[Row, ...]
+    validation: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The numbers that determine the weights."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    optimizer: str
+    weight_decay: float
+    grad_clip: float | None
+    warmup: int
+    lr_final: float
+    ema: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            validate_count(name, getattr(self, name))
+        choose("optimizer", self.optimizer, OPTIMIZERS)
+        for name, ok, expected in (
+            ("lr", self.lr > 0.0, "positive"),
+            ("weight_decay", self.weight_decay >= 0.0, "at least 0"),
+            ("grad_clip", self.grad_clip is None or self.grad_clip > 0.0, "positive, or None for no clipping"),
+            ("warmup", 0 <= self.warmup <= self.steps, "between 0 and steps"),
+            ("lr_final", 0.0 <= self.lr_final <= 1.0, "a fraction of lr in [0, 1]"),
+            ("ema", 0.0 <= self.ema < 1.0, "in [0, 1), 0 for no average"),
+            ("seed", isinstance(self.seed, int) and self.seed >= 0, "an int of at least 0"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        progress = max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.lr * ramp * (self.lr_final + (1.0 - self.lr_final) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def fit(
+    model: NDM,
+    data: Any,
+    *,
+    steps: int,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    optimizer: str = "adamw",
+    weight_decay: float = 0.01,
+    grad_clip: float | None = 1.0,
+    warmup: int | None = None,
+    lr_final: float = 0.01,
+    ema: float = 0.999,
+    cond: Mapping[str, Any] | None = None,
+    quantisation: Quantisation | None = None,
+    dequantisation: str = "uniform",
+    validation: Any = None,
+    validation_cond: Mapping[str, Any] | None = None,
+    validate_every: int | None = None,
+    run_dir: PathLike | None = None,
+    checkpoint_every: int | None = None,
+    log_every: int = 100,
+    resume: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+    time_limit: float | None = None,
+) -> FitResult:
+    """Train a model in place. Afterwards it holds the averaged weights (``ema > 0``), in the mode it had before.
+
+    With ``run_dir`` the folder receives ``log.jsonl``, ``checkpoint.safetensors`` (weights, averaged weights and
+    optimiser state) and at the end ``model.safetensors`` for :func:`ndm_ct.load`. The same call continues a training
+    that was killed. Ctrl-C finishes the step, writes a checkpoint and returns.
+
+    Args:
+        model: the model; on return trained, also if interrupted.
+        data: tensor or array ``(N, *E)``, or a map-style ``Dataset`` whose items are tensors ``(*E)``. Real values,
+            or integers together with ``quantisation``. A float array takes the model's dtype.
+        steps: optimiser steps in total.
+        batch_size: rows per step, drawn without replacement within an epoch; an incomplete last batch is left out.
+        lr: peak learning rate.
+        optimizer: "adamw" or "adam".
+        weight_decay: of the weights with two or more axes; biases, scales and schedules have none.
+        grad_clip: largest norm of the gradient; None for no clipping.
+        warmup: steps of linear warm-up; None is a tenth of ``steps``, at most 1000.
+        lr_final: fraction of ``lr`` at the end of the cosine decay.
+        ema: decay of the averaged weights; 0 keeps none.
+        cond: conditioning by name, each with one row per row of ``data``.
+        quantisation: the bins of integer data.
+        dequantisation: which evaluation integer data are prepared for: "uniform" noise in the bins, or the bin
+            "centres" for truncated-normal dequantisation.
+        validation: held-out data of the same kind.
+        validation_cond: its conditioning.
+        validate_every: steps between validations of the averaged weights; None is a tenth of ``steps``.
+        run_dir: folder of the training, made if missing.
+        checkpoint_every: steps between checkpoints; None is 1000.
+        log_every: steps between rows of the history.
+        resume: continue from the checkpoint in ``run_dir``; False refuses a folder that has one.
+        seed: of everything random, dropout included; the global generator of torch is left as it was.
+        progress: whether to show a progress bar.
+        time_limit: seconds after which to stop with a checkpoint, as if interrupted.
+
+    Returns:
+        A :class:`FitResult`.
+
+    Raises:
+        TypeError: integer data without ``quantisation``, or data of the wrong type.
+        ValueError: an argument out of range or without effect; data that do not fit the model; a checkpoint of other
+            settings, which are named.
+        CheckpointError: the checkpoint in ``run_dir`` is damaged.
+        RuntimeError: loss, gradient or prediction became NaN or infinite; the last checkpoint is as it was.
+    """
+    settings = _Settings(
+        steps, batch_size, lr, optimizer, weight_decay, grad_clip,
+        min(1000, steps // 10) if warmup is None else warmup, lr_final, ema, seed,
+    )  # fmt: skip
+    if not isinstance(model, NDM):
+        raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model has no parameter that requires a gradient: there is nothing to train.")
+    _refuse_ineffective(locals())
+    if time_limit is not None and not time_limit > 0.0:
+        raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+    bins = Bins(model, quantisation, choose("dequantisation", dequantisation, DEQUANTISATIONS))
+    training = _Training(
+        model,
+        settings,
+        Source(data, cond or {}, bins, "data", fit),
+        None if validation is None else Source(validation, validation_cond or {}, bins, "validation", fit),
+        bins,
+        _Folder(run_dir, resume),
+        validate_count("validate_every", max(1, steps // 10) if validate_every is None else validate_every),
+        validate_count("checkpoint_every", 1000 if checkpoint_every is None else checkpoint_every),
+        validate_count("log_every", log_every),
+    )
+    return training.run(progress, math.inf if time_limit is None else time_limit)
+
+
+def _refuse_ineffective(arguments: Mapping[str, Any]) -> None:
+    for name, needed in (
+        ("validation_cond", "validation"),
+        ("validate_every", "validation"),
+        ("checkpoint_every", "run_dir"),
+    ):
+        if arguments[name] is not None and arguments[needed] is None:
+            raise ValueError(f"{name} has no effect without {needed}; pass {needed}= or leave {name} out.")
+    if arguments["dequantisation"] != "uniform" and arguments["quantisation"] is None:
+        raise ValueError("dequantisation has no effect without quantisation; it is for integer data.")
+
+
+def _seeds(*words: int) -> tuple[int, int]:
+    """Two independent seeds that are a function of ``words``."""
+    first, second = np.random.SeedSequence(words).generate_state(2, np.uint64).tolist()
+    return first, second
+
+
+class _Folder:
+    """The files of a training; without a path nothing is written."""
+
+    def __init__(self, path: PathLike | None, resume: bool) -> None:
+        self.path = None if path is None else Path(path)
+        self.rows: list[Row] = []
+        if self.path is None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not resume and self.checkpoint.exists():
+            raise ValueError(
+                f"run_dir={str(path)!r} holds a checkpoint and resume=False; choose another folder, or delete it."
+            )
+        for leftover in self.path.glob(".*.safetensors.*.tmp"):  # of a run killed while it wrote
+            leftover.unlink()
+
+    @property
+    def checkpoint(self) -> Path:
+        return cast(Path, self.path) / "checkpoint.safetensors"
+
+    @property
+    def model(self) -> Path:
+        return cast(Path, self.path) / "model.safetensors"
+
+    @property
+    def log(self) -> Path:
+        return cast(Path, self.path) / "log.jsonl"
+
+    def read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if self.path is None or not self.checkpoint.exists():
+            return None
+        return checkpoint.read(self.checkpoint, "training")
+
+    def rewind(self, step: int) -> None:
+        """Keep the log lines up to ``step``."""
+        if self.path is None:
+            return
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off by a kill, so the last, and later than the checkpoint
+                break
+            if row["step"] <= step:
+                self.rows.append(row)
+        checkpoint.write_atomically(self.log, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self.path is not None:
+            with self.log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a request, so that a step is never left half done."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        main = threading.current_thread() is threading.main_thread()
+        if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _request(self, *_: Any) -> None:
+        if self.requested:  # the second one is impatient
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class _Training:
+    """The state of a training and its loop."""
+
+    def __init__(
+        self,
+        model: NDM,
+        settings: _Settings,
+        data: Source,
+        validation: Source | None,
+        bins: Bins,
+        folder: _Folder,
+        validate_every: int,
+        checkpoint_every: int,
+        log_every: int,
+    ) -> None:
+        self.model, self.settings, self.data, self.validation = model, settings, data, validation
+        self.bins, self.folder = bins, folder
+        self.validate_every, self.checkpoint_every, self.log_every = validate_every, checkpoint_every, log_every
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.parameters, settings)
+        self.average = _average(model, settings.ema)
+        self.step, self.seconds, self.updating = 0, 0.0, False
+        self.pending = (0.0, 0.0, 0)  # sums of loss and gradient norm since the last row, and their number
+        self.identity: Row = {}
+        self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
+        if folder.path is not None:
+            self.identity = json.loads(json.dumps(self._identity()))
+            self._restore()
+
+    def run(self, progress: bool, time_limit: float) -> FitResult:
+        settings, start, before, interrupt = self.settings, time.monotonic(), self.seconds, _Interrupt()
+        modes = [(module, module.training) for module in self.model.modules()]
+        device = next(iter(self.parameters)).device
+        bar = tqdm(total=settings.steps, initial=self.step, disable=not progress, unit="step", dynamic_ncols=True)
+        self.model.train()
+        try:
+            with bar, interrupt.caught(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                while self.step < settings.steps and not interrupt.requested and time.monotonic() - start < time_limit:
+                    loss = self._advance()
+                    self.seconds = before + time.monotonic() - start
+                    bits = self.bins.bits_of_loss(loss)
+                    bar.set_postfix({"loss": loss} if bits is None else {"bits/dim": bits}, refresh=False)
+                    bar.update()
+                    self._report()
+        except KeyboardInterrupt:
+            if self.updating:  # the weights are those of no step; the last checkpoint stands
+                raise
+        finally:
+            for module, training in modes:
+                module.training = training
+        finished = self.step == settings.steps
+        if self.folder.path is not None:
+            self._checkpoint()
+        if settings.ema > 0.0 and self.step > 0:
+            self.model.load_state_dict(self._averaged().state_dict())
+        if self.folder.path is not None and finished:
+            checkpoint.save(self.model, self.folder.model)
+        history = tuple(row for row in self.folder.rows if "loss" in row)
+        return FitResult(self.step, finished, history, tuple(row for row in self.folder.rows if "loss" not in row))
+
+    def _advance(self) -> float:
+        """One step; returns its loss."""
+        own, others = _seeds(self.settings.seed, self.step)
+        generator = torch.Generator(self.parameters[0].device).manual_seed(own)
+        torch.manual_seed(others)  # dropout, and whatever else the networks draw
+        x, cond = self.data.batch(self._rows(), generator)
+        try:
+            loss = objectives.loss(self.model, x, generator=generator, **cond).mean()
+        except PredictorError as error:
+            raise PredictorError(f"at step {self.step}: {error}{self._kept()}") from error
+        self._validate_finite("loss", loss)
+        self.optimizer.zero_grad()
+        loss.backward()
+        largest = math.inf if self.settings.grad_clip is None else self.settings.grad_clip
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest)
+        self._validate_finite("gradient norm", norm)
+        self.updating = True
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr_at(self.step)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        self.pending = (self.pending[0] + loss.item(), self.pending[1] + norm.item(), self.pending[2] + 1)
+        self.updating = False
+        return loss.item()
+
+    def _validate_finite(self, name: str, value: Tensor) -> None:
+        if not bool(torch.isfinite(value)):
+            raise RuntimeError(
+                f"the {name} became {value.item()} at step {self.step}; lower lr (now {self.settings.lr:g}), set "
+                f"grad_clip, or check the networks for overflow.{self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        return "" if self.folder.path is None else f" The last checkpoint in {self.folder.path} is intact."
+
+    def _rows(self) -> Tensor:
+        """Rows of this step's batch."""
+        size = min(self.settings.batch_size, self.data.rows)
+        epoch, index = divmod(self.step, self.data.rows // size)
+        if self._permutation[0] != epoch:
+            generator = torch.Generator().manual_seed(_seeds(self.settings.seed, epoch, _EPOCH)[0])
+            self._permutation = (epoch, torch.randperm(self.data.rows, generator=generator))
+        return self._permutation[1][index * size : (index + 1) * size]
+
+    def _report(self) -> None:
+        """Log, validate and save where this step is due."""
+        last = self.step == self.settings.steps
+        if self.step % self.log_every == 0 or last:
+            self._log()
+        if self.validation is not None and (self.step % self.validate_every == 0 or last):
+            self._validate(self.validation)
+        if self.folder.path is not None and self.step % self.checkpoint_every == 0 and not last:
+            self._checkpoint()
+
+    def _log(self) -> None:
+        loss, norm, count = self.pending
+        row: Row = {"step": self.step, "loss": loss / count}
+        bits = self.bins.bits_of_loss(loss / count)
+        if bits is not None:
+            row["bits_per_dim"] = bits
+        lr = self.settings.lr_at(self.step - 1)
+        self.folder.add(row | {"lr": lr, "grad_norm": norm / count, "seconds": self.seconds})
+        self.pending = (0.0, 0.0, 0)
+
+    def _validate(self, source: Source) -> None:
+        """The ELBO of the averaged weights, every time with the same noise."""
+        model = self._averaged()
+        seed, _ = _seeds(self.settings.seed, 0, _VALIDATION)
+        generator = torch.Generator(self.parameters[0].device).manual_seed(seed)
+        bounds = []
+        with torch.no_grad(), model.evaluating():
+            for rows in torch.arange(source.rows).split(self.settings.batch_size):
+                x, cond = source.batch(rows, generator)
+                bounds.append(self.bins.elbo(model, x, generator, cond).double())
+        bound = torch.cat(bounds)
+        mean = bound.mean().item()
+        stderr = bound.std().item() / math.sqrt(len(bound)) if len(bound) > 1 else None
+        row: Row = {"step": self.step, "validation_elbo": mean, "validation_stderr": stderr}
+        if self.bins.quantisation is not None:
+            row["validation_bits_per_dim"] = self.bins.bits(-mean)
+        self.folder.add(row | {"seconds": self.seconds})
+
+    def _averaged(self) -> NDM:
+        return self.model if self.average is None else cast(NDM, self.average.module)
+
+    def _identity(self) -> Row:
+        """All that determines the weights of every step."""
+        bins = self.bins.quantisation
+        return asdict(self.settings) | {
+            "data": self.data.fingerprint(),
+            "quantisation": None if bins is None else [bins.levels, *bins.range],
+            "dequantisation": self.bins.dequantisation,
+            "model": checkpoint.describe(self.model),
+            "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in self.model.state_dict().items()},
+        }
+
+    def _checkpoint(self) -> None:
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self._averaged().state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        description = {"step": self.step, "seconds": self.seconds, "pending": self.pending, "settings": self.identity}
+        checkpoint.write(self.folder.checkpoint, tensors, {"kind": "training"} | description)
+
+    def _restore(self) -> None:
+        saved = self.folder.read_checkpoint()
+        if saved is not None:
+            description, tensors = saved
+            self._validate_settings(description["settings"])
+            self.model.load_state_dict(_under("model.", tensors))
+            if self.average is not None:
+                self._averaged().load_state_dict(_under("average.", tensors))
+                self.average.n_averaged.fill_(description["step"])
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _under("optimizer.", tensors).items():
+                index, key = name.split(".", 1)
+                state.setdefault(int(index), {})[key] = tensor
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+            self.step, self.seconds = description["step"], description["seconds"]
+            loss, norm, count = description["pending"]
+            self.pending = (loss, norm, count)
+        self.folder.rewind(self.step)
+
+    def _validate_settings(self, saved: Row) -> None:
+        differing = [name for name, value in self.identity.items() if saved.get(name) != value]
+        if differing:
+            short = [
+                f"{name} was {saved.get(name)!r}, now {self.identity[name]!r}"
+                if not isinstance(self.identity[name], dict)
+                else name
+                for name in differing
+            ]
+            raise ValueError(
+                f"run_dir={str(self.folder.path)!r} holds the checkpoint of a training with other settings: "
+                f"{'; '.join(short)}. Repeat them to continue, or choose another folder."
+            )
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], settings: _Settings) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    make: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[settings.optimizer]
+    return make([group for group in groups if group["params"]], lr=settings.lr)
+
+
+def _average(model: NDM, decay: float) -> AveragedModel | None:
+    if decay == 0.0:
+        return None
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
+        n = int(count)
+        if averaged[0].is_floating_point() or averaged[0].is_complex():
+            torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
