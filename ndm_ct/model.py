@@ -154,8 +154,8 @@ class NDM(nn.Module):
         head = getattr(self.predictor, "head", self.prediction)
         if head != self.prediction:
             raise ValueError(
-                f"the predictor is built for prediction={head!r}, but prediction={self.prediction!r} was asked for; make "
-                "the two agree."
+                f"the predictor is built for prediction={head!r}, but prediction={self.prediction!r} was asked for; "
+                "make the two agree."
             )
         if self.prediction not in ("eps", "v"):
             return

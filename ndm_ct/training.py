@@ -156,7 +156,7 @@ def fit(
         lr: peak learning rate.
         optimizer: "adamw" or "adam".
         weight_decay: of the weights with two or more axes; biases, scales and schedules have none.
-        grad_clip: largest norm of the gradient; None for no clipping.
+        grad_clip: largest norm of the gradient of the loss in nats per dimension; None for no clipping.
         warmup: steps of linear warm-up; None is a tenth of ``steps``, at most 1000.
         lr_final: fraction of ``lr`` at the end of the cosine decay.
         ema: decay of the averaged weights; 0 keeps none.
@@ -379,7 +379,7 @@ class _Training:
             raise PredictorError(f"at step {self.step}: {error}{self._kept()}") from error
         self._validate_finite("loss", loss)
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss / self.bins.size).backward()  # nats per dimension, so that one grad_clip suits every event
         largest = math.inf if self.settings.grad_clip is None else self.settings.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest)
         self._validate_finite("gradient norm", norm)

@@ -87,7 +87,7 @@ def test_truncated_normal_dequantisation_is_the_bound_on_its_bins(generator):
 
 
 def test_published_constants_of_the_truncated_normal():
-    """At gamma_0 = -13.3 and 256 levels: tau = 3.0187, Z = 0.9974613, log Z - tau phi / Z = -0.01522 (i-DODE, MuLAN)."""
+    """At gamma_0 = -13.3 and 256 levels: tau = 3.0187, Z = 0.9974613, log Z - tau phi/Z = -0.01522 (i-DODE)."""
     gamma = torch.tensor(-13.3, dtype=torch.float64)
     alpha, sigma = float(torch.sigmoid(-gamma).sqrt()), float(torch.sigmoid(gamma).sqrt())
     offset = Quantisation(256).truncated_normal_offset(alpha, sigma)

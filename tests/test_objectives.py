@@ -11,6 +11,7 @@ from scipy.integrate import quad
 
 import ndm_ct
 from ndm_ct import NDM, objectives, schedules, transforms
+from ndm_ct.model import IsotropicNormal
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.reference import Gaussian
 
@@ -275,6 +276,87 @@ def test_infinite_end_gives_a_finite_unbiased_bound(generator):
     stderr = float(info.diffusion.std()) / math.sqrt(4000)
     assert abs(float(info.diffusion.mean()) - expected) < 4 * stderr
     assert float(info.prior.abs().max()) < 1e-12
+
+
+# --- the sum ---------------------------------------------------------------------------------------------------------
+
+
+def drawn_by_loss(model, x, seed):
+    """Times, weights and noise that ``loss`` takes from a generator with this seed."""
+    generator = torch.Generator().manual_seed(seed)
+    t, weight = objectives.times(model, objectives.low_discrepancy(len(x), generator, x.device))
+    return t, weight, torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+
+def test_bound_and_loss_are_the_sums_of_their_terms():
+    """The process ends at signal-to-noise ratio one, so that the prior term is large and cannot go missing unseen."""
+    model = NDM(lambda z, t: 0.4 * z, (3,), schedule=schedules.LinearLogSNR(-4.0, 0.0))
+    x = 2.0 * torch.randn(5, 3, dtype=torch.float64)
+    end = torch.distributions.Normal(math.sqrt(0.5) * x, math.sqrt(0.5))
+    prior = torch.distributions.kl_divergence(end, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    reconstruction = 1.5 * (math.log(2 * math.pi) + 1.0 - 4.0)
+    assert float(prior.mean()) > 1.0
+    bound, info = ndm_ct.elbo(model, x, samples=2, return_info=True)
+    torch.testing.assert_close(info.prior, prior)
+    torch.testing.assert_close(bound, -(prior + info.diffusion + reconstruction))
+    t, weight, eps = drawn_by_loss(model, x, 1)
+    losses = ndm_ct.loss(model, x, generator=torch.Generator().manual_seed(1))
+    diffusion = weight * objectives.diffusion_integrand(model, x, t, eps)
+    torch.testing.assert_close(losses, prior + diffusion + reconstruction)
+
+
+def test_moments_loss_adds_both_regressions():
+    """The formula of ``loss``, term by term: the derivative counts, though the bound alone could find it."""
+    model = NDM(
+        lambda z, t: (0.5 * z, 0.3 * z), (1,), transform=Wiggle(), schedule=schedules.LinearLogSNR(-4, 4),
+        prediction="moments",
+    )  # fmt: skip
+    x = torch.randn(6, 1, dtype=torch.float64)
+    t, weight, eps = drawn_by_loss(model, x, 1)
+    losses = ndm_ct.loss(model, x, generator=torch.Generator().manual_seed(1))
+    bound = weight * objectives.diffusion_integrand(model, x, t, eps)
+    bound = bound + objectives.prior_term(model, x) + objectives.reconstruction_term(model, x)
+    F, dF = model.transform.with_derivative(x, t)
+    z = model.process.sample(x, t, eps=eps)
+    c = model.schedule(t)
+    error = ((F - 0.5 * z) ** 2 + (dF - 0.3 * z) ** 2 / 8.0**2)[:, 0]
+    torch.testing.assert_close(losses - bound, weight * 0.5 * (-c.gamma).exp() * 8.0 * error)
+
+
+def test_conditioning_reaches_every_term():
+    """A transform's conditioning and the same numbers built into it give the same bounds and the same loss."""
+    numbers = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+    def build(net):
+        return NDM(
+            lambda z, t: 0.4 * z, (2,), transform=transforms.Neural(net), schedule=schedules.LinearLogSNR(-4, 1),
+            t_min=0.1, prior=torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1),
+        )  # fmt: skip
+
+    by_keyword = build(lambda x, t, shift=None: torch.zeros_like(x) if shift is None else shift[:, None] * x.cos())
+    built_in = build(lambda x, t: numbers[:, None] * x.cos())
+    x = torch.randn(3, 2, dtype=torch.float64)
+    bins = Quantisation(8)
+    for bound in (
+        ndm_ct.loss,
+        ndm_ct.elbo,
+        lambda *args, **kwargs: ndm_ct.elbo(*args, quantisation=bins, **kwargs),
+        lambda *args, **kwargs: objectives.elbo_discrete(*args, steps=3, **kwargs),
+    ):
+        one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+        given = bound(by_keyword, x, generator=one, shift=numbers)
+        torch.testing.assert_close(given, bound(built_in, x, generator=other))
+
+
+def test_sampled_prior_term_is_the_divergence(generator):
+    """A prior that knows no divergence in closed form, against one that does."""
+    schedule = schedules.LinearLogSNR(-4.0, 0.0)
+    normal = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(3), torch.full((3,), 2.0)), 1)
+    x = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64).expand(20_000, 3)
+    sampled = objectives.prior_term(NDM(lambda z, t: z, (3,), schedule=schedule, prior=normal), x, generator=generator)
+    known = NDM(lambda z, t: z, (3,), schedule=schedule, prior=IsotropicNormal((3,), 2.0))
+    exact = float(objectives.prior_term(known, x[:1]))
+    assert abs(float(sampled.mean()) - exact) < 4 * float(sampled.std()) / math.sqrt(20_000)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------

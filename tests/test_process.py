@@ -239,7 +239,7 @@ def test_volatility_over_the_event_lives_in_the_transforms_basis():
     torch.testing.assert_close(sde.drift(t, blur.to_basis(z)), expected)
 
 
-def test_default_prior_is_matched_to_the_schedule():
+def test_default_prior_is_matched_to_the_schedule(generator):
     assert NDM(lambda z, t: z, (2,)).prior.scale == 1.0
     assert NDM(lambda z, t: z, (2,), schedule=schedules.VarianceExploding(0.01, 30.0)).prior.scale == 30.0
     model = NDM(lambda z, t: z, (2,), schedule=schedules.VarianceExploding(0.01, 30.0))
@@ -250,6 +250,8 @@ def test_default_prior_is_matched_to_the_schedule():
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), normal).sum(1)
     torch.testing.assert_close(model.prior.kl_from_normal(mean, std), kl)
     assert math.isclose(model.t_min, 0.0)
+    draws = model.prior.sample(4000, generator=generator, dtype=torch.float64)
+    assert abs(float(draws.std()) / 30.0 - 1.0) < 4 / math.sqrt(2 * 8000)
 
 
 def test_exact_priors_divergence_is_torchs():

@@ -1,5 +1,6 @@
 """Samplers: measured orders against the exact flow, exact propagation of moments, statistics of exact models."""
 
+import itertools
 import math
 
 import pytest
@@ -132,7 +133,7 @@ def propagate_ddpm(model, steps):
     mean, cov = mean[0], factor[0, 0] @ factor[0, 0].mT
     eye = torch.eye(d, dtype=torch.float64)
     grid = torch.linspace(1, model.t_min, steps + 1, dtype=torch.float64)
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in itertools.pairwise(grid):
 
         def step_mean(z, t=t, s=s):
             F_t, F_s = model.frozen(z, t, s)

@@ -123,7 +123,7 @@ def test_failure_names_time_step_and_rows():
         return (blow_up * state[0] ** 2,)
 
     y0 = torch.tensor([[1.0], [2.0], [1.0]], dtype=torch.float64)  # row 1 explodes at t = 1/2
-    with pytest.raises(SolverError, match="dopri5 gave up at t=0.5") as caught:
+    with pytest.raises(SolverError, match=r"dopri5 gave up at t=0\.5") as caught:
         solvers.odeint(field, (y0,), 0.0, 1.0, rtol=1e-6, atol=1e-6)
     assert caught.value.rows == (1,)
     assert caught.value.t == pytest.approx(0.5, abs=1e-3)
@@ -245,6 +245,20 @@ def test_moments_of_an_ornstein_uhlenbeck_process_on_an_uneven_grid(method, gene
     variance = 0.5 * (1.0 - math.exp(-2.0))
     assert abs(float(y.mean()) - 2.0 * math.exp(-1.0)) < 4 * math.sqrt(variance / n) + 0.01
     assert abs(float(y.var()) / variance - 1.0) < 4 * math.sqrt(2.0 / n) + 0.02
+
+
+def test_noise_of_a_generator_has_the_moments_of_a_path(generator):
+    """Var W = h, Cov(W, U) = h^2 / 2, Var U = h^3 / 3 for the increment W and the integral U of the path."""
+    n, h = 40_000, 0.3
+    noise = solvers.GeneratorNoise((n, 1), torch.zeros((), dtype=torch.float64), generator)
+    ends = torch.tensor([0.2, 0.2 + h], dtype=torch.float64)
+    cov = torch.cov(torch.stack(noise(*ends, return_U=True))[..., 0])
+    for measured, exact, scale in (
+        (cov[0, 0], h, h),
+        (cov[0, 1], h**2 / 2, h**2 / math.sqrt(3.0)),
+        (cov[1, 1], h**3 / 3, h**3 / 3),
+    ):
+        assert abs(float(measured) - exact) < 4 * math.sqrt(2.0 / n) * scale
 
 
 def test_sde_is_reproducible_from_its_generator_alone():

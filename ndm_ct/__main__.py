@@ -1,0 +1,8 @@
+"""``python -m ndm_ct``: the command line."""
+
+import sys
+
+from ndm_ct.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
