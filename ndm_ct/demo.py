@@ -193,7 +193,7 @@ def _grid(path: Path, rows: dict[str, Tensor], title: str) -> None:
     for row, (label, images) in zip(axes, rows.items(), strict=True):
         limit = max(1.0, float(images.abs().max()))
         for axis, image in zip(row, images, strict=False):
-            axis.imshow(image[0], cmap="gray", vmin=-limit, vmax=limit)
+            axis.imshow(image[0].numpy(), cmap="gray", vmin=-limit, vmax=limit)
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])

@@ -236,8 +236,8 @@ class NDM(nn.Module):
             F, dF = self.moments(z, t, **cond)
             F_s = F + expand(s - t, z) * dF
         else:
-            x = self.predict_x(z, t, **cond)
-            F, F_s = self.transform(x, t, **cond), self.transform(x, s, **cond)
+            path = self.transform.along(self.predict_x(z, t, **cond), **cond)
+            F, F_s = path(t), path(s)
         validate_prediction(F_s, t)
         return F, F_s
 

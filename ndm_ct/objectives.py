@@ -34,7 +34,7 @@ from torch import Tensor
 from ndm_ct._shapes import as_time, expand, sum_event, validate_count
 from ndm_ct.model import NDM, NormalKL, validate_prediction
 from ndm_ct.quantisation import Quantisation
-from ndm_ct.transforms import Identity
+from ndm_ct.transforms import Identity, Path
 
 __all__ = [
     "ElboInfo",
@@ -110,7 +110,11 @@ def diffusion_integrand(model: NDM, x: Tensor, t: Tensor, eps: Tensor, **cond: A
     Returns:
         Shape ``(B,)``.
     """
-    F, dF = model.transform.with_derivative(x, t, **cond)
+    return _integrand_along(model, model.transform.along(x, **cond), t, eps, cond)
+
+
+def _integrand_along(model: NDM, path: Path, t: Tensor, eps: Tensor, cond: dict[str, Any]) -> Tensor:
+    F, dF = path.with_derivative(t)
     return _integrand(model, F, dF, *_predicted(model, F, t, eps, cond), t)
 
 
@@ -135,9 +139,13 @@ def _integrand(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor,
 
 def prior_term(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
     r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample."""
+    return _prior(model, model.transform.along(x, **cond), x, generator)
+
+
+def _prior(model: NDM, path: Path, x: Tensor, generator: torch.Generator | None) -> Tensor:
     t = as_time(1.0, x.device).expand(x.shape[0])
-    mean = model.process.mean(x, t, **cond)
-    std = expand(model.schedule(t).sigma, x).expand_as(x)
+    c = model.schedule(t)
+    mean, std = expand(c.alpha, x) * path(t), expand(c.sigma, x).expand_as(x)
     if isinstance(model.prior, NormalKL):
         return model.prior.kl_from_normal(mean, std)
     eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
@@ -157,8 +165,14 @@ def reconstruction_term(
 
     Exact for real-valued data; for integer data (``quantisation`` given, x at bin centres) one sample of z_0.
     """
+    return _reconstruction(model, model.transform.along(x, **cond), x, quantisation, generator)
+
+
+def _reconstruction(
+    model: NDM, path: Path, x: Tensor, quantisation: Quantisation | None, generator: torch.Generator | None
+) -> Tensor:
     t = as_time(model.t_min, x.device).expand(x.shape[0])
-    F, gamma = model.transform(x, t, **cond), expand(model.schedule(t).gamma, x)
+    F, gamma = path(t), expand(model.schedule(t).gamma, x)
     if quantisation is None:
         # z_0/alpha_0 = F + e^{gamma_0/2} eps, so the expectation of the square is known.
         return 0.5 * sum_event((F - x) ** 2 * torch.exp(-gamma) + 1.0 + math.log(2.0 * math.pi) + gamma)
@@ -221,10 +235,10 @@ def elbo(
     model.validate(x, cond, elbo)
     _validate_volatility(model)
 
-    def draw(u: Tensor) -> Tensor:
+    def draw(path: Path, u: Tensor) -> Tensor:
         t, weight = times(model, u)
         eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return weight.to(x.dtype) * diffusion_integrand(model, x, t, eps, **cond)
+        return weight.to(x.dtype) * _integrand_along(model, path, t, eps, cond)
 
     return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
 
@@ -260,10 +274,10 @@ def elbo_discrete(
     grid, _ = times(model, torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64))
     grid = grid.to(x.device)
 
-    def draw(u: Tensor) -> Tensor:
+    def draw(path: Path, u: Tensor) -> Tensor:
         index = (u * steps).long().clamp(max=steps - 1)
         eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return steps * transition_kl(model, x, grid[index], grid[index + 1], eps, **cond)
+        return steps * _transition_kl(model, path, grid[index], grid[index + 1], eps, cond)
 
     return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
 
@@ -279,10 +293,14 @@ def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, **co
         eps: noise, shape ``(B, *E)``.
         cond: conditioning.
     """
+    return _transition_kl(model, model.transform.along(x, **cond), s, t, eps, cond)
+
+
+def _transition_kl(model: NDM, path: Path, s: Tensor, t: Tensor, eps: Tensor, cond: dict[str, Any]) -> Tensor:
     process, transform = model.process, model.transform
     c = model.schedule(t)
-    F_t, F_s = transform(x, t, **cond), transform(x, s, **cond)
-    z = expand(c.alpha, x) * F_t + expand(c.sigma, x) * eps
+    F_t, F_s = path(t), path(s)
+    z = expand(c.alpha, eps) * F_t + expand(c.sigma, eps) * eps
     mean, std = process.posterior(z, F_s, F_t, s, t)
     F_hat_t, F_hat_s = model.frozen(z, t, s, **cond)
     model_mean, _ = process.posterior(z, F_hat_s, F_hat_t, s, t)
@@ -292,31 +310,29 @@ def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, **co
 def _bound(
     model: NDM,
     x: Tensor,
-    draw: Callable[[Tensor], Tensor],
+    draw: Callable[[Path, Tensor], Tensor],
     samples: int,
     quantisation: Quantisation | None,
     generator: torch.Generator | None,
     return_info: bool,
     cond: dict[str, Any],
 ) -> Any:
-    """The three terms, the diffusion term by ``draw`` (uniform number to estimate), stratified over the samples."""
+    """The three terms; ``draw`` makes an estimate of the diffusion term of a uniform number, stratified over samples."""
     validate_count("samples", samples)
     strata = max(1, samples // 2)
     points: list[list[Tensor]] = [[] for _ in range(strata)]
     with model.evaluating():
+        path = model.transform.along(x, **cond)
         for sample in range(samples):
             k = sample % strata
             uniform = torch.rand(x.shape[0], dtype=torch.float64, device=x.device, generator=generator)
-            points[k].append(draw((k + uniform) / strata))
+            points[k].append(draw(path, (k + uniform) / strata))
         diffusion, variance = _stratified(points)
-        prior = prior_term(model, x, generator=generator, **cond)
+        prior = _prior(model, path, x, generator)
         if quantisation is None:
-            reconstruction = reconstruction_term(model, x, **cond)
+            reconstruction = _reconstruction(model, path, x, None, generator)
         else:
-            drawn = [
-                reconstruction_term(model, x, quantisation=quantisation, generator=generator, **cond)
-                for _ in range(samples)
-            ]
+            drawn = [_reconstruction(model, path, x, quantisation, generator) for _ in range(samples)]
             reconstruction, extra = _stratified([drawn])
             variance = variance + extra
     bound = -(prior + diffusion + reconstruction)
@@ -361,7 +377,8 @@ def loss(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **c
     _validate_volatility(model)
     t, weight = times(model, low_discrepancy(x.shape[0], generator, x.device))
     eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    F, dF = model.transform.with_derivative(x, t, **cond)
+    path = model.transform.along(x, **cond)
+    F, dF = path.with_derivative(t)
     F_hat, dF_hat = _predicted(model, F, t, eps, cond)
     rate = _integrand(model, F, dF, F_hat, dF_hat, t)
     if model.prediction == "moments" and not isinstance(model.transform, Identity):
@@ -369,8 +386,7 @@ def loss(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **c
             F, dF = F.detach(), dF.detach()
             F_hat, dF_hat = _predicted(model, F, t, eps, cond)
         rate = rate + _regressions(model, F, dF, F_hat, dF_hat, t)
-    constant = prior_term(model, x, generator=generator, **cond) + reconstruction_term(model, x, **cond)
-    return weight.to(x.dtype) * rate + constant
+    return weight.to(x.dtype) * rate + _prior(model, path, x, generator) + _reconstruction(model, path, x, None, None)
 
 
 def _regressions(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor) -> Tensor:

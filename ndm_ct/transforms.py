@@ -13,6 +13,7 @@ References:
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,13 +23,40 @@ from ndm_ct._autodiff import jvp
 from ndm_ct._config import Configurable
 from ndm_ct._shapes import expand, expand_time, keyword_names, of_time, validate_count
 
-__all__ = ["Blur", "Composed", "Identity", "Neural", "PolynomialBasis", "Separable", "TimeScaling", "Transform"]
+__all__ = ["Blur", "Composed", "Identity", "Neural", "Path", "PolynomialBasis", "Separable", "TimeScaling", "Transform"]
 
 
 class Network(Protocol):
     """A network of data and time, ``(x (B, *E), t (B,), **cond) -> (B, *E)``."""
 
     def __call__(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor: ...
+
+
+class Path(Protocol):
+    r"""The curve :math:`t \mapsto F(x, t)` of fixed data."""
+
+    def __call__(self, t: Tensor, /) -> Tensor:
+        """F(x, t)."""
+        ...
+
+    def with_derivative(self, t: Tensor, /) -> tuple[Tensor, Tensor]:
+        """F(x, t) and its time derivative."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """The path of a transform that evaluates everything anew at every t."""
+
+    transform: "Transform"
+    x: Tensor
+    cond: dict[str, Any]
+
+    def __call__(self, t: Tensor, /) -> Tensor:
+        return self.transform(self.x, t, **self.cond)
+
+    def with_derivative(self, t: Tensor, /) -> tuple[Tensor, Tensor]:
+        return self.transform.with_derivative(self.x, t, **self.cond)
 
 
 class Transform(nn.Module, Configurable):
@@ -50,6 +78,10 @@ class Transform(nn.Module, Configurable):
     def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
         r""":math:`(F, \partial F/\partial t)`, both of the shape of ``x``, by one forward-mode product in t."""
         return _jvp_in_time(lambda time: self(x, time, **cond), t)
+
+    def along(self, x: Tensor, **cond: Any) -> Path:
+        """The curve of fixed data, for callers that need several times; may share work between them."""
+        return _Evaluated(self, x, cond)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         """Conditioning keywords the transform accepts, and whether it accepts any."""
@@ -189,12 +221,13 @@ class Separable(Transform):
         return self._names, self._anything
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        return x + _mix(self.basis(t)[0], self._features(x, cond))
+        return self.along(x, **cond)(t)
 
     def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
-        features = self._features(x, cond)
-        value, rate = self.basis(t)
-        return x + _mix(value, features), _mix(rate, features)
+        return self.along(x, **cond).with_derivative(t)
+
+    def along(self, x: Tensor, **cond: Any) -> Path:
+        return _SeparablePath(x, self._features(x, cond), self.basis)
 
     def _features(self, x: Tensor, cond: dict[str, Any]) -> Tensor:
         named = cond if self._anything else {key: value for key, value in cond.items() if key in self._names}
@@ -206,6 +239,22 @@ class Separable(Transform):
                 f"K = {self.basis.terms} terms of the basis."
             )
         return features
+
+
+@dataclass(frozen=True)
+class _SeparablePath:
+    r""":math:`t \mapsto x + \sum_k b_k(t) f_k`, the features evaluated once."""
+
+    x: Tensor
+    features: Tensor
+    basis: PolynomialBasis
+
+    def __call__(self, t: Tensor, /) -> Tensor:
+        return self.x + _mix(self.basis(t)[0], self.features)
+
+    def with_derivative(self, t: Tensor, /) -> tuple[Tensor, Tensor]:
+        value, rate = self.basis(t)
+        return self.x + _mix(value, self.features), _mix(rate, self.features)
 
 
 def _mix(weights: Tensor, features: Tensor) -> Tensor:

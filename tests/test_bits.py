@@ -123,6 +123,18 @@ def test_elbo_bounds_the_discrete_probability(generator):
     assert reported < 3 * stderr
 
 
+def test_information_is_that_of_the_bound_in_bits(generator):
+    exact, k = model(safe_gamma(LEVELS)), levels(5, generator)
+    one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+    options = {"samples": 4, "return_info": True}
+    bits, info = ndm_ct.bits_per_dim(exact, k, levels=LEVELS, bound="elbo", generator=one, **options)
+    nats, terms = ndm_ct.elbo(exact, BINS.centres(k, torch.float32), quantisation=BINS, generator=other, **options)
+    torch.testing.assert_close(info.nats, nats)
+    torch.testing.assert_close(info.stderr, terms.stderr / (D * math.log(2.0)))
+    torch.testing.assert_close(bits, -nats / (D * math.log(2.0)))
+    assert info.nfe == terms.nfe == 4
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -210,6 +210,20 @@ def test_float32_network_matches_its_float64_copy():
     torch.testing.assert_close(value.double(), ndm_ct.loglik(double, x.double()), rtol=0.0, atol=2e-4)
 
 
+def test_states_are_float64_for_float32_data():
+    """With the zero prediction z only grows with sigma: exact to float32's last bit, at a tolerance it cannot reach."""
+    model = NDM(lambda z, t: torch.zeros_like(z), (2,), schedule=schedules.LinearLogSNR(-5, 4))
+    x, tight = torch.randn(4, 2), {"rtol": 1e-10, "atol": 1e-10}
+    ends = model.schedule.sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    growth = ends[1] / ends[0]
+    z = growth * x.double()
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1) + 2.0 * growth.log()
+    value = ndm_ct.loglik(model, x, **tight)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected, rtol=2e-7, atol=0.0)
+    torch.testing.assert_close(ndm_ct.encode(model, x, **tight).double(), z, rtol=2e-7, atol=0.0)
+
+
 def test_gradients_of_loglik_are_finite_differences():
     model = network_model(transform=transforms.Neural(SmallNet(4)))
     x = torch.randn(2, 2, 1, 2, dtype=torch.float64, requires_grad=True)

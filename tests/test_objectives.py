@@ -237,9 +237,12 @@ def test_simulation_by_torchsde_integrates_the_same_diffusion_term(generator):
 # --- times -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", [schedules.LinearLogSNR(), schedules.Rectified(), schedules.Cosine()])
+@pytest.mark.parametrize(
+    "schedule",
+    [schedules.LinearLogSNR(), schedules.VariancePreserving(), schedules.Rectified(), schedules.Cosine()],
+)
 def test_times_are_a_change_of_variables(schedule):
-    """Integrals over t by uniform u and the returned weight, for finite and infinite gamma(1)."""
+    """Integrals over t by uniform u and the returned weight: gamma linear in t, finite, and infinite at t = 1."""
     model = NDM(lambda z, t: z, (1,), schedule=schedule)
     nodes, weights = np.polynomial.legendre.leggauss(400)
     t, weight = objectives.times(model, torch.tensor(0.5 * (1 + nodes)))

@@ -53,18 +53,28 @@ def test_fixed_methods_have_their_order_and_take_exactly_n_steps(method, uniform
     assert order(errors, steps) == pytest.approx(solvers.FIXED_METHODS[method], abs=0.3)
 
 
+@pytest.mark.parametrize("rate", [10.0, 1e-3])  # a slow field lets the guess of the first step reach far out
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0), (1.0, 1e-3)])
-def test_no_evaluation_outside_the_interval(t0, t1):
+def test_no_evaluation_outside_the_interval(t0, t1, rate):
     seen = []
 
     def field(t, state):
         seen.append(float(t))
-        return (-10.0 * state[0],)
+        return (-rate * state[0],)
 
     solvers.odeint(field, (torch.ones(1, 1, dtype=torch.float64),), t0, t1, rtol=1e-3, atol=1e-3)
     assert min(seen) >= min(t0, t1)
     assert max(seen) <= max(t0, t1)
     assert min(abs(t - t1) for t in seen) < 1e-12
+
+
+@pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0)])
+def test_the_last_step_ends_at_the_end(t0, t1):
+    """Every step integrates a cubic exactly, unless it goes across the end, where the field as seen has a kink."""
+    y0 = torch.zeros(2, 1, dtype=torch.float64)
+    solution = solvers.odeint(lambda t, state: ((t**3).expand_as(state[0]),), (y0,), t0, t1, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(solution.state[0], torch.full_like(y0, 0.25 * (t1 - t0)), rtol=1e-12, atol=0.0)
+    assert solution.rejected == 0
 
 
 def test_time_is_float64_for_any_state():
