@@ -20,8 +20,8 @@ References:
     Song et al., Score-Based Generative Modeling through SDEs, appendix D.2, https://arxiv.org/abs/2011.13456
 """
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -32,7 +32,7 @@ from ndm_ct._shapes import choose
 from ndm_ct.divergence import BoundTrace, TraceEstimator, resolve
 from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.model import NDM
-from ndm_ct.solvers import ADAPTIVE_METHODS, Solution, odeint
+from ndm_ct.solvers import ADAPTIVE_METHODS, Field, Solution, State, odeint
 
 __all__ = ["LikelihoodInfo", "decode", "encode", "loglik"]
 
@@ -55,6 +55,8 @@ class LikelihoodInfo:
         z: the other end of the trajectory: :math:`z_1`, or x for ``decode``; ``(B, *E)``.
         logdet: :math:`\log|\det \partial z_{end}/\partial z_{start}|`, nats, ``(B,)``.
         log_prior: :math:`\log p_1(z_1)`, nats, ``(B,)``.
+        loglik: log-density of the data end of the trajectory, nats, ``(B,)``: log_prior + logdet going up, log_prior -
+            logdet coming down.
     """
 
     stderr: Tensor
@@ -65,13 +67,7 @@ class LikelihoodInfo:
     z: Tensor
     logdet: Tensor
     log_prior: Tensor
-
-    @property
-    def loglik(self) -> Tensor:
-        """Log-density in nats of the data end of the trajectory: log_prior + logdet going up, - logdet coming down."""
-        return self._loglik
-
-    _loglik: Tensor
+    loglik: Tensor
 
 
 @overload
@@ -137,10 +133,8 @@ def loglik(
         True
     """
     model.validate(x, cond, loglik)
-    info = _solve(
-        model, x, (model.t_min, 1.0), resolve(trace, model.event_shape), rtol, atol, method, differentiable, generator,
-        cond,
-    )  # fmt: skip
+    solve = _Solve(model, x, (model.t_min, 1.0), rtol, atol, method, differentiable, cond)
+    info = solve.augmented(resolve(trace, model.event_shape), generator)
     return (info.loglik, info) if return_info else info.loglik
 
 
@@ -175,9 +169,8 @@ def encode(
         :math:`z_1`, shape ``(B, *E)``; with ``return_info`` a pair.
     """
     model.validate(x, cond, encode)
-    return _transport(
-        model, x, (model.t_min, 1.0), trace, rtol, atol, method, differentiable, generator, return_info, cond
-    )
+    solve = _Solve(model, x, (model.t_min, 1.0), rtol, atol, method, differentiable, cond)
+    return solve.transport(trace, generator, return_info)
 
 
 def decode(
@@ -211,96 +204,77 @@ def decode(
         x, shape ``(B, *E)``; with ``return_info`` a pair.
     """
     model.validate(z1, cond, decode, name="z1")
-    return _transport(
-        model, z1, (1.0, model.t_min), trace, rtol, atol, method, differentiable, generator, return_info, cond
-    )
+    solve = _Solve(model, z1, (1.0, model.t_min), rtol, atol, method, differentiable, cond)
+    return solve.transport(trace, generator, return_info)
 
 
-def _transport(
-    model: NDM,
-    start: Tensor,
-    interval: tuple[float, float],
-    trace: Trace | None,
-    rtol: float | None,
-    atol: float | None,
-    method: str | None,
-    differentiable: bool,
-    generator: torch.Generator | None,
-    return_info: bool,
-    cond: dict[str, Any],
-) -> Any:
-    """``encode`` and ``decode``: the end of the trajectory, and its log-determinant if asked."""
-    if return_info:
-        estimator = resolve("auto" if trace is None else trace, model.event_shape)
-        info = _solve(model, start, interval, estimator, rtol, atol, method, differentiable, generator, cond)
-        return info.z, info
-    for name, value in (("trace", trace), ("generator", generator)):
-        if value is not None:
-            raise ValueError(f"{name} has no effect without a log-determinant; pass return_info=True or drop {name}.")
-    with _solving(model, differentiable):
-        flow = model.flow(start.dtype, **cond)
-        solution = _integrate(lambda t, state: (flow(t, state[0]),), (start.double(),), interval, rtol, atol, method)
-    return solution.state[0].to(start.dtype)
+@dataclass(frozen=True)
+class _Solve:
+    """One trajectory of the probability flow: from where to where, how accurately, with or without a graph."""
 
+    model: NDM
+    start: Tensor
+    interval: tuple[float, float]
+    rtol: float | None
+    atol: float | None
+    method: str | None
+    differentiable: bool
+    cond: dict[str, Any]
 
-def _solve(
-    model: NDM,
-    start: Tensor,
-    interval: tuple[float, float],
-    estimator: TraceEstimator,
-    rtol: float | None,
-    atol: float | None,
-    method: str | None,
-    differentiable: bool,
-    generator: torch.Generator | None,
-    cond: dict[str, Any],
-) -> LikelihoodInfo:
-    """The augmented solve: state and log-determinants together, probes frozen."""
-    with _solving(model, differentiable):
-        z = start.double()
+    def transport(self, trace: Trace | None, generator: torch.Generator | None, return_info: bool) -> Any:
+        """The end of the trajectory, and its log-determinant if asked."""
+        if return_info:
+            info = self.augmented(resolve("auto" if trace is None else trace, self.model.event_shape), generator)
+            return info.z, info
+        for name, value in (("trace", trace), ("generator", generator)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} has no effect without a log-determinant; pass return_info=True or drop {name}."
+                )
+        with self._prepared() as flow:
+            solution = self._integrate(lambda t, state: (flow(t, state[0]),), (self.start.double(),))
+        return solution.state[0].to(self.start.dtype)
+
+    def augmented(self, estimator: TraceEstimator, generator: torch.Generator | None) -> LikelihoodInfo:
+        """State and log-determinants together, probes frozen."""
+        model, z, dtype = self.model, self.start.double(), self.start.dtype
         bound = estimator.bind(z, generator)
-        logdets = z.new_zeros(z.shape[0], bound.columns)
-        field = _augmented(model.flow(start.dtype, **cond), bound, model.event_shape)
-        solution = _integrate(field, (z, logdets), interval, rtol, atol, method)
-        end, logdets = solution.state
-        logdet, stderr = bound.combine(logdets)
-        upwards = interval[1] > interval[0]
-        log_prior = model.prior.log_prob(end if upwards else z)
-        value = log_prior + logdet if upwards else log_prior - logdet
-    dtype = start.dtype
-    return LikelihoodInfo(
-        stderr=stderr.to(dtype), nfe=solution.evaluations, vjps=solution.evaluations * bound.products,
-        accepted=solution.accepted, rejected=solution.rejected, z=end.to(dtype), logdet=logdet.to(dtype),
-        log_prior=log_prior.to(dtype), _loglik=value.to(dtype),
-    )  # fmt: skip
+        with self._prepared() as flow:
+            solution = self._integrate(
+                _augmented(flow, bound, model.event_shape), (z, z.new_zeros(z.shape[0], bound.columns))
+            )
+            end, logdets = solution.state
+            logdet, stderr = bound.combine(logdets)
+            upwards = self.interval[1] > self.interval[0]
+            log_prior = model.prior.log_prob(end if upwards else z)
+            value = log_prior + logdet if upwards else log_prior - logdet
+        return LikelihoodInfo(
+            stderr=stderr.to(dtype),
+            nfe=solution.evaluations,
+            vjps=solution.evaluations * bound.products,
+            accepted=solution.accepted,
+            rejected=solution.rejected,
+            z=end.to(dtype),
+            logdet=logdet.to(dtype),
+            log_prior=log_prior.to(dtype),
+            loglik=value.to(dtype),
+        )
+
+    def _integrate(self, field: Field, state: State) -> Solution:
+        method = choose("method", "dopri5" if self.method is None else self.method, ADAPTIVE_METHODS)
+        rtol, atol = RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
+        return odeint(field, state, *self.interval, method=method, rtol=rtol, atol=atol)
+
+    @contextmanager
+    def _prepared(self) -> Iterator[ProbabilityFlow]:
+        """The field, in eval mode, and with a graph only if it is asked for."""
+        with self.model.evaluating(), torch.set_grad_enabled(self.differentiable):
+            yield self.model.flow(self.start.dtype, **self.cond)
 
 
-def _augmented(
-    flow: ProbabilityFlow, bound: BoundTrace, event_shape: tuple[int, ...]
-) -> Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _augmented(flow: ProbabilityFlow, bound: BoundTrace, event_shape: tuple[int, ...]) -> Field:
+    def field(t: Tensor, state: State) -> State:
         part, trace = bound(flow.network_part(t), state[0])
         return flow.assemble(t, state[0], part), flow.linear_divergence(t, event_shape) + trace
 
     return field
-
-
-def _integrate(
-    field: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
-    state: tuple[Tensor, ...],
-    interval: tuple[float, float],
-    rtol: float | None,
-    atol: float | None,
-    method: str | None,
-) -> Solution:
-    method = choose("method", "dopri5" if method is None else method, ADAPTIVE_METHODS)
-    return odeint(
-        field, state, *interval, method=method, rtol=RTOL if rtol is None else rtol, atol=ATOL if atol is None else atol
-    )
-
-
-@contextlib.contextmanager
-def _solving(model: NDM, differentiable: bool) -> Any:
-    """Eval mode, and no graph unless it is asked for."""
-    with model.evaluating(), torch.set_grad_enabled(differentiable):
-        yield

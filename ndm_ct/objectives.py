@@ -317,7 +317,7 @@ def _bound(
     return_info: bool,
     cond: dict[str, Any],
 ) -> Any:
-    """The three terms; ``draw`` makes an estimate of the diffusion term of a uniform number, stratified over samples."""
+    """The three terms; ``draw`` makes an estimate of the diffusion term of a uniform number (stratified)."""
     validate_count("samples", samples)
     strata = max(1, samples // 2)
     points: list[list[Tensor]] = [[] for _ in range(strata)]

@@ -21,7 +21,7 @@ def test_loglik_is_the_exact_density_at_a_bounded_cost(make, transform, schedule
     model = make(schedule(), transform())
     x = model.sample_data(16, generator=generator)
     exact = model.log_prob(x)
-    for tolerance, error, cost in ((1e-5, 2e-3, 260), (1e-8, 1e-5, 760)):
+    for tolerance, error, cost in ((1e-5, 2e-3, 260), (None, 5e-4, 340), (1e-8, 1e-5, 760)):
         value, info = ndm_ct.loglik(model, x, trace="exact", rtol=tolerance, atol=tolerance, return_info=True)
         assert float((value - exact).abs().max()) < error
         assert info.nfe < cost

@@ -327,17 +327,22 @@ def test_moments_loss_adds_both_regressions():
 
 
 def test_conditioning_reaches_every_term():
-    """A transform's conditioning and the same numbers built into it give the same bounds and the same loss."""
+    """Conditioning and the same numbers built into predictor and transform give the same bounds and the same loss."""
     numbers = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 
-    def build(net):
+    def build(predictor, net):
         return NDM(
-            lambda z, t: 0.4 * z, (2,), transform=transforms.Neural(net), schedule=schedules.LinearLogSNR(-4, 1),
+            predictor, (2,), transform=transforms.Neural(net), schedule=schedules.LinearLogSNR(-4, 1),
             t_min=0.1, prior=torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1),
         )  # fmt: skip
 
-    by_keyword = build(lambda x, t, shift=None: torch.zeros_like(x) if shift is None else shift[:, None] * x.cos())
-    built_in = build(lambda x, t: numbers[:, None] * x.cos())
+    def by_keyword(x, t, shift=None):
+        return 0.4 * x if shift is None else 0.4 * x + shift[:, None] * x.cos()
+
+    def built_in(x, t):
+        return 0.4 * x + numbers[:, None] * x.cos()
+
+    conditioned, plain = build(by_keyword, by_keyword), build(built_in, built_in)
     x = torch.randn(3, 2, dtype=torch.float64)
     bins = Quantisation(8)
     for bound in (
@@ -347,8 +352,8 @@ def test_conditioning_reaches_every_term():
         lambda *args, **kwargs: objectives.elbo_discrete(*args, steps=3, **kwargs),
     ):
         one, other = (torch.Generator().manual_seed(1) for _ in range(2))
-        given = bound(by_keyword, x, generator=one, shift=numbers)
-        torch.testing.assert_close(given, bound(built_in, x, generator=other))
+        given = bound(conditioned, x, generator=one, shift=numbers)
+        torch.testing.assert_close(given, bound(plain, x, generator=other))
 
 
 def test_sampled_prior_term_is_the_divergence(generator):

@@ -89,27 +89,33 @@ def test_time_is_float64_for_any_state():
 
 
 def test_worst_row_sets_the_step_however_large_the_batch():
-    """One fast row among many slow ones keeps its accuracy: the root mean square over the batch would lose it."""
+    """One fast row among many slow ones is solved by the steps it takes alone: an average would lengthen them."""
     rate = torch.ones(1000, 1, dtype=torch.float64)
     rate[0] = 30.0
 
-    def field(t, state):
-        return (rate * torch.cos(rate * t).expand_as(state[0]),)
+    def solve(rate):
+        y0 = torch.zeros_like(rate)
+        return solvers.odeint(lambda t, state: (rate * torch.cos(rate * t),), (y0,), 0.0, 1.0, rtol=1e-6, atol=1e-6)
 
-    y0 = torch.zeros(1000, 1, dtype=torch.float64)
-    solution = solvers.odeint(field, (y0,), 0.0, 1.0, rtol=1e-6, atol=1e-6)
-    assert abs(float(solution.state[0][0]) - math.sin(30.0)) < 3e-5
+    together, alone = solve(rate), solve(rate[:1])
+    assert abs(float(alone.state[0]) - math.sin(30.0)) < 3e-5
+    assert together.accepted == alone.accepted
+    torch.testing.assert_close(together.state[0][:1], alone.state[0], rtol=0.0, atol=1e-12)
 
 
 def test_parts_of_the_state_have_their_own_norm():
-    """A scalar part is held to the tolerance beside a wide part that is nearly constant."""
+    """A scalar part beside a wide one that is constant is solved by the steps it takes alone."""
+    narrow, wide = torch.zeros(2, 1, dtype=torch.float64), torch.zeros(2, 4000, dtype=torch.float64)
 
     def field(t, state):
-        return torch.zeros_like(state[0]), 40.0 * torch.cos(40.0 * t).expand_as(state[1])
+        return *(torch.zeros_like(part) for part in state[:-1]), 40.0 * torch.cos(40.0 * t).expand_as(state[-1])
 
-    state = (torch.zeros(2, 4000, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64))
-    solution = solvers.odeint(field, state, 0.0, 1.0, rtol=1e-6, atol=1e-6)
-    assert float((solution.state[1] - math.sin(40.0)).abs().max()) < 3e-5
+    together, alone = (
+        solvers.odeint(field, state, 0.0, 1.0, rtol=1e-6, atol=1e-6) for state in ((wide, narrow), (narrow,))
+    )
+    assert float((alone.state[0] - math.sin(40.0)).abs().max()) < 3e-5
+    assert together.accepted == alone.accepted
+    torch.testing.assert_close(together.state[1], alone.state[0], rtol=0.0, atol=1e-12)
 
 
 def test_counts_are_those_of_the_field():
