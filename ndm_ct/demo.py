@@ -170,7 +170,7 @@ def _write(
         for method, grid in (("ode", None), ("ddpm", 100)):
             generator = torch.Generator().manual_seed(seed)
             rows[f"{name}, {method}"] = sample(model, 12, method=method, steps=grid, generator=generator)
-    _grid(out / "samples.png", rows, "samples")
+    _grid(out / "samples.png", {name: images.clamp(-1.0, 1.0) for name, images in rows.items()}, "samples")
     _grid(out / "transformation.png", *_transformed(models["NDM"], BINS.centres(test[:12], torch.float32)))
     _curves(out / "training.png", fits, steps)
 
@@ -184,7 +184,7 @@ def _transformed(model: NDM, x: Tensor) -> tuple[dict[str, Tensor], str]:
 
 
 def _grid(path: Path, rows: dict[str, Tensor], title: str) -> None:
-    """One row of images per entry, grey from -1 to 1, or further where a row exceeds it."""
+    """One row of images per entry, grey from -1 to 1, or symmetrically further where a row exceeds it."""
     from matplotlib.figure import Figure
 
     columns = max(len(images) for images in rows.values())

@@ -403,12 +403,12 @@ MUTANTS = (
     ),
     Mutant(
         "states in the network's precision", "likelihood.py",
-        "z = start.double()", "z = start",
+        "self.model, self.start.double(), self", "self.model, self.start, self",
         "likelihood::test_states_are_float64_for_float32_data",
     ),
     Mutant(
         "encode's states in the network's precision", "likelihood.py",
-        "(start.double(),), interval", "(start,), interval",
+        "(self.start.double(),)", "(self.start,)",
         "likelihood::test_states_are_float64_for_float32_data",
     ),
     Mutant(
@@ -497,14 +497,13 @@ MUTANTS = (
 )  # fmt: skip
 
 
-def apply(mutant: Mutant, package: Path) -> None:
-    """Make the replacement in ``package``."""
-    path = package / mutant.file
-    source = path.read_text()
+def mutated(mutant: Mutant, package: Path) -> str:
+    """The mutant's file in ``package`` after the replacement."""
+    source = (package / mutant.file).read_text()
     count = source.count(mutant.old)
     if count != 1:
         raise MutantError(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}, expected once.")
-    path.write_text(source.replace(mutant.old, mutant.new))
+    return source.replace(mutant.old, mutant.new)
 
 
 def run(tests: Iterable[str], mutant: Mutant | None) -> str | None:
@@ -519,7 +518,7 @@ def run(tests: Iterable[str], mutant: Mutant | None) -> str | None:
         copy = Path(folder)
         shutil.copytree(PACKAGE, copy / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
-            apply(mutant, copy / PACKAGE.name)
+            (copy / PACKAGE.name / mutant.file).write_text(mutated(mutant, copy / PACKAGE.name))
         environment = os.environ | {
             "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000", "PYTEST_ADDOPTS": "",
         }  # fmt: skip
@@ -555,6 +554,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(mutant.name for mutant in chosen))
         return 0
+    for mutant in chosen:  # all must apply, before any time is spent
+        mutated(mutant, PACKAGE)
     failed = run(sorted({test for mutant in chosen for test in mutant.tests.split()}), None)
     if failed is not None:
         raise MutantError(f"the unbroken package fails {failed}.")
