@@ -316,6 +316,8 @@ def test_train_mode_is_switched_off_and_restored():
     model.train()
     model.predictor.first.eval()
     x = torch.randn(2, 4, dtype=torch.float64)
+    bounds = [ndm_ct.elbo(model, x, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*bounds)
     assert torch.equal(ndm_ct.loglik(model, x), ndm_ct.loglik(model, x))
     assert model.training
     assert model.predictor.training
