@@ -26,6 +26,13 @@ __all__ = [
 ]
 
 
+_OPTIONS = frozenset(
+    ["atol", "bound", "differentiable", "generator", "levels", "method", "probes", "progress", "rtol", "samples"]
+    + ["stderr", "steps", "trace"]
+)
+"""Names of options anywhere in the library, which a predictor with ``**kwargs`` must not swallow."""
+
+
 def event_size(event_shape: Iterable[int]) -> int:
     """Number of scalars d in one event."""
     return math.prod(event_shape)
@@ -35,14 +42,14 @@ def expand(c: Tensor, like: Tensor) -> Tensor:
     """Give a coefficient of shape ``()``, ``(B,)`` or ``(B, *E')`` the rank and dtype of a state.
 
     Args:
-        c: coefficient; a vector is one value per row of ``like``.
+        c: coefficient; its first axis goes with the rows of ``like``, further ones with the event's last.
         like: state, shape ``(B, *E)``.
 
     Returns:
-        ``c`` viewed as ``(B, 1, ..., 1)``, ready to multiply ``like``.
+        ``c`` viewed as ``(B, 1, ..., 1, *E')``, ready to multiply ``like``.
     """
-    if c.ndim == 1:
-        c = c.reshape(-1, *(1,) * (like.ndim - 1))
+    if 0 < c.ndim < like.ndim:
+        c = c.reshape(c.shape[0], *(1,) * (like.ndim - c.ndim), *c.shape[1:])
     return c.to(dtype=like.dtype, device=like.device)
 
 
@@ -131,6 +138,11 @@ def validate_data(
             f"{name} has dtype {x.dtype}, but a density needs real data; convert with {name}.to(torch.float32), "
             "or call bits_per_dim for integer data."
         )
+    if torch.finfo(x.dtype).bits < 32:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, whose digits do not carry a density; keep data and weights in float32, "
+            "and use torch.autocast inside the network if it is to run in half precision."
+        )
     if x.ndim != len(event_shape) + 1 or tuple(x.shape[1:]) != event_shape:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, expected (B, {', '.join(map(str, event_shape))}) for "
@@ -189,6 +201,8 @@ def validate_cond(cond: Mapping[str, Any], names: frozenset[str], anything: bool
     for key in cond:
         if key in names:
             continue
+        if key in _OPTIONS:
+            raise TypeError(f"{caller.__name__}() has no option {key!r}; options: {', '.join(sorted(options))}.")
         hint = nearest(key, options, cutoff=0.75) or nearest(key, names, cutoff=0.75)
         if hint or not anything:
             accepted = ", ".join(map(repr, sorted(names))) or "none"

@@ -92,8 +92,8 @@ def bits_per_dim(
     with torch.no_grad():
         if bound == "elbo":
             nats, info = objectives.elbo(
-                model, bins.centres(x, dtype), samples=samples or 1, quantisation=bins, generator=generator,
-                return_info=True, **cond,
+                model, bins.centres(x, dtype), samples=1 if samples is None else samples, quantisation=bins,
+                generator=generator, return_info=True, **cond,
             )  # fmt: skip
             stderr, nfe = info.stderr, info.nfe
         else:
@@ -119,7 +119,7 @@ def _dequantised(
     """Real data in the bins of x, and the offset per dimension of its log-density."""
     if dequantisation == "uniform":
         return bins.uniform(x, dtype, generator), bins.uniform_offset
-    at_start = model.schedule(as_time(model.t_min))
+    at_start = model.schedule(as_time(model.t_min, x.device))
     alpha, sigma = float(at_start.alpha), float(at_start.sigma)
     return bins.truncated_normal(x, alpha, sigma, dtype, generator), bins.truncated_normal_offset(alpha, sigma)
 

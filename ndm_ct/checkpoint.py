@@ -94,9 +94,9 @@ def describe(model: NDM) -> dict[str, Any]:
     Raises:
         ValueError: the prior, schedule or volatility cannot be described.
     """
-    if model.custom_prior is not None:
+    if model.has_custom_prior:
         raise ValueError(
-            f"a model with the custom prior {type(model.custom_prior).__name__} cannot be saved: the file has no place "
+            f"a model with the custom prior {type(model.prior).__name__} cannot be saved: the file has no place "
             "for it. Save model.state_dict() with torch.save, and build the model with its prior before loading it."
         )
     parts: dict[str, Any] = {}

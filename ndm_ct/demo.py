@@ -103,10 +103,20 @@ def run(
             model = build(seed)
             print(f"{name}: {_parameters(model):,} parameters, {steps} steps", flush=True)
             fits[name] = fit(
-                model, train, steps=steps, lr=2e-3, ema=0.998, quantisation=BINS, dequantisation="centres", seed=seed,
-                run_dir=out / name.lower(), checkpoint_every=200, log_every=max(1, min(20, steps // 10)),
+                model,
+                train,
+                steps=steps,
+                batch_size=64,
+                lr=2e-3,
+                ema=0.998,
+                quantisation=BINS,
+                dequantisation="centres",
+                seed=seed,
+                run_dir=out / name.lower(),
+                checkpoint_every=200,
+                log_every=max(1, min(20, steps // 10)),
                 progress=progress,
-            )  # fmt: skip
+            )
             if not fits[name].finished:
                 raise KeyboardInterrupt
             models[name], scores[name] = model, _score(model, fits[name], test, seed)

@@ -28,6 +28,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ndm_ct._autodiff import vjp
+from ndm_ct._errors import PredictorError
 from ndm_ct._shapes import choose
 from ndm_ct.divergence import BoundTrace, TraceEstimator, resolve
 from ndm_ct.dynamics import ProbabilityFlow
@@ -246,7 +248,7 @@ class _Solve:
             end, logdets = solution.state
             logdet, stderr = bound.combine(logdets)
             upwards = self.interval[1] > self.interval[0]
-            log_prior = model.prior.log_prob(end if upwards else z)
+            log_prior = model.log_prior(end if upwards else z)
             value = log_prior + logdet if upwards else log_prior - logdet
         return LikelihoodInfo(
             stderr=stderr.to(dtype),
@@ -268,13 +270,36 @@ class _Solve:
     @contextmanager
     def _prepared(self) -> Iterator[ProbabilityFlow]:
         """The field, in eval mode, and with a graph only if it is asked for."""
+        if self.differentiable and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "differentiable=True keeps a graph, which torch.inference_mode() forbids; leave that mode."
+            )
         with self.model.evaluating(), torch.set_grad_enabled(self.differentiable):
             yield self.model.flow(self.start.dtype, **self.cond)
 
 
 def _augmented(flow: ProbabilityFlow, bound: BoundTrace, event_shape: tuple[int, ...]) -> Field:
+    first = True
+
     def field(t: Tensor, state: State) -> State:
+        nonlocal first
         part, trace = bound(flow.network_part(t), state[0])
+        if first and not bool(trace.any()):
+            _validate_attached(flow, t, state[0].detach())
+        first = False
         return flow.assemble(t, state[0], part), flow.linear_divergence(t, event_shape) + trace
 
     return field
+
+
+def _validate_attached(flow: ProbabilityFlow, t: Tensor, z: Tensor) -> None:
+    """Refuse a predictor that autograd cannot see through: its divergence would silently be zero."""
+    part = flow.network_part(t)
+    value, pullback = vjp(part, z)
+    (product,) = pullback(torch.ones_like(value))
+    if bool((product != 0.0).any()) or torch.equal(value, part(z + 0.1)):
+        return
+    raise PredictorError(
+        "the predictor's output depends on z, but autograd sees no dependence, so its divergence would be taken as "
+        "zero; remove torch.no_grad(), .detach() or a conversion to numpy from the predictor."
+    )

@@ -93,7 +93,7 @@ class NDM(nn.Module):
 
     Args:
         predictor: callable ``(z (B, *E), t (B,), **cond) -> (B, *E)`` (a pair of these for ``"moments"``); an
-            ``nn.Module`` or a function.
+            ``nn.Module`` or a function. Modules that a function merely closes over are not part of the model.
         event_shape: E, the shape of one data point.
         transform: :math:`F`; None is the identity, an ordinary diffusion.
         schedule: :math:`\alpha, \sigma`; None is ``LinearLogSNR(gamma_min=-13.3, gamma_max=5.0)``.
@@ -128,6 +128,12 @@ class NDM(nn.Module):
         super().__init__()
         if not callable(predictor):
             raise TypeError(f"predictor must be callable as predictor(z, t), got {type(predictor).__name__}.")
+        hidden = getattr(predictor, "func", getattr(predictor, "__self__", None))
+        if isinstance(hidden, nn.Module) and not isinstance(predictor, nn.Module):
+            raise TypeError(
+                f"predictor hides an nn.Module ({type(hidden).__name__}) in a partial or a bound method, so its "
+                "weights would not be trained, saved or moved; pass the module itself, and conditioning as keywords."
+            )
         transform = Identity() if transform is None else transform
         schedule = LinearLogSNR() if schedule is None else schedule
         for name, value, kind in (("transform", transform, Transform), ("schedule", schedule, Schedule)):
@@ -141,7 +147,7 @@ class NDM(nn.Module):
         self.predictor = predictor
         self.t_min = _validate_t_min(t_min, schedule)
         self._validate_prediction()
-        self.custom_prior = prior
+        self.has_custom_prior = prior is not None
         self.prior = prior if prior is not None else IsotropicNormal(self.event_shape, _prior_scale(schedule))
         if hasattr(predictor, "bind_schedule"):
             predictor.bind_schedule(schedule)
@@ -165,7 +171,7 @@ class NDM(nn.Module):
                 f"{type(self.transform).__name__}; use prediction='x' or 'moments'."
             )
         with torch.no_grad():
-            at_one = self.schedule(as_time(1.0))
+            at_one = self.schedule(as_time(1.0, self.schedule.device))
         if self.prediction == "eps" and float(at_one.alpha) < 1e-12:
             raise ValueError(
                 f"prediction='eps' divides by alpha, and {type(self.schedule).__name__} has alpha(1) = 0; use "
@@ -261,7 +267,8 @@ class NDM(nn.Module):
     def _predict(self, z: Tensor, t: Tensor, cond: dict[str, Any]) -> Any:
         if not self._predictor_anything:
             cond = {key: value for key, value in cond.items() if key in self._predictor_names}
-        return self.predictor(z, expand_time(t, z), **cond)
+        # A copy, so that a predictor that works in place cannot change the state or the caller's data.
+        return self.predictor(z.clone(), expand_time(t, z), **cond)
 
     def _pair(self, output: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         if not (isinstance(output, tuple | list) and len(output) == 2):
@@ -329,6 +336,22 @@ class NDM(nn.Module):
         _shapes.validate_cond(cond, self._cond_names, self._cond_anything, caller)
         _shapes.validate_data(x, self.event_shape, name=name, dtype=self.dtype, device=self.device)
 
+    def log_prior(self, z: Tensor) -> Tensor:
+        r""":math:`\log p_1(z)`, nats, ``(B, *E)`` to ``(B,)``, in the dtype of z.
+
+        Raises:
+            ValueError: the prior's log_prob does not return one number per row.
+        """
+        parameters = self.prior.parameters() if isinstance(self.prior, nn.Module) else iter(())
+        dtype = next((parameter.dtype for parameter in parameters), z.dtype)
+        value = self.prior.log_prob(z.to(dtype))
+        if tuple(value.shape) != (z.shape[0],):
+            raise ValueError(
+                f"prior.log_prob returned shape {tuple(value.shape)} for {z.shape[0]} events, expected "
+                f"({z.shape[0]},); wrap the distribution in torch.distributions.Independent."
+            )
+        return cast(Tensor, value.to(z.dtype))
+
     def sample_prior(
         self, n: int, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device | str | None
     ) -> Tensor:
@@ -382,7 +405,7 @@ def _validate_t_min(t_min: float | None, schedule: Schedule) -> float:
     if not 0.0 <= t_min < 1.0:
         raise ValueError(f"t_min must lie in [0, 1), got {t_min!r}.")
     with torch.no_grad():
-        sigma = float(schedule(as_time(t_min)).sigma)
+        sigma = float(schedule(as_time(t_min, schedule.device)).sigma)
     if not sigma > 0.0:
         raise ValueError(
             f"t_min={t_min!r} has sigma = 0 under {type(schedule).__name__}, where score and velocity are singular; "

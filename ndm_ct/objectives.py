@@ -129,6 +129,8 @@ def _predicted(model: NDM, F: Tensor, t: Tensor, eps: Tensor, cond: dict[str, An
 
 def _integrand(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor) -> Tensor:
     c, eta = model.schedule(t), model.process.eta(t)
+    if not bool((eta > 0.0).all()):
+        raise ValueError("volatility(t) is zero at some t, where the bound is minus infinity; keep it positive.")
     delta, ddelta = F - F_hat, dF - dF_hat
     if eta.ndim > 1:  # the volatility varies over the event, in the transform's basis
         delta, ddelta = model.transform.to_basis(delta), model.transform.to_basis(ddelta)
@@ -150,7 +152,7 @@ def _prior(model: NDM, path: Path, x: Tensor, generator: torch.Generator | None)
         return model.prior.kl_from_normal(mean, std)
     eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     log_q = -sum_event(0.5 * eps**2 + std.log() + 0.5 * math.log(2.0 * math.pi))
-    return log_q - model.prior.log_prob(mean + std * eps)
+    return log_q - model.log_prior(mean + std * eps)
 
 
 def reconstruction_term(
@@ -234,6 +236,8 @@ def elbo(
     """
     model.validate(x, cond, elbo)
     _validate_volatility(model)
+    if quantisation is not None:
+        quantisation.validate_centres(x)
 
     def draw(path: Path, u: Tensor) -> Tensor:
         t, weight = times(model, u)
@@ -271,8 +275,10 @@ def elbo_discrete(
     """
     model.validate(x, cond, elbo_discrete)
     _validate_volatility(model)
-    grid, _ = times(model, torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64))
-    grid = grid.to(x.device)
+    if quantisation is not None:
+        quantisation.validate_centres(x)
+    uniform = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
+    grid, _ = times(model, uniform)
 
     def draw(path: Path, u: Tensor) -> Tensor:
         index = (u * steps).long().clamp(max=steps - 1)

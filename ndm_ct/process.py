@@ -80,6 +80,11 @@ class ForwardProcess(nn.Module):
 
     def __init__(self, transform: Transform, schedule: Schedule, volatility: Volatility) -> None:
         super().__init__()
+        if isinstance(volatility, Tensor):
+            raise TypeError(
+                "volatility must be a float or a callable of t, got a tensor; for a learned constant pass an nn.Module "
+                "whose forward(t) returns it."
+            )
         if not callable(volatility) and not (math.isfinite(volatility) and volatility >= 0.0):
             raise ValueError(f"volatility must be a float >= 0 or a callable of t, got {volatility!r}.")
         self.transform, self.schedule, self.volatility = transform, schedule, volatility
@@ -88,8 +93,20 @@ class ForwardProcess(nn.Module):
         r""":math:`\eta(t)`, float64, of the shape of ``t``, or ``(B, *E')`` where it varies over the event."""
         if not callable(self.volatility):
             return torch.full_like(t, self.volatility)
-        # Asked for a batch of one, a volatility's own axes cannot be mistaken for the batch.
-        eta = of_time(self.volatility, t.reshape(-1))
+        # Asked for a batch, of one if need be, a volatility's own axes cannot be mistaken for the batch,
+        # and asked for one time more than needed, a vector over the event cannot be mistaken for one over the times.
+        flat = t.reshape(-1)
+        eta = of_time(self.volatility, torch.cat([flat, flat[-1:]]))
+        if eta.ndim == 0:
+            return eta.expand(t.shape)
+        if eta.shape[0] != len(flat) + len(flat[-1:]):
+            raise ValueError(
+                f"volatility(t) returned shape {tuple(eta.shape)} for {len(flat) + 1} times; return one value per "
+                "time, or one row of values broadcastable to the event per time."
+            )
+        eta = eta[: len(flat)]
+        if not bool((torch.isfinite(eta) & (eta >= 0.0)).all()):
+            raise ValueError(f"volatility(t) must be finite and not negative, got {float(eta.detach().min()):g}.")
         return eta.reshape(t.shape) if eta.ndim == 1 else eta
 
     def mean(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:

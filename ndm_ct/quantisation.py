@@ -90,6 +90,22 @@ class Quantisation:
         low, high = self.range
         return low + (high - low) * (x.to(dtype) + 0.5) / self.levels
 
+    def validate_centres(self, x: Tensor, name: str = "x") -> None:
+        """Check that real ``x`` are bin centres, up to rounding.
+
+        Raises:
+            ValueError: values elsewhere, with their rows.
+        """
+        level = (x.double() - self.range[0]) / (2.0 * self.half_width) - 0.5
+        away = (level - level.round()).abs() > 1e-3
+        away |= (level.round() < 0) | (level.round() >= self.levels)
+        if bool(away.any()):
+            rows = torch.nonzero(away.reshape(x.shape[0], -1).any(1)).flatten().tolist()
+            raise ValueError(
+                f"{name} is not at the bin centres of {self.levels} levels on {self.range} in rows {some(rows)}; a "
+                "log-probability belongs to levels: pass quantisation.centres(levels), or leave quantisation out."
+            )
+
     def values(self, like: Tensor) -> Tensor:
         """All bin centres, shape ``(levels,)``, dtype and device of ``like``."""
         return self.centres(torch.arange(self.levels, device=like.device), like.dtype)

@@ -105,6 +105,16 @@ def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
     return torch.einsum("bkij,bkj->bki", matrices, vectors)
 
 
+class _ExactPredictor:
+    r""":math:`\hat x = E[x \mid z_t]`, an object so that copies of a model copy it."""
+
+    def __init__(self, marginals: _Marginals) -> None:
+        self.marginals = marginals
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.marginals.posterior_mean(z, t)
+
+
 class _MarginalPrior:
     r"""The exact :math:`p_1` as a prior."""
 
@@ -193,7 +203,7 @@ class GaussianMixture(NDM):
         schedule = LinearLogSNR() if schedule is None else schedule
         marginals = _Marginals(weights, means.reshape(k, d), covs, event_shape, schedule, transform)
         super().__init__(
-            lambda z, t: marginals.posterior_mean(z, t),
+            _ExactPredictor(marginals),
             event_shape,
             transform=transform,
             schedule=schedule,

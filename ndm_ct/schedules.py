@@ -149,9 +149,14 @@ class Schedule(nn.Module, Configurable):
             return 0.5 * (low + high)
 
     @property
+    def device(self) -> torch.device:
+        """Device of the schedule's parameters; the CPU if it has none."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    @property
     def safe_t_min(self) -> float:
         r"""0 where :math:`\sigma_0 > 0`; else the time at which :math:`\sigma/\alpha` = 1e-3."""
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.no_grad():
             at_zero = self(zero)
         if float(at_zero.sigma) > 0.0:

@@ -17,6 +17,7 @@ References:
     Roessler, Runge-Kutta Methods for the Strong Approximation of Solutions of SDEs (2010)
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -155,8 +156,8 @@ class _Guarded:
 
 def validate_tolerance(name: str, value: float, dtype: torch.dtype) -> float:
     """A positive tolerance; warns where ``dtype`` cannot reach it."""
-    if not value > 0.0:
-        raise ValueError(f"{name} must be positive, got {value!r}.")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
     floor = 4.0 * torch.finfo(dtype).eps
     if value < floor:
         warnings.warn(f"{name}={value:g} is below what {dtype} can resolve ({floor:.1g}).", stacklevel=3)

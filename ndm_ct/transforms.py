@@ -95,7 +95,7 @@ class Transform(nn.Module, Configurable):
             y: shape ``(B, *E)``.
         """
         c = expand(c, y)
-        if c.ndim == 0 or c[0].numel() == 1:
+        if math.prod(c.shape[1:]) == 1:
             return c * y
         return self.from_basis(c * self.to_basis(y))
 

@@ -1,5 +1,6 @@
 """Bad input: each has its own error, which says what came, what was expected and the cure."""
 
+import functools
 import math
 
 import pytest
@@ -115,6 +116,9 @@ def test_reference_density_checks_its_time():
         (lambda: NDM(lambda z, t: z, (2,), schedule=schedules.Cosine(), prediction="eps"), ValueError, "alpha.1. = 0"),
         (lambda: model(volatility=-1.0), ValueError, "volatility must be a float >= 0"),
         (lambda: NDM(3, (2,)), TypeError, "predictor must be callable"),
+        (lambda: NDM(functools.partial(Linear()), (2,)), TypeError, "hides an nn.Module"),
+        (lambda: NDM(Linear().forward, (2,)), TypeError, "hides an nn.Module"),
+        (lambda: model(volatility=torch.ones(())), TypeError, "volatility must be a float or a callable"),
         (lambda: NDM(lambda z, t: z, (2,), schedule="cosine"), TypeError, "schedule must be a Schedule"),
         (lambda: NDM(lambda z, t: z, (2,), transform=lambda x, t: x), TypeError, "transform must be a Transform"),
         (lambda: NDM(lambda z, t: z, (0, 2)), ValueError, "event_shape must have positive sizes"),
@@ -133,6 +137,149 @@ def test_impossible_models(build, error, message):
         build()
 
 
+class Hidden(nn.Module):
+    """A network the divergence cannot see through, in one of three ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.net, self.how = nn.Linear(2, 2), how
+
+    def forward(self, z, t):
+        if self.how == "detach":
+            return self.net(z.detach())
+        if self.how == "numpy":
+            return torch.as_tensor(z.detach().numpy()) * 0.5
+        with torch.no_grad():
+            return self.net(z)
+
+
+@pytest.mark.parametrize("how", ["detach", "numpy", "no_grad"])
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_a_predictor_autograd_cannot_see_through_is_refused(how):
+    """Its divergence would be zero, and the density wrong without a sign of it."""
+    if how == "numpy":
+        with pytest.raises((PredictorError, RuntimeError)):
+            ndm_ct.loglik(model(Hidden(how)), torch.zeros(3, 2))
+        return
+    with pytest.raises(PredictorError, match="autograd sees no dependence"):
+        ndm_ct.loglik(model(Hidden(how)), torch.zeros(3, 2))
+
+
+def test_a_constant_predictor_is_not_mistaken_for_one():
+    """x-hat = 0: the flow only rescales, and the density is that of N(0, sigma_0^2) under the exact prior's match."""
+    x = 0.05 * torch.randn(3, 2, dtype=torch.float64)
+    constant = NDM(lambda z, t: torch.zeros_like(z), (2,), schedule=SHORT)
+    at = SHORT(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    ratio = at.sigma[1] / at.sigma[0]
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(x * ratio).sum(1) + 2 * ratio.log()
+    torch.testing.assert_close(ndm_ct.loglik(constant, x), expected, rtol=0.0, atol=1e-4)
+
+
+def test_a_predictor_that_writes_into_its_argument_changes_nobody_elses_data():
+    def in_place(z, t):
+        z *= 0.5
+        return z
+
+    z = torch.randn(3, 2, dtype=torch.float64)
+    kept = z.clone()
+    torch.testing.assert_close(model(in_place).velocity(z, 0.5), model().velocity(z, 0.5))
+    assert torch.equal(z, kept)
+    torch.testing.assert_close(ndm_ct.loglik(model(in_place), z), ndm_ct.loglik(model(), z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_half_precision_data_are_refused(function, dtype):
+    with pytest.raises(TypeError, match="whose digits do not carry a density"):
+        function(model(), torch.zeros(3, 2, dtype=dtype))
+
+
+def test_a_prior_must_give_one_number_per_row():
+    prior = torch.distributions.Normal(torch.zeros(2), torch.ones(2))
+    for function in (ndm_ct.loglik, ndm_ct.elbo, ndm_ct.loss):
+        with pytest.raises(ValueError, match=r"returned shape \(3, 2\) for 3 events.*Independent"):
+            function(model(prior=prior), torch.zeros(3, 2))
+    independent = model(prior=torch.distributions.Independent(prior, 1))
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(ndm_ct.loglik(independent, x), ndm_ct.loglik(model(), x))
+
+
+def test_a_module_prior_keeps_its_precision_and_its_single_entry_in_the_state():
+    class Prior(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def log_prob(self, z):
+            assert z.dtype == torch.float32
+            return torch.distributions.Normal(0.0, self.scale).log_prob(z).sum(1)
+
+    with_prior, x = model(prior=Prior()), torch.randn(3, 2)
+    torch.testing.assert_close(ndm_ct.loglik(with_prior, x), ndm_ct.loglik(model(), x), rtol=0.0, atol=1e-4)
+    assert [name for name in with_prior.state_dict() if "scale" in name] == ["prior.scale"]
+
+
+def test_volatilities_over_trailing_axes_mean_the_same_as_full_ones():
+    x, eta = torch.randn(3, 3, 2, 2, dtype=torch.float64), 0.5 + torch.rand(2, 2, dtype=torch.float64)
+
+    def loss(rate):
+        blurred = NDM(
+            lambda z, t: 0.4 * z, (3, 2, 2), transform=transforms.Blur((3, 2, 2), blur=1.0), schedule=SHORT,
+            volatility=rate,
+        )  # fmt: skip
+        return ndm_ct.loss(blurred, x, generator=torch.Generator().manual_seed(1))
+
+    full = loss(lambda t: eta.expand(len(t), 3, 2, 2))
+    torch.testing.assert_close(loss(lambda t: eta.expand(len(t), 2, 2)), full)
+    torch.testing.assert_close(loss(lambda t: eta.expand(len(t), 1, 2, 2)), full)
+    per_row = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+    with pytest.raises(ValueError, match="return one value per time"):
+        loss(lambda t: per_row)
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (lambda t: 0.0 * t, "zero at some t"),
+        (lambda t: t - 0.9, "finite and not negative"),
+        (lambda t: t * math.nan, "finite and not negative"),
+    ],
+)
+def test_volatilities_out_of_range(rate, message):
+    with pytest.raises(ValueError, match=message):
+        ndm_ct.loss(model(volatility=rate), torch.zeros(64, 2))
+
+
+def test_bounds_of_levels_need_bin_centres():
+    bins = ndm_ct.quantisation.Quantisation(8)
+    x = bins.centres(torch.tensor([[0, 7], [3, 4]]), torch.float32)
+    assert ndm_ct.elbo(model(), x, quantisation=bins).shape == (2,)
+    for wrong in (x + 0.05, 2.0 * x):
+        with pytest.raises(ValueError, match="is not at the bin centres of 8 levels"):
+            ndm_ct.elbo(model(), wrong, quantisation=bins)
+
+
+def test_copies_of_exact_models_are_whole():
+    import copy
+
+    exact = ndm_ct.reference.Gaussian(
+        torch.zeros(2), 0.2 * torch.eye(2), schedule=schedules.LearnedLogSNR(-5, 5).double()
+    )
+    other = copy.deepcopy(exact)
+    with torch.no_grad():
+        other.schedule.weight[0] += 3.0
+    x = torch.randn(3, 2, dtype=torch.float64)
+    torch.testing.assert_close(ndm_ct.loglik(other, x), other.log_prob(x), rtol=0.0, atol=1e-3)
+    assert float((other.log_prob(x, 0.3) - exact.log_prob(x, 0.3)).detach().abs().max()) > 1e-3
+
+
+def test_no_graph_under_inference_mode_is_said():
+    with torch.inference_mode():
+        assert ndm_ct.loglik(model(), torch.zeros(1, 2)).shape == (1,)
+        with pytest.raises(RuntimeError, match="leave that mode"):
+            ndm_ct.loglik(model(), torch.zeros(1, 2), differentiable=True)
+
+
 X = torch.zeros(2, 2)
 
 
@@ -148,6 +295,8 @@ X = torch.zeros(2, 2)
         (lambda: ndm_ct.loglik(model(), X, label=X), TypeError, "got the keyword 'label'"),
         (lambda: ndm_ct.loglik(model(Linear()), X, labell=X), TypeError, "did you mean 'label'"),
         (lambda: ndm_ct.loglik(model(lambda z, t, **kw: z), X, retol=1), TypeError, "did you mean 'rtol'"),
+        (lambda: ndm_ct.loglik(model(lambda z, t, **kw: z), X, probes=4), TypeError, "has no option 'probes'"),
+        (lambda: ndm_ct.loglik(model(), X, rtol=math.inf), ValueError, "rtol must be positive and finite"),
         (lambda: ndm_ct.encode(model(), X, trace="exact"), ValueError, "trace has no effect"),
         (lambda: ndm_ct.decode(model(), X, generator=torch.Generator()), ValueError, "generator has no effect"),
         (lambda: ndm_ct.sample(model(), 2, method="dd", steps=5), ValueError, "did you mean 'dd"),
