@@ -30,7 +30,7 @@ from ndm_ct.transforms import Separable
 
 __all__ = ["STEPS", "run"]
 
-STEPS = 1000
+STEPS = 900
 LEVELS = 17
 SHAPE = (1, 8, 8)
 GAMMA_MIN = -2.0 * math.log(3.02 * LEVELS)
