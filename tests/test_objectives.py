@@ -343,8 +343,8 @@ def test_conditioning_reaches_every_term():
         return 0.4 * x + numbers[:, None] * x.cos()
 
     conditioned, plain = build(by_keyword, by_keyword), build(built_in, built_in)
-    x = torch.randn(3, 2, dtype=torch.float64)
     bins = Quantisation(8)
+    x = bins.centres(torch.tensor([[0, 7], [3, 4], [6, 1]]), torch.float64)
     for bound in (
         ndm_ct.loss,
         ndm_ct.elbo,
