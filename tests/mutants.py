@@ -398,7 +398,7 @@ MUTANTS = (
     ),
     Mutant(
         "decode's prior at the data", "likelihood.py",
-        "log_prob(end if upwards else z)", "log_prob(end)",
+        "log_prior(end if upwards else z)", "log_prior(end)",
         "likelihood::test_encode_and_decode_are_inverse_and_logdet_is_the_jacobians",
     ),
     Mutant(
