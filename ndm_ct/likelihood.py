@@ -30,11 +30,10 @@ from torch import Tensor
 
 from ndm_ct._autodiff import vjp
 from ndm_ct._errors import PredictorError
-from ndm_ct._shapes import choose
 from ndm_ct.divergence import BoundTrace, TraceEstimator, resolve
 from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.model import NDM
-from ndm_ct.solvers import ADAPTIVE_METHODS, Field, Solution, State, odeint
+from ndm_ct.solvers import Field, Solution, State, odeint
 
 __all__ = ["LikelihoodInfo", "decode", "encode", "loglik"]
 
@@ -263,7 +262,7 @@ class _Solve:
         )
 
     def _integrate(self, field: Field, state: State) -> Solution:
-        method = choose("method", "dopri5" if self.method is None else self.method, ADAPTIVE_METHODS)
+        method = "dopri5" if self.method is None else self.method
         rtol, atol = RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
         return odeint(field, state, *self.interval, method=method, rtol=rtol, atol=atol)
 

@@ -234,10 +234,7 @@ def elbo(
         >>> torch.equal(bound, -(info.prior + info.diffusion + info.reconstruction))
         True
     """
-    model.validate(x, cond, elbo)
-    _validate_volatility(model)
-    if quantisation is not None:
-        quantisation.validate_centres(x)
+    _validate(model, x, cond, elbo, quantisation)
 
     def draw(path: Path, u: Tensor) -> Tensor:
         t, weight = times(model, u)
@@ -273,10 +270,7 @@ def elbo_discrete(
     Returns:
         As :func:`elbo`.
     """
-    model.validate(x, cond, elbo_discrete)
-    _validate_volatility(model)
-    if quantisation is not None:
-        quantisation.validate_centres(x)
+    _validate(model, x, cond, elbo_discrete, quantisation)
     uniform = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
     grid, _ = times(model, uniform)
 
@@ -379,8 +373,7 @@ def loss(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **c
     Returns:
         Shape ``(B,)``, nats; its mean is to be minimised.
     """
-    model.validate(x, cond, loss)
-    _validate_volatility(model)
+    _validate(model, x, cond, loss, None)
     t, weight = times(model, low_discrepancy(x.shape[0], generator, x.device))
     eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     path = model.transform.along(x, **cond)
@@ -401,7 +394,12 @@ def _regressions(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tenso
     return (0.5 * c.snr_rate).to(F.dtype) * sum_event(error)
 
 
-def _validate_volatility(model: NDM) -> None:
+def _validate(
+    model: NDM, x: Tensor, cond: dict[str, Any], caller: Callable[..., Any], quantisation: Quantisation | None
+) -> None:
+    model.validate(x, cond, caller)
+    if quantisation is not None:
+        quantisation.validate_centres(x)
     if model.process.volatility == 0.0:
         raise ValueError(
             "volatility=0.0 is a deterministic process, whose ELBO is minus infinity for every x; use a positive "

@@ -112,7 +112,7 @@ def sample(
             else:
                 assert steps is not None
                 grid = torch.linspace(1.0, model.t_min, steps + 1, dtype=torch.float64, device=device)
-                x, nfe = _ON_GRID.get(method, _fixed)(model, z1, grid, method, generator, callback, cond)
+                x, nfe = _OnGrid(model, z1, grid, method, generator, callback, cond).draw()
                 info = SampleInfo(nfe, steps, 0, z1)
     x = x.to(dtype)
     return (x, info) if return_info else x
@@ -145,59 +145,50 @@ def _adaptive(
     return solution.state[0], SampleInfo(solution.evaluations, solution.accepted, solution.rejected, z1)
 
 
-def _fixed(
-    model: NDM,
-    z1: Tensor,
-    grid: Tensor,
-    method: str,
-    generator: torch.Generator | None,
-    callback: Callback | None,
-    cond: dict[str, Any],
-) -> tuple[Tensor, int]:
-    flow = model.flow(z1.dtype, **cond)
-    solution = odeint_grid(
-        lambda t, state: (flow(t, state[0]),), (z1.double(),), grid, method=method, callback=callback
-    )
-    return solution.state[0], solution.evaluations
+@dataclass(frozen=True)
+class _OnGrid:
+    """A draw on a time grid: where it starts, and what every method needs. Methods return the end and the cost."""
 
+    model: NDM
+    z1: Tensor
+    grid: Tensor
+    method: str
+    generator: torch.Generator | None
+    callback: Callback | None
+    cond: dict[str, Any]
 
-def _stochastic(
-    model: NDM,
-    z1: Tensor,
-    grid: Tensor,
-    method: str,
-    generator: torch.Generator | None,
-    callback: Callback | None,
-    cond: dict[str, Any],
-) -> tuple[Tensor, int]:
-    z, first = z1.double(), 0
-    if not bool(torch.isfinite(model.process.diffusion(grid[:1])).all()):
-        # g(1) is infinite: the first step is the frozen-prediction transition, which forgets z_1 as the SDE would.
-        z, first = walk(DDPM(model), z1, grid[:2], generator=generator, callback=callback, **cond).double(), 1
-    if len(grid) - first < 2:
-        return z, first
-    sde, transform = model.reverse_sde(z1.dtype, **cond), model.transform
-    solution = sdeint(
-        sde.drift, sde.diffusion, transform.to_basis(z), grid[first:], method=SDE_SOLVER, generator=generator,
-        callback=callback,
-    )  # fmt: skip
-    return transform.from_basis(solution.state[0]), first + solution.evaluations
+    def draw(self) -> tuple[Tensor, int]:
+        if self.method == "sde":
+            return self._stochastic()
+        if self.method in ("ddpm", "ddim"):
+            return self._walk(self.grid), len(self.grid) - 1
+        return self._deterministic()
 
+    def _deterministic(self) -> tuple[Tensor, int]:
+        flow = self.model.flow(self.z1.dtype, **self.cond)
+        state = (self.z1.double(),)
+        solution = odeint_grid(
+            lambda t, state: (flow(t, state[0]),), state, self.grid, method=self.method, callback=self.callback
+        )
+        return solution.state[0], solution.evaluations
 
-def _discrete(
-    model: NDM,
-    z1: Tensor,
-    grid: Tensor,
-    method: str,
-    generator: torch.Generator | None,
-    callback: Callback | None,
-    cond: dict[str, Any],
-) -> tuple[Tensor, int]:
-    sampler = DDPM(model) if method == "ddpm" else DDIM(model)
-    return walk(sampler, z1, grid, generator=generator, callback=callback, **cond), len(grid) - 1
+    def _walk(self, grid: Tensor) -> Tensor:
+        sampler = DDIM(self.model) if self.method == "ddim" else DDPM(self.model)
+        return walk(sampler, self.z1, grid, generator=self.generator, callback=self.callback, **self.cond)
 
-
-_ON_GRID = {"sde": _stochastic, "ddpm": _discrete, "ddim": _discrete}
+    def _stochastic(self) -> tuple[Tensor, int]:
+        model, z, first = self.model, self.z1.double(), 0
+        if not bool(torch.isfinite(model.process.diffusion(self.grid[:1])).all()):
+            # g(1) is infinite: the first step is the frozen-prediction transition, which forgets z_1 as the SDE would.
+            z, first = self._walk(self.grid[:2]).double(), 1
+        if len(self.grid) - first < 2:
+            return z, first
+        sde, transform = model.reverse_sde(self.z1.dtype, **self.cond), model.transform
+        solution = sdeint(
+            sde.drift, sde.diffusion, transform.to_basis(z), self.grid[first:], method=SDE_SOLVER,
+            generator=self.generator, callback=self.callback,
+        )  # fmt: skip
+        return transform.from_basis(solution.state[0]), first + solution.evaluations
 
 
 @contextmanager
