@@ -26,11 +26,16 @@ def jvp(
     return value, derivative
 
 
-def vjp(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
-    """Value of ``function`` and its transposed Jacobian as a function, differentiable again."""
+def vjp(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]], Tensor]:
+    """Value of ``function``, its transposed Jacobian as a function, differentiable again, and a by-product.
+
+    ``function`` returns value and by-product; only the value is differentiated.
+    """
     with _differentiable_attention():
-        value, pullback = torch.func.vjp(function, z)  # type: ignore[misc]
-    return value, pullback
+        value, pullback, byproduct = torch.func.vjp(function, z, has_aux=True)  # type: ignore[misc]
+    return value, pullback, byproduct
 
 
 @contextmanager

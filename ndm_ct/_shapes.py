@@ -19,6 +19,7 @@ __all__ = [
     "keyword_names",
     "of_time",
     "sum_event",
+    "take_rows",
     "validate_cond",
     "validate_count",
     "validate_data",
@@ -27,8 +28,8 @@ __all__ = [
 
 
 _OPTIONS = frozenset(
-    ["atol", "bound", "differentiable", "generator", "levels", "method", "probes", "progress", "rtol", "samples"]
-    + ["stderr", "steps", "trace"]
+    ["atol", "bound", "differentiable", "generator", "levels", "method", "on_failure", "probes", "progress", "rtol"]
+    + ["samples", "stderr", "steps", "trace"]
 )
 """Names of options anywhere in the library, which a predictor with ``**kwargs`` must not swallow."""
 
@@ -186,6 +187,14 @@ def keyword_names(function: Callable[..., Any], skip: int) -> tuple[frozenset[st
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = frozenset(p.name for p in parameters[skip:] if p.kind in by_name)
     return names, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def take_rows(cond: Mapping[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
+    """Conditioning of some rows of a batch: tensors with one entry per row are indexed, anything else is shared."""
+    return {
+        key: value[rows] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
+        for key, value in cond.items()
+    }
 
 
 def validate_cond(cond: Mapping[str, Any], names: frozenset[str], anything: bool, caller: Callable[..., Any]) -> None:

@@ -20,7 +20,8 @@ References:
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from ndm_ct import _shapes
 from ndm_ct._errors import SolverError
+from ndm_ct._packing import Packing, State
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchsde 0.2.6 uses torch.jit.script, which warns at import
@@ -60,7 +62,6 @@ _BACKEND_NAMES = {"heun": "heun2"}
 _STRATONOVICH = ("heun", "midpoint")  # for noise that does not depend on the state, Ito and Stratonovich agree
 _MAX_STEPS = 10_000
 
-State = tuple[Tensor, ...]
 Field = Callable[[Tensor, State], State]
 
 
@@ -81,36 +82,13 @@ class Solution:
     rejected: int = 0
 
 
-@dataclass
-class _Packing:
-    """A state of several tensors ``(B, *)`` as one matrix ``(B, D)``, and its norm by rows."""
-
-    shapes: tuple[torch.Size, ...]
-    widths: tuple[int, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.widths = tuple(_shapes.event_size(shape[1:]) for shape in self.shapes)
-
-    def pack(self, state: State) -> Tensor:
-        return torch.cat([part.reshape(part.shape[0], -1) for part in state], 1)
-
-    def unpack(self, y: Tensor) -> State:
-        parts = y.split(self.widths, 1)
-        return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True))
-
-    def row_norms(self, y: Tensor) -> Tensor:
-        """Root mean square of each part in each row, the larger of the parts: ``(B,)``. Carries no gradient."""
-        parts = y.detach().split(self.widths, 1)
-        return torch.stack([part.square().mean(1).sqrt() for part in parts if part.shape[1] > 0]).amax(0)
-
-
 class _Guarded:
     """The field as a back-end sees it: clamped in time, counted, checked for NaN."""
 
     def __init__(
         self,
         function: Field,
-        packing: _Packing,
+        packing: Packing,
         interval: tuple[float, float],
         callback: Callable[[float], None] | None,
     ) -> None:
@@ -174,6 +152,7 @@ def odeint(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = _MAX_STEPS,
+    adjoint: tuple[Tensor, ...] | None = None,
     callback: Callable[[float], None] | None = None,
 ) -> Solution:
     r"""Solve :math:`dy/dt = f(t, y)` adaptively from t0 to t1, in either direction.
@@ -190,6 +169,8 @@ def odeint(
         rtol: relative tolerance.
         atol: absolute tolerance.
         max_steps: bound on the number of steps.
+        adjoint: gradients by the adjoint equation, solved backwards, whose memory does not grow with the number of
+            steps: all tensors besides the state that f depends on and that need a gradient. None: through the steps.
         callback: called with the time before every step.
 
     Raises:
@@ -208,7 +189,7 @@ def odeint(
         return Solution(state, 0, 0)
     end = torch.tensor([t1], dtype=torch.float64, device=state[0].device)
     options = {"step_t": end, "max_num_steps": max_steps}
-    return _torchdiffeq(function, state, [t0, t1], method, {"rtol": rtol, "atol": atol}, options, callback)
+    return _torchdiffeq(function, state, [t0, t1], method, {"rtol": rtol, "atol": atol}, options, callback, adjoint)
 
 
 def odeint_grid(
@@ -248,16 +229,22 @@ def _torchdiffeq(
     tolerances: dict[str, float],
     options: dict[str, Any],
     callback: Callable[[float], None] | None,
+    adjoint: tuple[Tensor, ...] | None = None,
 ) -> Solution:
-    packing = _Packing(tuple(part.shape for part in state))
+    packing = Packing(tuple(part.shape for part in state))
     guarded = _Guarded(function, packing, (interval[0], interval[1]), callback)
     times = torch.tensor(interval, dtype=torch.float64, device=state[0].device)
     adaptive = method in ADAPTIVE_METHODS
     if adaptive:
         options = options | {"norm": guarded.norm}
     visible = guarded if adaptive else _WithoutStepCounts(guarded)
+    solve = torchdiffeq.odeint
+    if adjoint is not None:
+        # The gradients of shared parameters have no rows, so the backward solve takes the norm of the rest.
+        backwards = {"norm": "seminorm", "step_t": times[:1], "max_num_steps": options["max_num_steps"]}
+        solve = partial(torchdiffeq.odeint_adjoint, adjoint_params=adjoint, adjoint_options=backwards)
     try:
-        y = torchdiffeq.odeint(visible, packing.pack(state), times, method=method, options=options, **tolerances)
+        y = solve(visible, packing.pack(state), times, method=method, options=options, **tolerances)
     except AssertionError as error:
         rows = guarded.worst_rows()
         raise SolverError(
@@ -390,7 +377,7 @@ def sdeint(
     grid = _validate_grid(grid, y0.device)
     if y0.shape[0] == 0:
         return Solution((y0,), 0, 0)
-    packing = _Packing((y0.shape,))
+    packing = Packing((y0.shape,))
     guarded = _Guarded(lambda t, state: (drift(t, state[0]),), packing, (float(grid[0]), float(grid[-1])), None)
     flat = packing.pack((y0,))
     sde_type = "stratonovich" if method in _STRATONOVICH else "ito"
