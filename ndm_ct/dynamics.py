@@ -57,16 +57,26 @@ class ProbabilityFlow:
         r""":math:`d\,\sigma'/\sigma`: the exact divergence of the part of v that is linear in z; shape of ``t``."""
         return event_size(event_shape) * self.process.schedule(t).dlog_sigma
 
-    def network_part(self, t: Tensor) -> Callable[[Tensor], Tensor]:
-        r"""The rest of v at time t, :math:`z \mapsto (\alpha' - \alpha\sigma'/\sigma)\hat F + \alpha\hat{\dot F}`."""
+    def network_part(self, t: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        r"""The rest of v at time t, :math:`z \mapsto (\alpha' - \alpha\sigma'/\sigma)\hat F + \alpha\hat{\dot F}`, with
+        :math:`\hat F` as a by-product."""
 
-        def part(z: Tensor) -> Tensor:
+        def part(z: Tensor) -> tuple[Tensor, Tensor]:
             time = t.expand(z.shape[0])
             c = self.process.schedule(time)
             F, dF = _in_dtype(self.moments, z, time, self.dtype)
-            return expand(c.dalpha - c.alpha * c.dlog_sigma, z) * F + expand(c.alpha, z) * dF
+            return expand(c.dalpha - c.alpha * c.dlog_sigma, z) * F + expand(c.alpha, z) * dF, F
 
         return part
+
+    def prediction(self, t: Tensor, z: Tensor) -> Tensor:
+        r""":math:`\hat F(z, t)`, in the precision of z."""
+        return _in_dtype(self.moments, z, t.expand(z.shape[0]), self.dtype)[0]
+
+    def score(self, t: Tensor, z: Tensor, F: Tensor) -> Tensor:
+        r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2` from :math:`\hat F` at time ``t`` and state ``z``."""
+        c = self.process.schedule(t.expand(z.shape[0]))
+        return (expand(c.alpha, z) * F - z) / expand(c.sigma**2, z)
 
     def assemble(self, t: Tensor, z: Tensor, network_part: Tensor) -> Tensor:
         r"""The velocity from its network part: adds :math:`(\sigma'/\sigma) z`."""

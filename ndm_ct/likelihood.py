@@ -9,8 +9,10 @@ r"""The likelihood of the probability flow, by the change of variables along it.
     + \operatorname{tr} \frac{\partial}{\partial z}
       \Bigl[\Bigl(\alpha' - \frac{\alpha \sigma'}{\sigma}\Bigr) \hat F + \alpha \hat{\dot F}\Bigr] .
 
-The first term is exact; probes touch only the second. States and log-determinants are float64 whatever the network's
-precision, so accumulated rounding is the network's own.
+The first term is exact; probes touch only the second. Three ways to its trace: ``"exact"`` and ``"hutchinson"``
+integrate it beside the state (:mod:`ndm_ct.trajectory`), ``"quadrature"`` solves the path first and samples the trace
+along it (:mod:`ndm_ct.quadrature`). States and log-determinants are float64 whatever the network's precision, so
+accumulated rounding is the network's own.
 
 Warning:
     The number is the exact density of the *deterministic* generator. It equals the marginal density of the SDE sampler
@@ -18,41 +20,63 @@ Warning:
 
 References:
     Song et al., Score-Based Generative Modeling through SDEs, appendix D.2, https://arxiv.org/abs/2011.13456
+    Stein, A two-sample test for a linear hypothesis whose power is independent of the variance (1945): how many
+    further sweeps an accuracy needs
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ndm_ct._autodiff import vjp
-from ndm_ct._errors import PredictorError
-from ndm_ct.divergence import BoundTrace, TraceEstimator, resolve
-from ndm_ct.dynamics import ProbabilityFlow
+from ndm_ct._shapes import as_time, event_size, sum_event, take_rows
+from ndm_ct.divergence import EXACT_UP_TO, Exact, Quadrature, TraceEstimator, resolve
 from ndm_ct.model import NDM
-from ndm_ct.solvers import Field, Solution, State, odeint
+from ndm_ct.quadrature import Sweeps, Totals, linear_logdet
+from ndm_ct.trajectory import Differentiable, Problem, Solved
 
 __all__ = ["LikelihoodInfo", "decode", "encode", "loglik"]
 
-RTOL = ATOL = 2e-6
-"""Default tolerances: below 5e-4 nat on the exact models of the tests (1e-5 gives up to 2e-3)."""
+TOLERANCE = 2e-6
+"""Default rtol and atol where the log-determinant is solved for: below 5e-4 nat on the exact models of the tests."""
 
-Trace = str | TraceEstimator
+PATH_TOLERANCE = 1e-4
+r"""The same for ``"quadrature"``, in units of :math:`\sigma_t`: the path's error is then below that of the trace."""
+
+Trace = str | TraceEstimator | Quadrature
+
+_SHARE = 0.7
+"""Of the sweeps that seem to be missing, how many to add before looking again: the first guess of a variance is rough,
+and what it asks for includes a margin for that."""
+
+_PER_ROUND = 32
+"""Further sweeps of one round at most: bounds the memory for their nodes."""
 
 
 @dataclass(frozen=True)
 class LikelihoodInfo:
     r"""What a likelihood, ``encode`` or ``decode`` found out on the way; all tensors on the data's device.
 
+    The log-density misses its target by ``stderr`` (random), ``ode_error``, ``truncation`` and ``prior_mismatch``
+    (systematic); together they are the error budget, in nats.
+
     Args:
-        stderr: standard error of the trace estimate, nats, ``(B,)``; 0 for the exact trace, NaN for one probe.
-        nfe: network evaluations (of the whole batch).
-        vjps: vector-Jacobian products (of the whole batch).
-        accepted: accepted solver steps.
-        rejected: rejected solver steps.
+        stderr: standard error of the trace estimate, ``(B,)``; 0 for the exact trace, NaN where it is unknown (a single
+            probe, fewer than four sweeps).
+        ode_error: estimate of the size of the solver's own error, ``(B,)``: local errors weighted with the score, for
+            "quadrature" the change of log p against ten times the tolerances; NaN for the torchdiffeq methods.
+        truncation: estimate of :math:`\log p_{t_{min}} - \log p_0` at the data end, to first order in the noise left
+            there, ``(B,)``: small against one nat where the model resolves the data, large where it does not.
+        prior_mismatch: :math:`KL(q(z_1 | x) \| p_1)`, what taking :math:`p_1` for the process' end costs, ``(B,)``.
+        nfe: network evaluations of the row that took most, nodes of the quadrature and budget included.
+        vjps: vector-Jacobian products of the row that took most.
+        row_nfe: network evaluations of each row, ``(B,)``.
+        row_vjps: vector-Jacobian products of each row, ``(B,)``.
+        accepted: accepted solver steps of the row that took most.
+        rejected: rejected solver steps of the row that took most.
+        failed: rows whose solve failed, ``(B,)``; they are NaN in everything else.
         z: the other end of the trajectory: :math:`z_1`, or x for ``decode``; ``(B, *E)``.
         logdet: :math:`\log|\det \partial z_{end}/\partial z_{start}|`, nats, ``(B,)``.
         log_prior: :math:`\log p_1(z_1)`, nats, ``(B,)``.
@@ -61,10 +85,16 @@ class LikelihoodInfo:
     """
 
     stderr: Tensor
+    ode_error: Tensor
+    truncation: Tensor
+    prior_mismatch: Tensor
     nfe: int
     vjps: int
+    row_nfe: Tensor
+    row_vjps: Tensor
     accepted: int
     rejected: int
+    failed: Tensor
     z: Tensor
     logdet: Tensor
     log_prior: Tensor
@@ -73,17 +103,17 @@ class LikelihoodInfo:
 
 @overload
 def loglik(
-    model: NDM, x: Tensor, *, trace: Trace = ..., rtol: float | None = ..., atol: float | None = ...,
-    method: str | None = ..., differentiable: bool = ..., generator: torch.Generator | None = ...,
-    return_info: Literal[False] = ..., **cond: Any,
+    model: NDM, x: Tensor, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
+    atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
+    generator: torch.Generator | None = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def loglik(
-    model: NDM, x: Tensor, *, trace: Trace = ..., rtol: float | None = ..., atol: float | None = ...,
-    method: str | None = ..., differentiable: bool = ..., generator: torch.Generator | None = ...,
-    return_info: Literal[True], **cond: Any,
+    model: NDM, x: Tensor, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
+    atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
+    generator: torch.Generator | None = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
 
 
@@ -92,10 +122,12 @@ def loglik(
     x: Tensor,
     *,
     trace: Trace = "auto",
+    stderr: float | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     method: str | None = None,
-    differentiable: bool = False,
+    on_failure: str = "raise",
+    differentiable: Differentiable = False,
     generator: torch.Generator | None = None,
     return_info: bool = False,
     **cond: Any,
@@ -108,15 +140,21 @@ def loglik(
     Args:
         model: the model.
         x: data, shape ``(B, *E)``, the model's dtype.
-        trace: "exact", "hutchinson" (16 Rademacher probes), "auto" (exact up to 32 dimensions), or an object such as
-            ``divergence.Hutchinson(probes=4)``.
-        rtol: relative tolerance of the solver; None is 2e-6.
-        atol: absolute tolerance of the solver; None is 2e-6.
-        method: adaptive ODE method; None is "dopri5".
-        differentiable: keep the graph, for gradients with respect to parameters and x.
-        generator: source of the probes.
-        return_info: also return a :class:`LikelihoodInfo`.
-        cond: conditioning of predictor and transform.
+        trace: "exact"; "quadrature" (probes at nodes along the path); "hutchinson" (16 Rademacher probes frozen for the
+            solve); "auto" (exact up to 32 dimensions, else quadrature); or an object such as
+            ``divergence.Quadrature(sweeps=16)``.
+        stderr: the standard error to reach, nats per event: rows get sweeps until they are there. Only with
+            "quadrature" (the exact trace has none to reduce).
+        rtol: relative tolerance of the solver; None is 1e-4, in units of :math:`\sigma_t`, for "quadrature", else 2e-6.
+        atol: absolute tolerance, likewise.
+        method: "rowwise" (None; each row has steps of its own) or a torchdiffeq method such as "dopri5".
+        on_failure: "raise", or "nan": rows that cannot be solved become NaN (only rowwise).
+        differentiable: True keeps the graph, for gradients with respect to parameters and x; "adjoint" gets them from
+            a backward solve, in memory that does not grow with the number of steps (torchdiffeq methods, no
+            quadrature).
+        generator: source of nodes and probes.
+        return_info: also return a :class:`LikelihoodInfo`, which costs some percent for its error budget.
+        cond: conditioning of predictor and transform; tensors with one entry per row of x go with their rows.
 
     Returns:
         Shape ``(B,)``, in the dtype of ``x``; with ``return_info`` a pair.
@@ -134,8 +172,8 @@ def loglik(
         True
     """
     model.validate(x, cond, loglik)
-    solve = _Solve(model, x, (model.t_min, 1.0), rtol, atol, method, differentiable, cond)
-    info = solve.augmented(resolve(trace, model.event_shape), generator)
+    options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
+    info = options.likelihood(model, x, (model.t_min, 1.0), cond, generator, budget=return_info)
     return (info.loglik, info) if return_info else info.loglik
 
 
@@ -144,10 +182,12 @@ def encode(
     x: Tensor,
     *,
     trace: Trace | None = None,
+    stderr: float | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     method: str | None = None,
-    differentiable: bool = False,
+    on_failure: str = "raise",
+    differentiable: Differentiable = False,
     generator: torch.Generator | None = None,
     return_info: bool = False,
     **cond: Any,
@@ -158,11 +198,13 @@ def encode(
         model: the model.
         x: data, shape ``(B, *E)``.
         trace: how to estimate ``info.logdet``; None is "auto". Only with ``return_info``.
+        stderr: as in :func:`loglik`. Only with ``return_info``.
         rtol: as in :func:`loglik`.
         atol: as in :func:`loglik`.
         method: as in :func:`loglik`.
+        on_failure: as in :func:`loglik`.
         differentiable: as in :func:`loglik`.
-        generator: source of the probes. Only with ``return_info``.
+        generator: source of nodes and probes. Only with ``return_info``.
         return_info: also return a :class:`LikelihoodInfo`, which costs the divergence.
         cond: conditioning.
 
@@ -170,8 +212,8 @@ def encode(
         :math:`z_1`, shape ``(B, *E)``; with ``return_info`` a pair.
     """
     model.validate(x, cond, encode)
-    solve = _Solve(model, x, (model.t_min, 1.0), rtol, atol, method, differentiable, cond)
-    return solve.transport(trace, generator, return_info)
+    options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
+    return options.transport(model, x, (model.t_min, 1.0), cond, generator, return_info)
 
 
 def decode(
@@ -179,10 +221,12 @@ def decode(
     z1: Tensor,
     *,
     trace: Trace | None = None,
+    stderr: float | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     method: str | None = None,
-    differentiable: bool = False,
+    on_failure: str = "raise",
+    differentiable: Differentiable = False,
     generator: torch.Generator | None = None,
     return_info: bool = False,
     **cond: Any,
@@ -193,9 +237,11 @@ def decode(
         model: the model.
         z1: noise, shape ``(B, *E)``.
         trace: as in :func:`encode`.
+        stderr: as in :func:`encode`.
         rtol: as in :func:`loglik`.
         atol: as in :func:`loglik`.
         method: as in :func:`loglik`.
+        on_failure: as in :func:`loglik`.
         differentiable: as in :func:`loglik`.
         generator: as in :func:`encode`.
         return_info: as in :func:`encode`; ``info.logdet`` is that of :math:`z_1 \mapsto x`.
@@ -205,100 +251,266 @@ def decode(
         x, shape ``(B, *E)``; with ``return_info`` a pair.
     """
     model.validate(z1, cond, decode, name="z1")
-    solve = _Solve(model, z1, (1.0, model.t_min), rtol, atol, method, differentiable, cond)
-    return solve.transport(trace, generator, return_info)
+    options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
+    return options.transport(model, z1, (1.0, model.t_min), cond, generator, return_info)
 
 
 @dataclass(frozen=True)
-class _Solve:
-    """One trajectory of the probability flow: from where to where, how accurately, with or without a graph."""
+class Options:
+    """The options that the likelihood functions share, as the user gave them; see :func:`loglik`."""
 
-    model: NDM
-    start: Tensor
-    interval: tuple[float, float]
+    trace: Trace | None
+    stderr: float | None
     rtol: float | None
     atol: float | None
     method: str | None
-    differentiable: bool
-    cond: dict[str, Any]
+    on_failure: str
+    differentiable: Differentiable
 
-    def transport(self, trace: Trace | None, generator: torch.Generator | None, return_info: bool) -> Any:
-        """The end of the trajectory, and its log-determinant if asked."""
+    def transport(
+        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
+        generator: torch.Generator | None, return_info: bool,
+    ) -> Any:  # fmt: skip
+        """The end of the path, and its log-determinant if asked."""
         if return_info:
-            info = self.augmented(resolve("auto" if trace is None else trace, self.model.event_shape), generator)
+            info = self.likelihood(model, start, interval, cond, generator, budget=True)
             return info.z, info
-        for name, value in (("trace", trace), ("generator", generator)):
+        for name, value in (("trace", self.trace), ("stderr", self.stderr), ("generator", generator)):
             if value is not None:
                 raise ValueError(
                     f"{name} has no effect without a log-determinant; pass return_info=True or drop {name}."
                 )
-        with self._prepared() as flow:
-            solution = self._integrate(lambda t, state: (flow(t, state[0]),), (self.start.double(),))
-        return solution.state[0].to(self.start.dtype)
+        problem = self._problem(model, start, interval, cond, TOLERANCE)
+        with problem.prepared():
+            return problem.transport().z.to(start.dtype)
 
-    def augmented(self, estimator: TraceEstimator, generator: torch.Generator | None) -> LikelihoodInfo:
-        """State and log-determinants together, probes frozen."""
-        model, z, dtype = self.model, self.start.double(), self.start.dtype
-        bound = estimator.bind(z, generator)
-        with self._prepared() as flow:
-            solution = self._integrate(
-                _augmented(flow, bound, model.event_shape), (z, z.new_zeros(z.shape[0], bound.columns))
+    def likelihood(
+        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
+        generator: torch.Generator | None, *, budget: bool,
+    ) -> LikelihoodInfo:  # fmt: skip
+        """Path, log-determinant and density; the systematic errors of the budget only if asked, else NaN."""
+        estimator = resolve("auto" if self.trace is None else self.trace, model.event_shape)
+        self._validate_stderr(estimator)
+        quadrature = isinstance(estimator, Quadrature)
+        problem = self._problem(model, start, interval, cond, PATH_TOLERANCE if quadrature else TOLERANCE)
+        if quadrature and problem.method != "rowwise":
+            raise ValueError(
+                f"trace='quadrature' has nodes of its own in every row, which method={problem.method!r} cannot visit; "
+                "use method='rowwise', or trace='hutchinson' or 'exact'."
             )
-            end, logdets = solution.state
-            logdet, stderr = bound.combine(logdets)
-            upwards = self.interval[1] > self.interval[0]
-            log_prior = model.log_prior(end if upwards else z)
-            value = log_prior + logdet if upwards else log_prior - logdet
-        return LikelihoodInfo(
-            stderr=stderr.to(dtype),
-            nfe=solution.evaluations,
-            vjps=solution.evaluations * bound.products,
-            accepted=solution.accepted,
-            rejected=solution.rejected,
-            z=end.to(dtype),
-            logdet=logdet.to(dtype),
-            log_prior=log_prior.to(dtype),
-            loglik=value.to(dtype),
+        return along(problem, estimator, self.stderr, generator, budget=budget)
+
+    def _problem(
+        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any], tolerance: float
+    ) -> Problem:
+        rtol, atol = (tolerance if value is None else value for value in (self.rtol, self.atol))
+        method = self.method or ("dopri5" if self.differentiable == "adjoint" else "rowwise")
+        return Problem(model, start, interval, rtol, atol, method, self.on_failure, self.differentiable, cond)
+
+    def _validate_stderr(self, estimator: TraceEstimator | Quadrature) -> None:
+        if self.stderr is None:
+            return
+        if not 0.0 < self.stderr < math.inf:
+            raise ValueError(f"stderr must be a positive number of nats, got {self.stderr!r}.")
+        if self.differentiable:
+            raise ValueError("stderr has no effect on gradients; leave it out with differentiable.")
+        if not isinstance(estimator, Quadrature | Exact):
+            raise ValueError(
+                f"stderr needs sweeps that can be added, which {type(estimator).__name__} has not; use "
+                "trace='quadrature'."
+            )
+        if isinstance(estimator, Quadrature) and estimator.sweeps < 4:
+            raise ValueError(
+                f"stderr needs at least 4 sweeps to estimate an error from, got Quadrature(sweeps={estimator.sweeps})."
+            )
+
+
+def along(
+    problem: Problem,
+    estimator: TraceEstimator | Quadrature,
+    stderr: float | None,
+    generator: torch.Generator | None,
+    *,
+    budget: bool,
+) -> LikelihoodInfo:
+    """Path, log-determinant and density of a problem that has been checked.
+
+    Args:
+        problem: the path.
+        estimator: of the trace.
+        stderr: the standard error to reach, nats; only for ``Quadrature``.
+        generator: source of nodes and probes.
+        budget: whether to estimate the systematic errors too; they are NaN otherwise.
+    """
+    with problem.prepared():
+        if isinstance(estimator, Quadrature):
+            draft = _by_quadrature(problem, estimator, stderr, generator, budget)
+        else:
+            draft = _augmented(problem, estimator, generator)
+        return _finished(problem, draft, generator, budget)
+
+
+_Options = Options
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A solved path, its log-determinant with what is known of its errors, and the cost so far by rows."""
+
+    solved: Solved
+    logdet: Tensor
+    stderr: Tensor
+    ode_error: Tensor
+    evaluations: Tensor
+    products: Tensor
+
+
+def _augmented(problem: Problem, estimator: TraceEstimator, generator: torch.Generator | None) -> _Draft:
+    """State and log-determinants together, probes frozen."""
+    bound = estimator.bind(problem.start.double(), generator)
+    solved = problem.augmented(bound)
+    logdet, stderr = bound.combine(solved.logdets)
+    error = torch.full_like(logdet, torch.nan) if solved.error is None else solved.error
+    return _Draft(solved, logdet, stderr, error, solved.evaluations, solved.evaluations * bound.products)
+
+
+def _by_quadrature(
+    problem: Problem, estimator: Quadrature, stderr: float | None, generator: torch.Generator | None, budget: bool
+) -> _Draft:
+    """The path first, then the trace at nodes along it."""
+    model, start = problem.model, problem.start
+    sweeps = Sweeps.draw(model, estimator, torch.full((len(start),), estimator.sweeps, device=start.device), generator)
+    solved, values = _sampled(problem, sweeps)
+    totals, evaluations = Totals.of(values), solved.evaluations
+    if stderr is not None:
+        evaluations = evaluations + _refine(problem, estimator, totals, stderr, generator)
+    ode_error, nodes = torch.full_like(totals.mean, torch.nan), totals.count * estimator.nodes
+    if budget:
+        # The same nodes and probes along a coarser path: the difference is the solver's, the noise cancels.
+        coarse = replace(problem, rtol=10.0 * problem.rtol, atol=10.0 * problem.atol)
+        rough, rough_values = _sampled(coarse, sweeps.first())
+        ode_error = _ends(problem, solved)[1] - _ends(problem, rough)[1]
+        ode_error = (ode_error + (values - rough_values)[:, 0] * (1.0 if problem.upwards else -1.0)).abs()
+        evaluations, nodes = evaluations + rough.evaluations, nodes + estimator.nodes
+    logdet = linear_logdet(model, start.device) + totals.mean
+    return _Draft(
+        solved, logdet if problem.upwards else -logdet, totals.stderr, ode_error, evaluations + nodes,
+        nodes * estimator.probes,
+    )  # fmt: skip
+
+
+def _sampled(problem: Problem, sweeps: Sweeps) -> tuple[Solved, Tensor]:
+    """The path with its nodes, and the sweeps' integrals of the trace along it."""
+    solved = problem.transport(sweeps.times, in_noise_units=True)
+    assert solved.nodes is not None
+    return solved, sweeps.integrals(solved.nodes, problem.flow)
+
+
+def _refine(
+    problem: Problem, estimator: Quadrature, totals: Totals, stderr: float, generator: torch.Generator | None
+) -> Tensor:
+    """Add sweeps to the rows that need them; returns the evaluations of the paths solved again for their nodes."""
+    spent = torch.zeros_like(totals.count)
+    while True:
+        missing = totals.wanted(stderr) - totals.count
+        rows = torch.nonzero((missing > 0) & totals.stderr.isfinite()).flatten()
+        if rows.numel() == 0:
+            return spent
+        _validate_affordable(estimator, totals, rows, missing[rows], stderr, problem.model)
+        more = replace(problem, start=problem.start[rows], cond=take_rows(problem.cond, rows, len(problem.start)))
+        count = torch.ceil(_SHARE * missing[rows]).long().clamp(max=_PER_ROUND)
+        sweeps = Sweeps.draw(problem.model, estimator, count, generator)
+        solved, values = _sampled(more, sweeps)
+        totals.add(rows, values)
+        spent = spent.index_add(0, rows, solved.evaluations)
+
+
+def _validate_affordable(
+    estimator: Quadrature, totals: Totals, rows: Tensor, missing: Tensor, stderr: float, model: NDM
+) -> None:
+    """Refuse an accuracy that costs more than the exact trace at 64 nodes of the same path."""
+    products = int((totals.count[rows] + missing).max()) * estimator.nodes * estimator.probes
+    exact = 64 * event_size(model.event_shape)
+    if products > 4 * exact:
+        worst = rows[int(torch.argmax(totals.stderr[rows]))]
+        raise ValueError(
+            f"stderr={stderr:g} needs about {products:,} vector-Jacobian products for row {int(worst)}, whose standard "
+            f"error is {float(totals.stderr[worst]):.3g} after {int(totals.count[worst])} sweeps; the exact trace "
+            f"costs about {exact:,}. Pass trace='exact', or a larger stderr."
         )
 
-    def _integrate(self, field: Field, state: State) -> Solution:
-        method = "dopri5" if self.method is None else self.method
-        rtol, atol = RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
-        return odeint(field, state, *self.interval, method=method, rtol=rtol, atol=atol)
 
-    @contextmanager
-    def _prepared(self) -> Iterator[ProbabilityFlow]:
-        """The field, in eval mode, and with a graph only if it is asked for."""
-        if self.differentiable and torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "differentiable=True keeps a graph, which torch.inference_mode() forbids; leave that mode."
-            )
-        with self.model.evaluating(), torch.set_grad_enabled(self.differentiable):
-            yield self.model.flow(self.start.dtype, **self.cond)
+def _ends(problem: Problem, solved: Solved) -> tuple[Tensor, Tensor]:
+    """The data end of the path, and the log-density of its noise end; float64."""
+    start = problem.start.double()
+    data, noise = (start, solved.z) if problem.upwards else (solved.z, start)
+    return data, problem.model.log_prior(noise)
 
 
-def _augmented(flow: ProbabilityFlow, bound: BoundTrace, event_shape: tuple[int, ...]) -> Field:
-    first = True
-
-    def field(t: Tensor, state: State) -> State:
-        nonlocal first
-        part, trace = bound(flow.network_part(t), state[0])
-        if first and not bool(trace.any()):
-            _validate_attached(flow, t, state[0].detach())
-        first = False
-        return flow.assemble(t, state[0], part), flow.linear_divergence(t, event_shape) + trace
-
-    return field
-
-
-def _validate_attached(flow: ProbabilityFlow, t: Tensor, z: Tensor) -> None:
-    """Refuse a predictor that autograd cannot see through: its divergence would silently be zero."""
-    part = flow.network_part(t)
-    value, pullback = vjp(part, z)
-    (product,) = pullback(torch.ones_like(value))
-    if bool((product != 0.0).any()) or torch.equal(value, part(z + 0.1)):
-        return
-    raise PredictorError(
-        "the predictor's output depends on z, but autograd sees no dependence, so its divergence would be taken as "
-        "zero; remove torch.no_grad(), .detach() or a conversion to numpy from the predictor."
+def _finished(problem: Problem, draft: _Draft, generator: torch.Generator | None, budget: bool) -> LikelihoodInfo:
+    solved, dtype = draft.solved, problem.start.dtype
+    x, log_prior = _ends(problem, solved)
+    value = log_prior + draft.logdet if problem.upwards else log_prior - draft.logdet
+    unknown = torch.full_like(value, torch.nan)
+    truncation = mismatch = unknown
+    evaluations, products = draft.evaluations, draft.products
+    if budget:
+        with torch.no_grad():
+            truncation, used = _truncation(problem, x.detach(), generator)
+            data = x.detach().to(dtype)
+            path = problem.model.transform.along(data, **problem.cond)
+            mismatch = problem.model.prior_divergence(path, data, generator)
+        evaluations, products = evaluations + 1, products + used
+    failed = solved.failed
+    stderr, ode_error, truncation, mismatch, logdet, log_prior, value = (
+        torch.where(failed, torch.nan, number).to(dtype)
+        for number in (draft.stderr, draft.ode_error, truncation, mismatch, draft.logdet, log_prior, value)
     )
+    return LikelihoodInfo(
+        stderr=stderr.detach(),
+        ode_error=ode_error.detach(),
+        truncation=truncation,
+        prior_mismatch=mismatch,
+        nfe=largest(evaluations),
+        vjps=largest(products),
+        row_nfe=evaluations,
+        row_vjps=products,
+        accepted=largest(solved.accepted),
+        rejected=largest(solved.rejected),
+        failed=failed,
+        z=solved.z.to(dtype),
+        logdet=logdet,
+        log_prior=log_prior,
+        loglik=value,
+    )
+
+
+def _truncation(problem: Problem, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    r"""First-order change of the log-density at x from the noise and the scaling left at t_min.
+
+        .. math::
+            \log p_{t_{min}}(x) - \log p_0(x) pprox
+                    frac12 \sigma^2 igl(\operatorname{tr}
+    abla s + \|s\|^2igr) - \log lpha\, (d + \langle x, s
+    angle)
+
+        Smoothing with variance h moves a density by :math:`	frac h2 \Delta p`, and :math:`\Delta p / p =
+        \operatorname{tr}
+    abla s + \|s\|^2`.
+    """
+    model, flow = problem.model, problem.flow()
+    t = as_time(model.t_min, x.device).expand(len(x))
+    c, d = model.schedule(t), event_size(model.event_shape)
+    estimator = resolve("exact" if d <= EXACT_UP_TO else "hutchinson", model.event_shape)
+    assert not isinstance(estimator, Quadrature)
+    bound = estimator.bind(x, generator)
+    _, forms, F = bound.with_byproduct(lambda z: (flow.prediction(t, z),) * 2, x)
+    s = flow.score(t, x, F)
+    trace_of_F, _ = bound.combine(forms)
+    smoothing = 0.5 * (c.alpha * trace_of_F - d + c.sigma**2 * sum_event(s * s))
+    return smoothing - c.alpha.log() * (d + sum_event(x * s)), bound.products
+
+
+def largest(counts: Tensor) -> int:
+    """The count of the row that took most."""
+    return int(counts.max()) if counts.numel() else 0

@@ -29,7 +29,7 @@ from ndm_ct._shapes import as_time, expand, expand_time
 from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
 from ndm_ct.process import ForwardProcess, Volatility
 from ndm_ct.schedules import LinearLogSNR, Schedule, VarianceExploding
-from ndm_ct.transforms import Identity, Transform
+from ndm_ct.transforms import Identity, Path, Transform
 
 __all__ = ["NDM", "IsotropicNormal", "NormalKL", "Prior", "validate_prediction"]
 
@@ -321,9 +321,8 @@ class NDM(nn.Module):
     def score(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2`; arguments and shapes as in ``velocity``."""
         time = self._validated_state(z, t, cond, self.score)
-        c = self.schedule(time)
         F, _ = self.moments(z, time, **cond)
-        return (expand(c.alpha, z) * F - z) / expand(c.sigma**2, z)
+        return self.flow(z.dtype, **cond).score(time, z, F)
 
     def _validated_state(
         self, z: Tensor, t: float | Tensor, cond: dict[str, Any], caller: Callable[..., Any]
@@ -351,6 +350,23 @@ class NDM(nn.Module):
                 f"({z.shape[0]},); wrap the distribution in torch.distributions.Independent."
             )
         return cast(Tensor, value.to(z.dtype))
+
+    def prior_divergence(self, path: Path, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample.
+
+        Args:
+            path: :math:`t \mapsto F(x, t)`, from ``transform.along(x)``.
+            x: data, shape ``(B, *E)``.
+            generator: source of the one sample.
+        """
+        c = self.schedule(as_time(1.0, x.device).expand(x.shape[0]))
+        mean = expand(c.alpha, x) * path(as_time(1.0, x.device).expand(x.shape[0]))
+        std = expand(c.sigma, x).expand_as(x)
+        if isinstance(self.prior, NormalKL):
+            return self.prior.kl_from_normal(mean, std)
+        eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        log_q = -_shapes.sum_event(0.5 * eps**2 + std.log() + 0.5 * math.log(2.0 * math.pi))
+        return log_q - self.log_prior(mean + std * eps)
 
     def sample_prior(
         self, n: int, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device | str | None

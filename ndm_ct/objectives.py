@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._shapes import as_time, expand, sum_event, validate_count
-from ndm_ct.model import NDM, NormalKL, validate_prediction
+from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.transforms import Identity, Path
 
@@ -141,18 +141,7 @@ def _integrand(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor,
 
 def prior_term(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
     r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample."""
-    return _prior(model, model.transform.along(x, **cond), x, generator)
-
-
-def _prior(model: NDM, path: Path, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    t = as_time(1.0, x.device).expand(x.shape[0])
-    c = model.schedule(t)
-    mean, std = expand(c.alpha, x) * path(t), expand(c.sigma, x).expand_as(x)
-    if isinstance(model.prior, NormalKL):
-        return model.prior.kl_from_normal(mean, std)
-    eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    log_q = -sum_event(0.5 * eps**2 + std.log() + 0.5 * math.log(2.0 * math.pi))
-    return log_q - model.log_prior(mean + std * eps)
+    return model.prior_divergence(model.transform.along(x, **cond), x, generator)
 
 
 def reconstruction_term(
@@ -328,7 +317,7 @@ def _bound(
             uniform = torch.rand(x.shape[0], dtype=torch.float64, device=x.device, generator=generator)
             points[k].append(draw(path, (k + uniform) / strata))
         diffusion, variance = _stratified(points)
-        prior = _prior(model, path, x, generator)
+        prior = model.prior_divergence(path, x, generator)
         if quantisation is None:
             reconstruction = _reconstruction(model, path, x, None, generator)
         else:
@@ -385,7 +374,11 @@ def loss(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **c
             F, dF = F.detach(), dF.detach()
             F_hat, dF_hat = _predicted(model, F, t, eps, cond)
         rate = rate + _regressions(model, F, dF, F_hat, dF_hat, t)
-    return weight.to(x.dtype) * rate + _prior(model, path, x, generator) + _reconstruction(model, path, x, None, None)
+    return (
+        weight.to(x.dtype) * rate
+        + model.prior_divergence(path, x, generator)
+        + _reconstruction(model, path, x, None, None)
+    )
 
 
 def _regressions(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor) -> Tensor:

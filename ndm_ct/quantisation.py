@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._shapes import some
+from ndm_ct._shapes import some, sum_event
 
 __all__ = ["Quantisation"]
 
@@ -136,3 +136,16 @@ class Quantisation:
         mass = math.erf(tau / math.sqrt(2.0))
         density = math.exp(-0.5 * tau**2) / math.sqrt(2.0 * math.pi)
         return 0.5 * math.log(2.0 * math.pi * math.e * sigma**2) + math.log(mass) - tau * density / mass
+
+    def truncated_normal_log_prob(self, z: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        r"""Log-density of :math:`z_0` given its level under that truncated normal, float64, nats, ``(B,)``.
+
+        Args:
+            z: :math:`z_0`, shape ``(B, *E)``, inside the bins.
+            x: the levels.
+            alpha: :math:`\alpha_0`.
+            sigma: :math:`\sigma_0`.
+        """
+        eps = (z.double() - alpha * self.centres(x, torch.float64)) / sigma
+        mass = math.erf(self.half_width * alpha / sigma / math.sqrt(2.0))
+        return -sum_event(0.5 * eps**2 + math.log(sigma * mass * math.sqrt(2.0 * math.pi)))

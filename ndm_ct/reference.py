@@ -21,7 +21,7 @@ from ndm_ct._shapes import as_time, event_size, validate_data, validate_time
 from ndm_ct.model import NDM
 from ndm_ct.process import Volatility
 from ndm_ct.schedules import LinearLogSNR, Schedule
-from ndm_ct.transforms import Identity, Transform
+from ndm_ct.transforms import Identity, TimeScaling, Transform
 
 __all__ = ["Gaussian", "GaussianMixture"]
 
@@ -35,6 +35,7 @@ class _Marginals:
     ) -> None:  # fmt: skip
         self.log_weights, self.means, self.covs = weights.log(), means, covs
         self.event_shape, self.schedule, self.transform = event_shape, schedule, transform
+        self.spectrum, self.basis = torch.linalg.eigh(covs)
 
     def components(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Means ``(T, K, d)``, Cholesky factors of S ``(T, K, d, d)`` and gains ``(T, K, d, d)`` at times ``(T,)``."""
@@ -53,25 +54,41 @@ class _Marginals:
     def _ones(self) -> tuple[int, ...]:
         return (1,) * len(self.event_shape)
 
-    def _residuals(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log w_k N(z; mean_k, S_k) ``(B, K)``, residuals z - mean_k ``(B, K, d)`` and gains, for z ``(B, d)``."""
+    def _components_at(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log w_k N(z; mean_k, S_k) ``(B, K)`` and E[x | z, k] ``(B, K, d)``, for z ``(B, d)``."""
+        if isinstance(self.transform, Identity | TimeScaling):
+            return self._in_eigenbasis(z, t)
         mean, factor, gain = self.components(_distinct(t))
         residual = z[:, None, :] - mean
         inverse = torch.linalg.solve_triangular(factor, torch.eye(z.shape[1]).to(factor).expand_as(factor), upper=False)
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = self.log_weights - log_det - 0.5 * z.shape[1] * math.log(2.0 * math.pi)
-        return constant - 0.5 * _apply(inverse, residual).square().sum(-1), residual, gain
+        log_density = self._log_density(log_det, _apply(inverse, residual).square().sum(-1))
+        return log_density, self.means + _apply(gain, residual)
+
+    def _in_eigenbasis(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where A = a(t) I: S_k and C_k have the eigenvectors in common, and nothing is factorised."""
+        t = as_time(t).reshape(-1)
+        c, ones = self.schedule(t), torch.ones(len(t), *self.event_shape, dtype=torch.float64, device=t.device)
+        scale = (c.alpha * self.transform(ones, t).flatten(1)[:, 0])[:, None, None]
+        variance = scale**2 * self.spectrum + (c.sigma**2)[:, None, None]
+        residual = torch.einsum("bki,kij->bkj", z[:, None, :] - scale * self.means, self.basis)
+        log_density = self._log_density(0.5 * variance.log().sum(-1), (residual.square() / variance).sum(-1))
+        shift = torch.einsum("bkj,kij->bki", scale * self.spectrum / variance * residual, self.basis)
+        return log_density, self.means + shift
+
+    def _log_density(self, log_det: Tensor, squares: Tensor) -> Tensor:
+        constant = self.log_weights - 0.5 * self.means.shape[1] * math.log(2.0 * math.pi)
+        return constant - log_det - 0.5 * squares
 
     def log_prob(self, z: Tensor, t: Tensor) -> Tensor:
         """log p_t(z), ``(B, *E)`` to ``(B,)``."""
-        log_densities, _, _ = self._residuals(self._flat(z), t)
+        log_densities, _ = self._components_at(self._flat(z), t)
         return torch.logsumexp(log_densities, 1).to(z.dtype)
 
     def posterior_mean(self, z: Tensor, t: Tensor) -> Tensor:
         """E[x | z_t = z], shape of ``z``."""
-        log_densities, residual, gain = self._residuals(self._flat(z), t)
+        log_densities, estimate = self._components_at(self._flat(z), t)
         share = torch.softmax(log_densities, 1)
-        estimate = self.means + _apply(gain, residual)
         return (share[:, :, None] * estimate).sum(1).reshape(z.shape).to(z.dtype)
 
     def draw(self, n: int, t: Tensor | None, generator: torch.Generator | None) -> Tensor:

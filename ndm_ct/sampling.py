@@ -23,8 +23,11 @@ from tqdm.auto import tqdm
 
 from ndm_ct import _shapes
 from ndm_ct.discrete import DDIM, DDPM, walk
+from ndm_ct.divergence import resolve
+from ndm_ct.likelihood import Trace, along, largest
 from ndm_ct.model import NDM
-from ndm_ct.solvers import FIXED_METHODS, odeint, odeint_grid, sdeint
+from ndm_ct.solvers import FIXED_METHODS, odeint_grid, sdeint
+from ndm_ct.trajectory import Problem
 
 __all__ = ["METHODS", "SampleInfo", "sample"]
 
@@ -32,7 +35,8 @@ SDE_SOLVER = "heun"
 METHODS = ("ode", "sde", "ddpm", "ddim", *FIXED_METHODS)
 """Names ``sample`` knows."""
 
-RTOL = ATOL = 1e-5
+TOLERANCE = 1e-5
+"""Default rtol and atol of "ode"."""
 
 Callback = Callable[[float], None]
 
@@ -42,16 +46,21 @@ class SampleInfo:
     """What sampling cost.
 
     Args:
-        nfe: network evaluations of the whole batch.
-        accepted: accepted steps.
-        rejected: rejected steps.
+        nfe: network evaluations; for "ode", whose rows have steps of their own, of the row that took most.
+        accepted: accepted steps, likewise.
+        rejected: rejected steps, likewise.
         z: the prior draw :math:`z_1`, ``(n, *E)``.
+        logp: log-density of each sample under the probability flow, nats, ``(n,)``, for "ode"; None for the others,
+            which do not follow the flow exactly (``loglik`` scores their samples).
+        stderr: its standard error, ``(n,)``.
     """
 
     nfe: int
     accepted: int
     rejected: int
     z: Tensor
+    logp: Tensor | None = None
+    stderr: Tensor | None = None
 
 
 def sample(
@@ -66,6 +75,7 @@ def sample(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
+    trace: Trace | None = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Any:
@@ -82,7 +92,8 @@ def sample(
         dtype: dtype of the samples; None is the model's.
         device: None is the model's.
         progress: show a bar.
-        return_info: also return a :class:`SampleInfo`.
+        trace: for "ode" with ``return_info``, how to estimate ``info.logp``, as in ``loglik``; None is "auto".
+        return_info: also return a :class:`SampleInfo`; for "ode" this costs the divergence along the way.
         cond: conditioning, tensors with n rows.
 
     Returns:
@@ -99,6 +110,8 @@ def sample(
     """
     _shapes.choose("method", method, METHODS)
     _validate_options(method, steps, rtol, atol)
+    if trace is not None and not (return_info and method == "ode"):
+        raise ValueError("trace has no effect without method='ode' and return_info=True; drop it.")
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise ValueError(f"n must be a non-negative int, got {n!r}.")
     dtype = dtype or model.dtype or torch.get_default_dtype()
@@ -108,7 +121,8 @@ def sample(
         model.validate(z1, cond, sample, name="z1")
         with _bar(progress, steps, model.t_min) as callback:
             if method == "ode":
-                x, info = _adaptive(model, z1, rtol, atol, callback, cond)
+                adaptive = _Adaptive(model, z1, rtol or TOLERANCE, atol or TOLERANCE, callback, cond)
+                x, info = adaptive.with_density(trace, generator) if return_info else adaptive.draw()
             else:
                 assert steps is not None
                 grid = torch.linspace(1.0, model.t_min, steps + 1, dtype=torch.float64, device=device)
@@ -134,15 +148,33 @@ def _validate_options(method: str, steps: int | None, rtol: float | None, atol: 
         raise ValueError(f"{' and '.join(given)} has no effect with method={method!r}, which takes fixed steps.")
 
 
-def _adaptive(
-    model: NDM, z1: Tensor, rtol: float | None, atol: float | None, callback: Callback | None, cond: dict[str, Any]
-) -> tuple[Tensor, SampleInfo]:
-    flow = model.flow(z1.dtype, **cond)
-    solution = odeint(
-        lambda t, state: (flow(t, state[0]),), (z1.double(),), 1.0, model.t_min,
-        rtol=RTOL if rtol is None else rtol, atol=ATOL if atol is None else atol, callback=callback,
-    )  # fmt: skip
-    return solution.state[0], SampleInfo(solution.evaluations, solution.accepted, solution.rejected, z1)
+@dataclass(frozen=True)
+class _Adaptive:
+    """A draw along the probability flow with steps of each row's own."""
+
+    model: NDM
+    z1: Tensor
+    rtol: float
+    atol: float
+    callback: Callback | None
+    cond: dict[str, Any]
+
+    @property
+    def _problem(self) -> Problem:
+        interval = (1.0, self.model.t_min)
+        return Problem(
+            self.model, self.z1, interval, self.rtol, self.atol, "rowwise", "raise", False, self.cond, self.callback
+        )
+
+    def draw(self) -> tuple[Tensor, SampleInfo]:
+        solved = self._problem.transport()
+        evaluations, accepted = largest(solved.evaluations), largest(solved.accepted)
+        return solved.z, SampleInfo(evaluations, accepted, largest(solved.rejected), self.z1)
+
+    def with_density(self, trace: Trace | None, generator: torch.Generator | None) -> tuple[Tensor, SampleInfo]:
+        estimator = resolve("auto" if trace is None else trace, self.model.event_shape)
+        info = along(self._problem, estimator, None, generator, budget=False)
+        return info.z, SampleInfo(info.nfe, info.accepted, info.rejected, self.z1, info.loglik, info.stderr)
 
 
 @dataclass(frozen=True)

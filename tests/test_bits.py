@@ -143,7 +143,7 @@ def test_information_is_that_of_the_bound_in_bits(generator):
         ({"dequantisation": "truncated normal"}, ValueError, "did you mean 'truncated-normal'"),
         ({"bound": "elbo", "trace": "exact"}, ValueError, "trace has no effect with bound='elbo'"),
         ({"bound": "elbo", "dequantisation": "truncated-normal"}, ValueError, "dequantisation has no effect"),
-        ({"samples": 4}, ValueError, "samples has no effect with bound='ode'"),
+        ({"stderr": 0.1, "bound": "elbo"}, ValueError, "stderr has no effect with bound='elbo'"),
         ({"range": (1.0, 0.0)}, ValueError, "range must be an interval"),
         ({"levels": 1}, ValueError, "levels must be an int of at least 2"),
     ],

@@ -140,7 +140,11 @@ def test_sde_drift_of_the_model_is_flow_minus_half_g_squared_score():
 def test_flow_parts_add_up():
     model = gaussian(schedules.VariancePreserving(), TRANSFORMS["moving scale"]())
     flow, z, t = model.flow(torch.float64), torch.randn(5, 6, dtype=torch.float64), time(0.5)
-    torch.testing.assert_close(flow.assemble(t, z, flow.network_part(t)(z)), flow(t, z))
+    part, F = flow.network_part(t)(z)
+    torch.testing.assert_close(flow.assemble(t, z, part), flow(t, z))
+    torch.testing.assert_close(F, model.moments(z, t)[0])
+    torch.testing.assert_close(flow.prediction(t, z), F)
+    torch.testing.assert_close(flow.score(t, z, F), model.score(z, 0.5))
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------
