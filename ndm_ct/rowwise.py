@@ -88,9 +88,10 @@ class RowSolution:
         state: the tensors of the initial state, at the end; NaN in failed rows.
         nodes: the first of them at the nodes, ``(N, B, *)``; NaN in failed rows; None without nodes.
         error: :math:`\sum_n |\langle \partial L/\partial y,\, e \rangle|` over the steps, float64 ``(B,)``: an estimate
-            of the error of L; NaN in failed rows; None if the field returns no gradient.
-        calls: calls of the field, each for the rows then in the batch.
-        evaluations: evaluations of each row, ``(B,)``, as many as alone.
+            of the error of L; NaN in failed rows; None if the field returns no gradient; 0 if it was never called.
+        calls: calls of the field, each for the rows then in the batch; with a graph, a step in which some row met NaN
+            is done twice.
+        evaluations: evaluations of each row, ``(B,)``, as many as alone, repeats left out.
         accepted: accepted steps of each row, ``(B,)``.
         rejected: rejected steps of each row, ``(B,)``.
         failed: whether a row failed, ``(B,)``.
@@ -208,7 +209,7 @@ class _Rows:
 
     def take(self, which: Tensor) -> "_Rows":
         """Some of them, by position or mask."""
-        return _Rows(*(getattr(self, field.name)[which] for field in fields(self)))
+        return _Rows(*(getattr(self, entry.name)[which] for entry in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,7 @@ class _Solve:
         tolerance = self.atol + self.rtol * size
         if self.scale is None:
             return tolerance
-        scale, width = self.scale(t).detach().to(size.dtype), self.packing.widths[0]
+        scale, width = self.scale(t).to(size.dtype), self.packing.widths[0]
         return torch.cat([tolerance[:, :width] * scale[:, None], tolerance[:, width:]], 1)
 
     def _advance(self, trial: _Trial, accept: Tensor, finite: Tensor) -> None:
@@ -396,7 +397,7 @@ class _Solve:
         largest = torch.maximum(speed, change)
         better = torch.where(largest <= 1e-15, (1e-3 * h).clamp(min=short), torch.exp(0.2 * (0.01 / largest).log()))
         guess = torch.where(torch.isfinite(change), torch.minimum(100.0 * h, better), short)
-        return guess.clamp(min=10.0 * self.smallest).clamp(max=self.length)
+        return guess.clamp(min=10.0 * self.smallest)
 
     def _collect_nodes(self, trial: _Trial, accept: Tensor) -> None:
         """The interpolant at the nodes passed, t < node <= t + h: every node falls into exactly one accepted step."""
