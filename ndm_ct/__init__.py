@@ -4,6 +4,7 @@ from ndm_ct import discrete, divergence, nn, objectives, quantisation, reference
 from ndm_ct._errors import CheckpointError, PredictorError, SolverError
 from ndm_ct.bits import BitsInfo, bits_per_dim
 from ndm_ct.checkpoint import load, save
+from ndm_ct.evaluation import Comparison, Evaluation, compare, evaluate
 from ndm_ct.likelihood import LikelihoodInfo, decode, encode, loglik
 from ndm_ct.model import NDM
 from ndm_ct.objectives import ElboInfo, elbo, loss
@@ -16,18 +17,22 @@ __all__ = [
     "NDM",
     "BitsInfo",
     "CheckpointError",
+    "Comparison",
     "ElboInfo",
+    "Evaluation",
     "FitResult",
     "LikelihoodInfo",
     "PredictorError",
     "SampleInfo",
     "SolverError",
     "bits_per_dim",
+    "compare",
     "decode",
     "discrete",
     "divergence",
     "elbo",
     "encode",
+    "evaluate",
     "fit",
     "load",
     "loglik",

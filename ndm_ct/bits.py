@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct import likelihood, objectives
-from ndm_ct._shapes import as_time, choose, event_size, take_rows, validate_count
+from ndm_ct._shapes import as_time, choose, event_size, validate_count
 from ndm_ct.likelihood import Trace
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation
@@ -122,11 +122,12 @@ def bits_per_dim(
                 "auto" if trace is None else trace, None if stderr is None else stderr * scale, rtol, atol, method,
                 "raise", False,
             )  # fmt: skip
-            cond = take_rows(cond, rows, x.shape[0])
             model.validate(start, cond, bits_per_dim)
-            path = options.likelihood(model, start, (model.t_min, 1.0), cond, generator, budget=False)
+            path = options.likelihood(
+                model, start, (model.t_min, 1.0), cond, generator, budget=False, origin=(rows, x.shape[0])
+            )
             log_weights = path.loglik.double() - log_q
-            info = _weighted(log_weights, path.stderr.double(), count, path.nfe, scale, start.dtype)
+            info = _weighted(log_weights, path.stderr.double(), _variance(path), count, path.nfe, scale, start.dtype)
     result = -info.nats / scale
     return (result, info) if return_info else result
 
@@ -161,16 +162,26 @@ def dequantised(
     return points, bins.truncated_normal_log_prob(points, x, alpha, sigma)
 
 
+def _variance(path: likelihood.LikelihoodInfo) -> Tensor:
+    """Unbiased estimate of the variance of log p from its probes, ``(B,)``; 0 where it is unknown.
+
+    The standard error is widened where few sweeps are behind it, which a correction of the mean must not be.
+    """
+    n = path.row_sweeps.double()
+    narrowed = torch.where(n > 3, (n - 3.0) / (n - 1.0).clamp(min=1.0), 1.0)
+    return (narrowed * path.stderr.double().square()).nan_to_num(0.0)
+
+
 def _weighted(
-    log_weights: Tensor, stderr: Tensor, samples: int, nfe: int, scale: float, dtype: torch.dtype
+    log_weights: Tensor, stderr: Tensor, variance: Tensor, samples: int, nfe: int, scale: float, dtype: torch.dtype
 ) -> BitsInfo:
     """The bound from K log-weights per row, with its two standard errors."""
-    log_weights, stderr = log_weights.unflatten(0, (-1, samples)), stderr.unflatten(0, (-1, samples))
+    log_weights, stderr, variance = (part.unflatten(0, (-1, samples)) for part in (log_weights, stderr, variance))
     if samples == 1:
         nats, error = log_weights[:, 0], stderr[:, 0]
         spread = torch.full_like(nats, math.nan)
     else:
-        log_weights = log_weights - 0.5 * stderr.nan_to_num(0.0).square()
+        log_weights = log_weights - 0.5 * variance
         nats = torch.logsumexp(log_weights, 1) - math.log(samples)
         share = torch.softmax(log_weights, 1)
         error = (share * stderr).square().sum(1).sqrt()

@@ -16,10 +16,11 @@ from node to node, and they are made to cooperate: with one random sign vector r
     \epsilon_n = H_{n \oplus s} \odot r, \qquad H_n(i) = (-1)^{\langle n,\, c(i) \rangle},
 
 rows of a Hadamard matrix addressed by the bits c(i) of the coordinate's place on its grid, the finest bit of every axis
-first. Each probe alone is a Rademacher vector. Four consecutive ones cancel every pair of neighbouring pixels, sixteen
-every pair closer than four pixels, because :math:`\sum_n H_n(i) H_n(j) = 0` for places that differ in the bits covered:
-what remains is the change of the Jacobian between nodes and its entries far from the diagonal. Jacobians of denoisers
-are concentrated near the diagonal and vary slowly in time, so the variance drops several times at no cost.
+first. Each probe alone is a Rademacher vector. In an image of one channel, four consecutive ones cancel every pair of
+neighbouring pixels, sixteen every pair closer than four pixels, because :math:`\sum_n H_n(i) H_n(j) = 0` for places
+that differ in the bits covered: what remains is the change of the Jacobian between nodes and its entries far from the
+diagonal. Jacobians of denoisers are concentrated near the diagonal and vary slowly in time, so the variance drops
+several times at no cost.
 
 References:
     Hutchinson, A Stochastic Estimator of the Trace of the Influence Matrix (1990)
@@ -95,9 +96,9 @@ class BoundTrace:
             (product,) = pullback(probe)
             return sum_event(probe * product)
 
-        # vmap costs more than it saves for a single probe.
-        if self.products == 1:
-            forms = quadratic_form(self.probes[0])[None]
+        # vmap costs more than it saves for a single probe, and not every network can pass it.
+        if self.products == 1 or self.chunk == 1:
+            forms = torch.stack([quadratic_form(probe) for probe in self.probes])
         else:
             forms = torch.func.vmap(quadratic_form, chunk_size=self.chunk)(self.probes)
         return value, forms.sum(0)[:, None] if self.exact else forms.mT, byproduct
@@ -125,7 +126,7 @@ class Exact:
     r"""The exact trace: d vector-Jacobian products per evaluation.
 
     Args:
-        chunk: products computed at a time; None is all at once.
+        chunk: products computed at a time; None is all at once, by vmap, which 1 does without.
 
     Example:
         >>> z = torch.randn(4, 3)
@@ -148,7 +149,7 @@ class Hutchinson:
 
     Args:
         probes: K >= 1; the standard error needs K >= 2.
-        chunk: products computed at a time; None is all at once.
+        chunk: products computed at a time; None is all at once, by vmap, which 1 does without.
     """
 
     probes: int = 16
@@ -206,7 +207,8 @@ class Quadrature:
 
 def grid_bits(event_shape: tuple[int, ...]) -> Tensor:
     """c(i): the bits of each coordinate's place, ``(d,)``; the lowest bit of every axis first, last axis first."""
-    places = torch.meshgrid(*(torch.arange(size) for size in event_shape), indexing="ij")
+    axes = [torch.arange(size) for size in event_shape]
+    places = torch.meshgrid(*axes, indexing="ij") if axes else ()
     code, position = torch.zeros(event_shape, dtype=torch.long), 0
     for bit in range(max(event_shape, default=1).bit_length()):
         for axis in reversed(range(len(event_shape))):

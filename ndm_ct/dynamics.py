@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ndm_ct._shapes import event_size, expand
 from ndm_ct.process import ForwardProcess, drift
+from ndm_ct.schedules import Coefficients
 
 __all__ = ["ProbabilityFlow", "ReverseSDE"]
 
@@ -47,6 +48,14 @@ class ProbabilityFlow:
 
     def __init__(self, process: ForwardProcess, moments: MomentsFunction, dtype: torch.dtype) -> None:
         self.process, self.moments, self.dtype = process, moments, dtype
+        self._last: tuple[Tensor, bool, Coefficients] | None = None
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
+        """The schedule at time ``t``, evaluated once for the parts of one evaluation, which pass the same tensor."""
+        graph = torch.is_grad_enabled()
+        if self._last is None or self._last[0] is not t or (graph and not self._last[1]):
+            self._last = t, graph, self.process.schedule(t)
+        return self._last[2]
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         """Velocity at time ``t`` (float64, ``()`` or ``(B,)``) and state ``z`` ``(B, *E)``; shape of z."""
@@ -55,16 +64,16 @@ class ProbabilityFlow:
 
     def linear_divergence(self, t: Tensor, event_shape: tuple[int, ...]) -> Tensor:
         r""":math:`d\,\sigma'/\sigma`: the exact divergence of the part of v that is linear in z; shape of ``t``."""
-        return event_size(event_shape) * self.process.schedule(t).dlog_sigma
+        return event_size(event_shape) * self._coefficients(t).dlog_sigma
 
     def network_part(self, t: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         r"""The rest of v at time t, :math:`z \mapsto (\alpha' - \alpha\sigma'/\sigma)\hat F + \alpha\hat{\dot F}`, with
         :math:`\hat F` as a by-product."""
 
+        c = self._coefficients(t)
+
         def part(z: Tensor) -> tuple[Tensor, Tensor]:
-            time = t.expand(z.shape[0])
-            c = self.process.schedule(time)
-            F, dF = _in_dtype(self.moments, z, time, self.dtype)
+            F, dF = _in_dtype(self.moments, z, t.expand(z.shape[0]), self.dtype)
             return expand(c.dalpha - c.alpha * c.dlog_sigma, z) * F + expand(c.alpha, z) * dF, F
 
         return part
@@ -75,12 +84,12 @@ class ProbabilityFlow:
 
     def score(self, t: Tensor, z: Tensor, F: Tensor) -> Tensor:
         r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2` from :math:`\hat F` at time ``t`` and state ``z``."""
-        c = self.process.schedule(t.expand(z.shape[0]))
+        c = self._coefficients(t)
         return (expand(c.alpha, z) * F - z) / expand(c.sigma**2, z)
 
     def assemble(self, t: Tensor, z: Tensor, network_part: Tensor) -> Tensor:
         r"""The velocity from its network part: adds :math:`(\sigma'/\sigma) z`."""
-        return network_part + expand(self.process.schedule(t.expand(z.shape[0])).dlog_sigma, z) * z
+        return network_part + expand(self._coefficients(t).dlog_sigma, z) * z
 
 
 class ReverseSDE:

@@ -31,11 +31,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ndm_ct._shapes import as_time, event_size, sum_event, take_rows
-from ndm_ct.divergence import EXACT_UP_TO, Exact, Quadrature, TraceEstimator, resolve
+from ndm_ct._shapes import as_time, event_size, sum_event
+from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.model import NDM
 from ndm_ct.quadrature import Sweeps, Totals, linear_logdet
 from ndm_ct.trajectory import Differentiable, Problem, Solved
+from ndm_ct.transforms import Identity
 
 __all__ = ["LikelihoodInfo", "decode", "encode", "loglik"]
 
@@ -65,8 +66,9 @@ class LikelihoodInfo:
     Args:
         stderr: standard error of the trace estimate, ``(B,)``; 0 for the exact trace, NaN where it is unknown (a single
             probe, fewer than four sweeps).
-        ode_error: estimate of the size of the solver's own error, ``(B,)``: local errors weighted with the score, for
-            "quadrature" the change of log p against ten times the tolerances; NaN for the torchdiffeq methods.
+        ode_error: estimate of the size of the solver's own error, ``(B,)``: local errors weighted with the score (too
+            small at tolerances of 1e-4 and more, whose steps are too long for them to tell); for "quadrature" the
+            change of log p against ten times the tolerances; NaN for the torchdiffeq methods.
         truncation: estimate of :math:`\log p_{t_{min}} - \log p_0` at the data end, to first order in the noise left
             there, ``(B,)``: small against one nat where the model resolves the data, large where it does not.
         prior_mismatch: :math:`KL(q(z_1 | x) \| p_1)`, what taking :math:`p_1` for the process' end costs, ``(B,)``.
@@ -74,6 +76,7 @@ class LikelihoodInfo:
         vjps: vector-Jacobian products of the row that took most.
         row_nfe: network evaluations of each row, ``(B,)``.
         row_vjps: vector-Jacobian products of each row, ``(B,)``.
+        row_sweeps: sweeps of the quadrature behind each row, ``(B,)``; 0 for the other estimators.
         accepted: accepted solver steps of the row that took most.
         rejected: rejected solver steps of the row that took most.
         failed: rows whose solve failed, ``(B,)``; they are NaN in everything else.
@@ -92,6 +95,7 @@ class LikelihoodInfo:
     vjps: int
     row_nfe: Tensor
     row_vjps: Tensor
+    row_sweeps: Tensor
     accepted: int
     rejected: int
     failed: Tensor
@@ -286,13 +290,16 @@ class Options:
 
     def likelihood(
         self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
-        generator: torch.Generator | None, *, budget: bool,
+        generator: torch.Generator | None, *, budget: bool, origin: tuple[Tensor, int] | None = None,
     ) -> LikelihoodInfo:  # fmt: skip
-        """Path, log-determinant and density; the systematic errors of the budget only if asked, else NaN."""
+        """Path, log-determinant and density; the systematic errors of the budget only if asked, else NaN.
+
+        ``origin`` says which rows of which batch, if another one, the conditioning of ``start`` belongs to.
+        """
         estimator = resolve("auto" if self.trace is None else self.trace, model.event_shape)
         self._validate_stderr(estimator)
         quadrature = isinstance(estimator, Quadrature)
-        problem = self._problem(model, start, interval, cond, PATH_TOLERANCE if quadrature else TOLERANCE)
+        problem = self._problem(model, start, interval, cond, PATH_TOLERANCE if quadrature else TOLERANCE, origin)
         if quadrature and problem.method != "rowwise":
             raise ValueError(
                 f"trace='quadrature' has nodes of its own in every row, which method={problem.method!r} cannot visit; "
@@ -301,11 +308,14 @@ class Options:
         return along(problem, estimator, self.stderr, generator, budget=budget)
 
     def _problem(
-        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any], tolerance: float
-    ) -> Problem:
+        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any], tolerance: float,
+        origin: tuple[Tensor, int] | None = None,
+    ) -> Problem:  # fmt: skip
         rtol, atol = (tolerance if value is None else value for value in (self.rtol, self.atol))
         method = self.method or ("dopri5" if self.differentiable == "adjoint" else "rowwise")
-        return Problem(model, start, interval, rtol, atol, method, self.on_failure, self.differentiable, cond)
+        return Problem(
+            model, start, interval, rtol, atol, method, self.on_failure, self.differentiable, cond, origin=origin
+        )
 
     def _validate_stderr(self, estimator: TraceEstimator | Quadrature) -> None:
         if self.stderr is None:
@@ -363,6 +373,7 @@ class _Draft:
     ode_error: Tensor
     evaluations: Tensor
     products: Tensor
+    sweeps: Tensor
 
 
 def _augmented(problem: Problem, estimator: TraceEstimator, generator: torch.Generator | None) -> _Draft:
@@ -371,7 +382,8 @@ def _augmented(problem: Problem, estimator: TraceEstimator, generator: torch.Gen
     solved = problem.augmented(bound)
     logdet, stderr = bound.combine(solved.logdets)
     error = torch.full_like(logdet, torch.nan) if solved.error is None else solved.error
-    return _Draft(solved, logdet, stderr, error, solved.evaluations, solved.evaluations * bound.products)
+    counts = (solved.evaluations, solved.evaluations * bound.products, torch.zeros_like(solved.evaluations))
+    return _Draft(solved, logdet, stderr, error, *counts)
 
 
 def _by_quadrature(
@@ -395,7 +407,7 @@ def _by_quadrature(
     logdet = linear_logdet(model, start.device) + totals.mean
     return _Draft(
         solved, logdet if problem.upwards else -logdet, totals.stderr, ode_error, evaluations + nodes,
-        nodes * estimator.probes,
+        nodes * estimator.probes, totals.count,
     )  # fmt: skip
 
 
@@ -403,7 +415,7 @@ def _sampled(problem: Problem, sweeps: Sweeps) -> tuple[Solved, Tensor]:
     """The path with its nodes, and the sweeps' integrals of the trace along it."""
     solved = problem.transport(sweeps.times, in_noise_units=True)
     assert solved.nodes is not None
-    return solved, sweeps.integrals(solved.nodes, problem.flow)
+    return solved, replace(sweeps, used=sweeps.used & ~solved.failed).integrals(solved.nodes, problem.flow)
 
 
 def _refine(
@@ -417,7 +429,7 @@ def _refine(
         if rows.numel() == 0:
             return spent
         _validate_affordable(estimator, totals, rows, missing[rows], stderr, problem.model)
-        more = replace(problem, start=problem.start[rows], cond=take_rows(problem.cond, rows, len(problem.start)))
+        more = problem.only(rows)
         count = torch.ceil(_SHARE * missing[rows]).long().clamp(max=_PER_ROUND)
         sweeps = Sweeps.draw(problem.model, estimator, count, generator)
         solved, values = _sampled(more, sweeps)
@@ -443,7 +455,9 @@ def _validate_affordable(
 def _ends(problem: Problem, solved: Solved) -> tuple[Tensor, Tensor]:
     """The data end of the path, and the log-density of its noise end; float64."""
     start = problem.start.double()
-    data, noise = (start, solved.z) if problem.upwards else (solved.z, start)
+    # Rows that failed are zero here: a prior may refuse NaN, and NaN would reach the gradients of its parameters.
+    end = torch.where(solved.failed.reshape(-1, *(1,) * (start.ndim - 1)), 0.0, solved.z)
+    data, noise = (start, end) if problem.upwards else (end, start)
     return data, problem.model.log_prior(noise)
 
 
@@ -458,7 +472,7 @@ def _finished(problem: Problem, draft: _Draft, generator: torch.Generator | None
         with torch.no_grad():
             truncation, used = _truncation(problem, x.detach(), generator)
             data = x.detach().to(dtype)
-            path = problem.model.transform.along(data, **problem.cond)
+            path = problem.model.transform.along(data, **problem.conditioning())
             mismatch = problem.model.prior_divergence(path, data, generator)
         evaluations, products = evaluations + 1, products + used
     failed = solved.failed
@@ -475,6 +489,7 @@ def _finished(problem: Problem, draft: _Draft, generator: torch.Generator | None
         vjps=largest(products),
         row_nfe=evaluations,
         row_vjps=products,
+        row_sweeps=draft.sweeps,
         accepted=largest(solved.accepted),
         rejected=largest(solved.rejected),
         failed=failed,
@@ -488,27 +503,34 @@ def _finished(problem: Problem, draft: _Draft, generator: torch.Generator | None
 def _truncation(problem: Problem, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
     r"""First-order change of the log-density at x from the noise and the scaling left at t_min.
 
-        .. math::
-            \log p_{t_{min}}(x) - \log p_0(x) pprox
-                    frac12 \sigma^2 igl(\operatorname{tr}
-    abla s + \|s\|^2igr) - \log lpha\, (d + \langle x, s
-    angle)
+    .. math::
+        \log p_{t_{min}}(x) - \log p_0(x) \approx
+        \tfrac12 \sigma^2 \bigl(\operatorname{tr} \nabla s + \|s\|^2\bigr)
+        - \log \alpha\, (d + \langle x, s \rangle)
 
-        Smoothing with variance h moves a density by :math:`	frac h2 \Delta p`, and :math:`\Delta p / p =
-        \operatorname{tr}
-    abla s + \|s\|^2`.
+    Smoothing with variance h moves a density by :math:`\tfrac h2 \Delta p`, and :math:`\Delta p / p =
+    \operatorname{tr} \nabla s + \|s\|^2`. A transform that is not the identity there moves it further, by minus
+    :math:`\operatorname{tr} \nabla (F - x) + \langle F - x, s \rangle`.
     """
     model, flow = problem.model, problem.flow()
     t = as_time(model.t_min, x.device).expand(len(x))
     c, d = model.schedule(t), event_size(model.event_shape)
-    estimator = resolve("exact" if d <= EXACT_UP_TO else "hutchinson", model.event_shape)
-    assert not isinstance(estimator, Quadrature)
+    estimator = Exact() if d <= EXACT_UP_TO else Hutchinson(chunk=1)
     bound = estimator.bind(x, generator)
     _, forms, F = bound.with_byproduct(lambda z: (flow.prediction(t, z),) * 2, x)
     s = flow.score(t, x, F)
     trace_of_F, _ = bound.combine(forms)
     smoothing = 0.5 * (c.alpha * trace_of_F - d + c.sigma**2 * sum_event(s * s))
-    return smoothing - c.alpha.log() * (d + sum_event(x * s)), bound.products
+    change = smoothing - c.alpha.log() * (d + sum_event(x * s))
+    if isinstance(model.transform, Identity) or model.t_min == 0.0:
+        return change, bound.products
+    transform = model.transform.along
+
+    def moved(z: Tensor) -> Tensor:
+        return transform(z.to(flow.dtype), **problem.conditioning())(t).to(z.dtype) - z
+
+    shift, forms = bound(moved, x)
+    return change - bound.combine(forms)[0] - sum_event(shift * s), 2 * bound.products
 
 
 def largest(counts: Tensor) -> int:

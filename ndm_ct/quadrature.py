@@ -23,7 +23,6 @@ the trace beside the state pays one product per evaluation of the solver and fre
 its error does not average out; here the path needs forward passes only, and every node brings new information.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -39,11 +38,10 @@ from ndm_ct.model import NDM
 __all__ = ["Sweeps", "Totals", "linear_logdet", "path_times"]
 
 
-def linear_logdet(model: NDM, device: torch.device) -> float:
+def linear_logdet(model: NDM, device: torch.device) -> Tensor:
     r""":math:`d \log(\sigma_1/\sigma_{t_{min}})`: the log-determinant of the part of the flow that is linear in z."""
-    with torch.no_grad():
-        sigma = model.schedule(as_time([model.t_min, 1.0], device)).sigma
-    return event_size(model.event_shape) * math.log(float(sigma[1]) / float(sigma[0]))
+    sigma = model.schedule(as_time([model.t_min, 1.0], device)).sigma
+    return event_size(model.event_shape) * (sigma[1] / sigma[0]).log()
 
 
 def path_times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,8 +132,8 @@ class Sweeps:
             return sum_event((probe * product).double())
 
         probes = self._probes(node, row).to(z.dtype).reshape(-1, *z.shape)
-        # vmap costs more than it saves for a single probe.
-        return form(probes[0]) if len(probes) == 1 else torch.func.vmap(form)(probes).mean(0)
+        # No vmap: the batch is large as it is, and not every network can pass it (channels_last weights, autocast).
+        return torch.stack([form(probe) for probe in probes]).mean(0)
 
     def _probes(self, node: Tensor, row: Tensor) -> Tensor:
         """Signs ``(K, b, d)``."""

@@ -121,7 +121,8 @@ def sample(
         model.validate(z1, cond, sample, name="z1")
         with _bar(progress, steps, model.t_min) as callback:
             if method == "ode":
-                adaptive = _Adaptive(model, z1, rtol or TOLERANCE, atol or TOLERANCE, callback, cond)
+                relative, absolute = (TOLERANCE if value is None else value for value in (rtol, atol))
+                adaptive = _Adaptive(model, z1, relative, absolute, callback, cond)
                 x, info = adaptive.with_density(trace, generator) if return_info else adaptive.draw()
             else:
                 assert steps is not None

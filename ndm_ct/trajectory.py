@@ -15,7 +15,7 @@ The rowwise solver also estimates the error of :math:`\log p`: a local error e o
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -78,10 +78,14 @@ class Problem:
     differentiable: Differentiable
     cond: dict[str, Any]
     callback: Callable[[float], None] | None = None
+    origin: tuple[Tensor, int] | None = None
+    """The rows that ``start`` holds of the batch ``cond`` belongs to, and that batch's size; None if they are one."""
 
     def __post_init__(self) -> None:
         choose("method", self.method, METHODS)
         choose("on_failure", self.on_failure, ("raise", "nan"))
+        if not isinstance(self.differentiable, bool):
+            choose("differentiable", self.differentiable, ("adjoint",))
         if self.on_failure == "nan" and self.method != "rowwise":
             raise ValueError(
                 f"on_failure='nan' has no effect with method={self.method!r}, whose rows share their steps and fail "
@@ -107,9 +111,19 @@ class Problem:
 
     def flow(self, rows: Tensor | None = None) -> ProbabilityFlow:
         """The field of some rows; None is all."""
-        if rows is None:
-            return self.model.flow(self.start.dtype, **self.cond)
-        return self.model.flow(self.start.dtype, **take_rows(self.cond, rows, self.start.shape[0]))
+        return self.model.flow(self.start.dtype, **self.conditioning(rows))
+
+    def conditioning(self, rows: Tensor | None = None) -> dict[str, Any]:
+        """The conditioning of some rows; None is all."""
+        if self.origin is None:
+            return self.cond if rows is None else take_rows(self.cond, rows, len(self.start))
+        own, batch = self.origin
+        return take_rows(self.cond, own if rows is None else own[rows], batch)
+
+    def only(self, rows: Tensor) -> "Problem":
+        """The problem of some rows. Their conditioning is not cut out, so a shared tensor is never taken for theirs."""
+        own, batch = (rows, len(self.start)) if self.origin is None else (self.origin[0][rows], self.origin[1])
+        return replace(self, start=self.start[rows], origin=(own, batch))
 
     def transport(self, nodes: Tensor | None = None, *, in_noise_units: bool = False) -> Solved:
         r"""The path alone.
