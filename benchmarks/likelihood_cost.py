@@ -153,12 +153,17 @@ def methods(exact_peers: bool) -> dict[tuple[str, str], Estimator]:
     return table
 
 
-def measure(name: str, rows: int, repeats: int, nodes: int) -> tuple[list[Measurement], dict[str, float]]:
-    """Every estimator on one network."""
+def measure(
+    name: str, rows: int, repeats: int, nodes: int, only: str, known: list[Measurement]
+) -> tuple[list[Measurement], dict[str, float]]:
+    """Every estimator on one network whose method contains ``only``; the others as they are known."""
     model, x = networks.load(name), networks.NETWORKS[name].test_rows(REFERENCE_ROWS)
     truth, x = reference(name, model, x, nodes)[:rows], x[:rows]
-    table = []
+    table, kept = [], {(m.method, m.setting): m for m in known}
     for (method, setting), estimate in methods(exact_peers=x[0].numel() <= divergence.EXACT_UP_TO).items():
+        if only not in method:
+            table += [kept[method, setting]] if (method, setting) in kept else []
+            continue
         # A peer's error is large and needs many repeats to be known; ours is small.
         count = 2 if "exact" in method else repeats // 4 if method.startswith("ndm_ct") else repeats
         estimates, seconds = [], []
@@ -341,6 +346,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Measurement]]:
     parser.add_argument("--repeats", type=int, default=40, help="repeats of the peers; a quarter for ours")
     parser.add_argument("--nodes", type=int, default=64, help="Gauss-Legendre nodes of the exact values")
     parser.add_argument("--mean-rows", type=int, default=1000, help="test rows of the data-set mean; 0 leaves it out")
+    parser.add_argument("--only", default="", help="measure only methods whose name contains this, keep the others")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     tables: dict[str, list[Measurement]] = {}
@@ -355,11 +361,13 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Measurement]]:
         tables = {name: [Measurement(**row) for row in rows] for name, rows in report["tables"].items()}
         extra |= {key: report[key] for key in ("reference", "dataset_mean", "steppers")}
     for name in options.networks:
-        tables[name], extra["reference"][name] = measure(name, options.rows, options.repeats, options.nodes)
+        tables[name], extra["reference"][name] = measure(
+            name, options.rows, options.repeats, options.nodes, options.only, tables.get(name, [])
+        )
         plot(tables[name], options.out / f"likelihood_cost_{name}.png")
-        if name != "casp":
+        if name != "casp" and name not in extra["steppers"]:
             extra["steppers"][name] = steppers(name, 64)
-        if options.mean_rows and name == "fashion":
+        if options.mean_rows and name == "fashion" and name not in extra["dataset_mean"]:
             extra["dataset_mean"][name] = dataset_mean(name, options.mean_rows)
         report = {"tables": {key: [asdict(m) for m in table] for key, table in tables.items()}, **extra}
         known.write_text(json.dumps(report, indent=1))

@@ -43,7 +43,7 @@ __all__ = ["LikelihoodInfo", "decode", "encode", "loglik"]
 TOLERANCE = 2e-6
 """Default rtol and atol where the log-determinant is solved for: below 5e-4 nat on the exact models of the tests."""
 
-PATH_TOLERANCE = 1e-4
+PATH_TOLERANCE = 3e-5
 r"""The same for ``"quadrature"``, in units of :math:`\sigma_t`: the path's error is then below that of the trace."""
 
 Trace = str | TraceEstimator | Quadrature
@@ -149,7 +149,7 @@ def loglik(
             ``divergence.Quadrature(sweeps=16)``.
         stderr: the standard error to reach, nats per event: rows get sweeps until they are there. Only with
             "quadrature" (the exact trace has none to reduce).
-        rtol: relative tolerance of the solver; None is 1e-4, in units of :math:`\sigma_t`, for "quadrature", else 2e-6.
+        rtol: relative tolerance of the solver; None is 3e-5, in units of :math:`\sigma_t`, for "quadrature", else 2e-6.
         atol: absolute tolerance, likewise.
         method: "rowwise" (None; each row has steps of its own) or a torchdiffeq method such as "dopri5".
         on_failure: "raise", or "nan": rows that cannot be solved become NaN (only rowwise).
@@ -358,9 +358,6 @@ def along(
         else:
             draft = _augmented(problem, estimator, generator)
         return _finished(problem, draft, generator, budget)
-
-
-_Options = Options
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,14 @@ def net(**options):
     return ndm_ct.NDM(Net(**options), (D,), schedule=schedules.LinearLogSNR(-8.0, 5.0))
 
 
+def interrupted(fuse, x, **options):
+    """Ctrl-C at a call of the network."""
+    try:
+        return evaluate(net(fuse=fuse), x, **COARSE, **options)
+    except KeyboardInterrupt:
+        pytest.fail("the interrupt came through")
+
+
 def rows(n, d=D, seed=1):
     return wide(d=d).sample_data(n, generator=torch.Generator().manual_seed(seed))
 
@@ -331,7 +339,7 @@ def test_time_limit_scores_one_batch_at_least():
 def test_ctrl_c_returns_what_is_finished():
     model = net()
     whole = evaluate(model, rows(200), **COARSE)
-    result = evaluate(net(fuse=model.predictor.calls // 2), rows(200), **COARSE)
+    result = interrupted(model.predictor.calls // 2, rows(200))
     assert (result.reason, result.finished) == ("interrupted", False)
     assert 0 < result.rows < 200
     assert torch.equal(result.values, whole.values[: result.rows])
@@ -521,7 +529,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path):
     x, model = rows(250), net()
     whole = evaluate(model, x, **COARSE, run_dir=tmp_path / "whole")
     folder, calls = tmp_path / "parts", model.predictor.calls
-    first = evaluate(net(fuse=calls // 2), x, **COARSE, run_dir=folder)
+    first = interrupted(calls // 2, x, run_dir=folder)
     assert first.reason == "interrupted"
     assert json.loads((folder / "evaluation.json").read_text())["finished"] is False
     second = evaluate(net(), x, **COARSE, run_dir=folder, max_rows=first.rows + 64)
