@@ -117,6 +117,7 @@ class Sweeps:
         pieces = [
             self._forms(states, n, r, flow(r))
             for n, r in zip(node.split(self.estimator.max_batch), row.split(self.estimator.max_batch), strict=True)
+            if len(n) > 0
         ]
         forms = torch.cat(pieces) if pieces else self.weights.new_zeros(0)
         weighted = self.weights.new_full(self.times.shape, torch.nan).index_put((node, row), forms)

@@ -130,7 +130,7 @@ MUTANTS = (
         "process::test_score_is_the_gradient_of_the_log_density",
     ),
     Mutant(
-        "score of the model over sigma", "model.py",
+        "score of the model over sigma", "dynamics.py",
         "expand(c.sigma**2, z)", "expand(c.sigma, z)",
         "process::test_exact_models_score_is_the_gradient_of_its_density",
     ),
@@ -160,14 +160,14 @@ MUTANTS = (
         "process::test_transition_is_the_reverse_sde_with_x_frozen",
     ),
     Mutant(
-        "linear divergence d sigma'/sigma dropped", "likelihood.py",
-        "flow.linear_divergence(t, event_shape) + trace", "trace",
+        "linear divergence d sigma'/sigma dropped", "trajectory.py",
+        "expand(linear, divergence) + divergence", "divergence",
         "likelihood::test_scalar_events "
         "likelihood::test_encode_and_decode_are_inverse_and_logdet_is_the_jacobians",
     ),
     Mutant(
         "linear divergence without d", "dynamics.py",
-        "return event_size(event_shape) * self.process", "return self.process",
+        "return event_size(event_shape) * self._coefficients", "return self._coefficients",
         "likelihood::test_encode_and_decode_are_inverse_and_logdet_is_the_jacobians",
     ),
     Mutant(
@@ -310,7 +310,7 @@ MUTANTS = (
     ),
     Mutant(
         "loss without the prior term", "objectives.py",
-        "rate + _prior(model, path, x, generator) + _reconstruction", "rate + _reconstruction",
+        "        + model.prior_divergence(path, x, generator)\n", "",
         "objectives::test_bound_and_loss_are_the_sums_of_their_terms",
     ),
     Mutant(
@@ -335,8 +335,8 @@ MUTANTS = (
         "objectives::test_conditioning_reaches_every_term",
     ),
     Mutant(
-        "sampled prior term without the entropy's 1/2 eps^2", "objectives.py",
-        "log_q = -sum_event(0.5 * eps**2 + std.log()", "log_q = -sum_event(std.log()",
+        "sampled prior term without the entropy's 1/2 eps^2", "model.py",
+        "sum_event(0.5 * eps**2 + std.log()", "sum_event(std.log()",
         "objectives::test_sampled_prior_term_is_the_divergence",
     ),
     Mutant(
@@ -393,21 +393,21 @@ MUTANTS = (
     # --- likelihood, bits
     Mutant(
         "decode's log-determinant with the wrong sign", "likelihood.py",
-        "else log_prior - logdet", "else log_prior + logdet",
+        "else log_prior - draft.logdet", "else log_prior + draft.logdet",
         "likelihood::test_encode_and_decode_are_inverse_and_logdet_is_the_jacobians",
     ),
     Mutant(
         "decode's prior at the data", "likelihood.py",
-        "log_prior(end if upwards else z)", "log_prior(end)",
+        "(start, end) if problem.upwards else (end, start)", "(start, end)",
         "likelihood::test_encode_and_decode_are_inverse_and_logdet_is_the_jacobians",
     ),
     Mutant(
-        "states in the network's precision", "likelihood.py",
-        "self.model, self.start.double(), self", "self.model, self.start, self",
+        "states in the network's precision", "trajectory.py",
+        "        z = self.start.double()\n        checked", "        z = self.start\n        checked",
         "likelihood::test_states_are_float64_for_float32_data",
     ),
     Mutant(
-        "encode's states in the network's precision", "likelihood.py",
+        "encode's states in the network's precision", "trajectory.py",
         "(self.start.double(),)", "(self.start,)",
         "likelihood::test_states_are_float64_for_float32_data",
     ),
@@ -433,12 +433,12 @@ MUTANTS = (
     ),
     Mutant(
         "offset once, not per dimension", "bits.py",
-        "value + d * offset", "value + offset",
+        "constant - d * bins.uniform_offset", "constant - bins.uniform_offset",
         "bits::test_uniform_dequantisation_of_a_nearly_flat_density",
     ),
     Mutant(
         "bits per dimension with nats' standard error", "bits.py",
-        "BitsInfo(stderr / scale, nfe, nats)", "BitsInfo(stderr, nfe, nats)",
+        "BitsInfo((error / scale)", "BitsInfo((error)",
         "bits::test_information_is_that_of_the_bound_in_bits",
     ),
     # --- solvers
@@ -459,8 +459,8 @@ MUTANTS = (
         "solvers::test_worst_row_sets_the_step_however_large_the_batch",
     ),
     Mutant(
-        "error averaged over the state's parts", "solvers.py",
-        "parts = y.detach().split(self.widths, 1)", "parts = (y.detach(),)",
+        "error averaged over the state's parts", "_packing.py",
+        "for part in y.detach().split(self.widths, 1)", "for part in (y.detach(),)",
         "solvers::test_parts_of_the_state_have_their_own_norm",
     ),
     Mutant(
@@ -493,6 +493,60 @@ MUTANTS = (
         "averaged weights without warm-up", "training.py",
         "1.0 - min(decay, (1 + n) / (10 + n)))", "1.0 - decay)",
         "training::test_average_and_learning_rate_follow_their_formulas",
+    ),
+    Mutant(
+        "quadrature without dt/du", "quadrature.py",
+        "return t, (end - start) * angle.sin() / schedule(t).dangle",
+        "return t, torch.ones_like(t)",
+        "quadrature::test_weights_are_the_rate_of_time_along_the_path",
+    ),
+    Mutant(
+        "jitter without its antithetic half", "quadrature.py",
+        "torch.stack([centre - offset, centre + offset], -1)",
+        "torch.stack([centre - offset, centre - offset], -1)",
+        "quadrature::test_nodes_are_antithetic_pairs_in_equal_strata",
+    ),
+    Mutant(
+        "quadrature without the linear log-determinant", "likelihood.py",
+        "linear_logdet(model, start.device) + totals.mean",
+        "totals.mean",
+        "quadrature::test_quadrature_is_unbiased_with_a_calibrated_error",
+    ),
+    Mutant(
+        "signs of the sweep dropped", "quadrature.py",
+        "1 - 2 * (flips ^ self.signs[row, sweep]).long()",
+        "1 - 2 * flips.long()",
+        "quadrature::test_every_probe_alone_is_a_rademacher_vector",
+    ),
+    Mutant(
+        "standard error not widened", "quadrature.py",
+        "(n * (n - 3.0).clamp(min=1.0))",
+        "(n * (n - 1.0).clamp(min=1.0))",
+        "quadrature::test_running_totals_are_mean_variance_and_a_widened_standard_error",
+    ),
+    Mutant(
+        "log-determinant upwards when going down", "likelihood.py",
+        "logdet if problem.upwards else -logdet",
+        "logdet",
+        "quadrature::test_going_down_the_log_determinant_has_the_other_sign",
+    ),
+    Mutant(
+        "truncation without the scaling by alpha", "likelihood.py",
+        "smoothing - c.alpha.log() * (d + sum_event(x * s))",
+        "smoothing",
+        "budget::test_truncation_is_the_change_of_the_density_by_what_is_left_at_t_min",
+    ),
+    Mutant(
+        "truncation without the squared score", "likelihood.py",
+        "c.alpha * trace_of_F - d + c.sigma**2 * sum_event(s * s)",
+        "c.alpha * trace_of_F - d",
+        "budget::test_truncation_is_the_change_of_the_density_by_what_is_left_at_t_min",
+    ),
+    Mutant(
+        "error of log p without the score", "trajectory.py",
+        "gradient = (flow.score(t, state[0], F), share)",
+        "gradient = (torch.zeros_like(state[0]), share)",
+        "budget::test_ode_error_grows_with_the_tolerance_and_weighs_with_the_score",
     ),
 )  # fmt: skip
 

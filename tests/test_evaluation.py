@@ -192,6 +192,13 @@ def test_no_randomness_is_used_twice(monkeypatch, generator):
     assert len(set(seeds)) == len(seeds) == 7
 
 
+def test_the_pilot_costs_are_counted(generator):
+    model, k, options = quantised("uniform"), levels(20, generator), {"quantisation": BINS} | COARSE
+    once, twice = (compare(model, model, k, **options), evaluate(model, k, **options))
+    assert once.nfe_a == once.nfe_b > 20.0
+    assert twice.nfe == pytest.approx(2.0 * once.nfe_a, rel=0.1)
+
+
 def test_equal_rows_get_independent_errors():
     """Batches have randomness of their own: no value occurs twice, and none is that of another seed."""
     x = rows(1).expand(150, D)
@@ -258,14 +265,14 @@ def quantised(dequantisation, scale=1.0):
 
 @pytest.mark.parametrize(
     ("dequantisation", "trace"),
-    [("uniform", {"rtol": 1e-3, "atol": 1e-3}), ("truncated-normal", {"trace": Quadrature(8, probes=1, sweeps=1)})],
+    [("uniform", {"rtol": 3e-3, "atol": 3e-3}), ("truncated-normal", {"trace": Quadrature(8, probes=1, sweeps=1)})],
 )
 def test_integer_data_have_the_bound_of_their_bins(dequantisation, trace, generator):
     """And their pilot, scored twice, measures noise and trace together."""
     model, k = quantised(dequantisation), levels(64, generator)
     exact = discretised(k, dequantisation, model)
     options = {"dequantisation": dequantisation} | trace
-    results = [evaluate(model, k, quantisation=BINS, seed=seed, **options) for seed in range(8)]
+    results = [evaluate(model, k, quantisation=BINS, seed=seed, **options) for seed in range(6)]
     errors = torch.stack([result.values - exact[result.indices] for result in results])
     pilot, others = (rms(errors[:, part]) for part in (slice(PILOT_ROWS), slice(PILOT_ROWS, None)))
     assert 0.05 < pilot == pytest.approx(others / math.sqrt(2.0), rel=0.2)
@@ -505,6 +512,7 @@ def test_compare_stops_at_the_target_of_the_difference(tmp_path):
     again = compare(a, b, x, stderr=0.05, run_dir=tmp_path, **COARSE)
     assert torch.equal(again.values_b, result.values_b)
     assert torch.equal(again.values_a, result.values_a)
+    assert {len(line["rows"]) for line in journal(tmp_path)[1:]} == {64}
     assert json.loads((tmp_path / "comparison.json").read_text())["difference"] == result.difference
     with pytest.raises(ValueError, match="rows of another kind"):
         evaluate(a, x, run_dir=tmp_path)

@@ -1,15 +1,20 @@
 """loglik, encode and decode against exact densities, exact traces and exact Jacobians."""
 
+import gc
 import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, gaussian, mixture
+from oracles import SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, gaussian, mixture, perturbed
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ndm_ct
 from ndm_ct import NDM, SolverError, schedules, transforms
-from ndm_ct.divergence import Exact, Hutchinson
+from ndm_ct.divergence import Exact, Hutchinson, Quadrature
+from ndm_ct.quadrature import Sweeps
 
 MODELS = {"gaussian": gaussian, "mixture": mixture}
 
@@ -151,17 +156,12 @@ def test_same_generator_same_bits_and_rows_keep_their_probes():
     x = torch.randn(6, 40, dtype=torch.float64)
 
     def run(x, seed=3):
-        return ndm_ct.loglik(model, x, generator=torch.Generator().manual_seed(seed), rtol=1e-6, atol=1e-6)
+        generator = torch.Generator().manual_seed(seed)
+        return ndm_ct.loglik(model, x, trace="hutchinson", generator=generator, rtol=1e-4, atol=1e-4)
 
     assert torch.equal(run(x), run(x))
     assert not torch.equal(run(x), run(x, seed=4))
-    torch.testing.assert_close(run(x)[:3], run(x[:3]), rtol=0.0, atol=1e-4)  # equal up to the shared steps
-
-
-def test_auto_is_exact_for_small_events_and_sixteen_probes_for_large():
-    for d, columns in ((32, 32), (33, 16)):
-        _, info = ndm_ct.loglik(gaussian(d=d), torch.randn(2, d).double(), rtol=1e-3, atol=1e-3, return_info=True)
-        assert info.vjps == columns * info.nfe
+    torch.testing.assert_close(run(x)[:3], run(x[:3]), rtol=0.0, atol=1e-9)
 
 
 # --- the map ---------------------------------------------------------------------------------------------------------
@@ -228,26 +228,201 @@ def test_states_are_float64_for_float32_data():
     torch.testing.assert_close(ndm_ct.encode(model, x, **tight).double(), z, rtol=2e-7, atol=0.0)
 
 
-def test_gradients_of_loglik_are_finite_differences():
-    model = network_model(transform=transforms.Neural(SmallNet(4)))
-    x = torch.randn(2, 2, 1, 2, dtype=torch.float64, requires_grad=True)
-    options = {"rtol": 1e-9, "atol": 1e-9}
-    ndm_ct.loglik(model, x, differentiable=True, **options).sum().backward()
-    assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in model.parameters())
-    h = 1e-4
-    with torch.no_grad():
-        for tensor, index in (
-            (x, (1, 0, 0, 1)),
-            (model.predictor.last.weight, (2, 5)),
-            (model.transform.net.first.bias, (3,)),
-        ):
-            gradient, original = float(tensor.grad[index]), float(tensor[index])
-            sums = []
+def small(*sizes):
+    return nn.Sequential(nn.Linear(sizes[0], 6), nn.Tanh(), nn.Linear(6, sizes[1])).double()
+
+
+class Conditioned(nn.Module):
+    """A network of its own, one hidden in a closure, and a code."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.net, self.hidden = small(5, 2), hidden
+
+    def forward(self, z, t, code):
+        return 0.5 * z + 0.3 * self.net(torch.cat([z, t[:, None], code], 1)) + 0.3 * self.hidden(z)
+
+
+class OfTime(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = small(3, 2)
+
+    def forward(self, x, t):
+        return 0.3 * self.net(torch.cat([x, t[:, None]], 1))
+
+
+class Everything:
+    """A model of which everything can be trained, and the likelihood as a function of that."""
+
+    def __init__(self):
+        closure, self.encoder = small(2, 2), small(2, 2)
+        schedule = perturbed(schedules.LearnedLogSNR(-2.0, 2.0, features=3).double())
+        self.model = NDM(
+            Conditioned(lambda z: closure(z)), (2,), transform=transforms.Neural(OfTime()), schedule=schedule, t_min=0.1
+        )
+        self.x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+        self.label = torch.randn(2, 2, dtype=torch.float64)
+        self.groups = {
+            "x": [self.x],
+            "predictor": list(self.model.predictor.parameters()),
+            "transform": list(self.model.transform.parameters()),
+            "schedule": list(schedule.parameters()),
+            "closure": list(closure.parameters()),
+            "encoder": list(self.encoder.parameters()),
+        }
+        self.directions = {
+            name: [torch.randn_like(p) / math.sqrt(sum(q.numel() for q in group)) for p in group]
+            for name, group in self.groups.items()
+        }
+
+    def value(self, **options):
+        code = self.encoder(self.label)
+        return ndm_ct.loglik(self.model, self.x, code=code, rtol=1e-9, atol=1e-9, **options).sum()
+
+    def gradient(self, **options):
+        """Directional derivatives of each group by autograd."""
+        tensors = [tensor for group in self.groups.values() for tensor in group]
+        gradients = iter(torch.autograd.grad(self.value(**options), tensors))
+        return {
+            name: float(sum((next(gradients) * d).sum() for d in directions))
+            for name, directions in self.directions.items()
+        }
+
+    @torch.no_grad()
+    def difference(self, *names, h=0.02, **options):
+        """The same for these groups at once, by seven-point differences."""
+        pairs = [pair for name in names for pair in zip(self.groups[name], self.directions[name], strict=True)]
+        kept, total = [tensor.clone() for tensor, _ in pairs], 0.0
+        for k, weight in ((1, 45), (2, -9), (3, 1)):
             for sign in (1, -1):
-                tensor[index] = original + sign * h
-                sums.append(float(ndm_ct.loglik(model, x.detach(), **options).sum()))
-            tensor[index] = original
-            assert gradient == pytest.approx((sums[0] - sums[1]) / (2 * h), rel=1e-5, abs=1e-7)
+                for (tensor, d), original in zip(pairs, kept, strict=True):
+                    tensor.copy_(original + sign * k * h * d)
+                total += sign * weight * float(self.value(**options))
+        for (tensor, _), original in zip(pairs, kept, strict=True):
+            tensor.copy_(original)
+        return total / (60 * h)
+
+
+def fix_nodes(everything, monkeypatch):
+    """One sweep of two nodes that stay where they are, though a schedule moves the path under them."""
+    estimator = Quadrature(nodes=2, probes=1, sweeps=1)
+    fixed = Sweeps.draw(everything.model, estimator, torch.ones(2).long(), torch.Generator().manual_seed(1))
+    monkeypatch.setattr(Sweeps, "draw", classmethod(lambda *arguments: fixed))
+    return {"trace": estimator}
+
+
+def test_gradients_through_steps_and_by_the_adjoint_are_finite_differences():
+    """In float64, to 1e-6: x, predictor, transform, schedule, a network in a closure, one that makes the code."""
+    everything = Everything()
+    through, adjoint = (everything.gradient(differentiable=kind) for kind in (True, "adjoint"))
+    assert min(abs(value) for value in through.values()) > 1e-3  # none could be missing from the sum
+    assert sum(through.values()) == pytest.approx(everything.difference(*through), rel=1e-6)
+    assert adjoint == pytest.approx(through, rel=1e-6)
+
+
+def test_gradients_of_quadrature_are_finite_differences(monkeypatch):
+    everything = Everything()
+    options = fix_nodes(everything, monkeypatch)
+    gradient = everything.gradient(differentiable=True, **options)
+    assert min(abs(value) for value in gradient.values()) > 1e-3
+    assert sum(gradient.values()) == pytest.approx(everything.difference(*gradient, **options), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trace", ["exact", "quadrature"])
+def test_gradients_of_every_group_alone(trace, monkeypatch):
+    everything = Everything()
+    options = fix_nodes(everything, monkeypatch) if trace == "quadrature" else {}
+    gradient = everything.gradient(differentiable=True, **options)
+    for name, value in gradient.items():
+        assert value == pytest.approx(everything.difference(name, **options), rel=1e-6, abs=1e-8)
+
+
+def test_adjoint_knows_no_more_than_it_needs():
+    """Networks without a gradient get none; without any, the value is still right."""
+    model = network_model(event_shape=(3,)).requires_grad_(False)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    options = {"rtol": 1e-8, "atol": 1e-8, "differentiable": "adjoint"}
+    value = ndm_ct.loglik(model, x, **options)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, ndm_ct.loglik(model, x, rtol=1e-8, atol=1e-8), rtol=0.0, atol=1e-6)
+    model.predictor.last.bias.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(ndm_ct.loglik(model, x, **options).sum(), model.predictor.last.bias)
+    through = ndm_ct.loglik(model, x, **(options | {"differentiable": True})).sum()
+    torch.testing.assert_close(gradient, *torch.autograd.grad(through, model.predictor.last.bias), rtol=1e-5, atol=1e-8)
+
+
+class Allocations(TorchDispatchMode):
+    """Sees every storage made while it is on; afterwards, those still alive are what the graph keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def alive(self):
+        """Bytes."""
+        gc.collect()
+        return sum(size for reference, size in self.storages.values() if not reference.expired())
+
+
+class Squash(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
+
+    def forward(self, z, t):
+        return torch.tanh(self.weight * z)
+
+
+def kept_bytes(tolerance, differentiable):
+    """Bytes the graph of one likelihood keeps for its backward pass, and the steps it took."""
+    model = NDM(Squash(), (1,), schedule=schedules.LinearLogSNR(-3, 3))
+    x = torch.randn(64, 1, dtype=torch.float64)
+    with Allocations() as allocations:
+        value, info = ndm_ct.loglik(
+            model, x, method="adaptive_heun", rtol=tolerance, atol=tolerance, differentiable=differentiable,
+            return_info=True,
+        )  # fmt: skip
+    accepted = info.accepted
+    assert value.requires_grad
+    del info
+    return allocations.alive(), accepted
+
+
+def test_memory_of_the_adjoint_does_not_grow_with_the_steps():
+    """10 against 1,000 steps; through the steps memory grows with them."""
+    (few, short), (many, long) = (kept_bytes(tolerance, "adjoint") for tolerance in (2e-2, 2e-8))
+    assert short < 15
+    assert long > 800
+    assert many == pytest.approx(few, rel=0.1)
+    (few, short), (many, long) = (kept_bytes(tolerance, True) for tolerance in (2e-2, 1e-4))
+    assert many / few == pytest.approx(long / short, rel=0.3)
+    assert long > 3 * short
+
+
+def test_the_backward_solve_of_the_adjoint_is_in_eval_mode_too():
+    """Long after the forward solve, and although the model trains with dropout."""
+    model = NDM(Dropped(4), (4,), schedule=schedules.LinearLogSNR(-3, 3))
+    x = torch.randn(2, 4, dtype=torch.float64)
+
+    def gradient():
+        model.zero_grad()
+        ndm_ct.loglik(model, x, rtol=1e-4, atol=1e-4, differentiable="adjoint").sum().backward()
+        return model.predictor.last.weight.grad.clone()
+
+    expected = gradient() if model.eval() else None
+    model.train()
+    torch.testing.assert_close(gradient(), expected)
+    assert all(module.training for module in model.modules())
 
 
 def test_gradients_through_probes_and_samples():
@@ -282,29 +457,159 @@ def test_conditioning_reaches_the_likelihood():
     assert float((value - plain)[1].abs()) > 1e-2
 
 
-# --- one hard row ----------------------------------------------------------------------------------------------------
+# --- rows alone and together -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["LinearLogSNR", "VariancePreserving", "Rectified"])
+class Mixed:
+    """Rows of three kinds: a smooth field, a rough one where ``rate`` is large, NaN from t = 0.5 on where it is < 0."""
+
+    def __call__(self, z, t, rate):
+        rate = rate[:, None]
+        return torch.where((rate < 0.0) & (t[:, None] > 0.5), torch.nan, 0.5 * torch.sin(rate * z).flip(1))
+
+
+def mixed_batch(rows=64, stiff=7, failing=11):
+    model = NDM(Mixed(), (3,), schedule=schedules.LinearLogSNR(-4, 4))
+    x = torch.randn(rows, 3, dtype=torch.float64)
+    rate = torch.ones(rows, dtype=torch.float64)
+    rate[stiff], rate[failing] = 12.0, -0.5
+    return model, x, rate
+
+
+TRACES = {"exact": "exact", "quadrature": Quadrature(nodes=4, probes=2, sweeps=4), "hutchinson": Hutchinson(3)}
+DRAWN = {"exact": 0, "quadrature": 4 * (4 // 2 + 1 + 3), "hutchinson": 3 * 3}
+"""Random numbers that a row takes."""
+
+
+def generator_for(row, trace):
+    """The generator as it is when a batch comes to this row."""
+    generator = torch.Generator().manual_seed(1)
+    if trace == "hutchinson":
+        torch.randint(0, 2, (row, DRAWN[trace]), generator=generator)
+    else:
+        torch.rand(row, DRAWN[trace], dtype=torch.float64, generator=generator)
+    return generator
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_a_row_in_a_batch_is_the_row_alone(trace):
+    """64 rows, one of them rough, one failing: values, errors and costs of each are those it has alone."""
+    rows = 64 if trace == "exact" else 16
+    model, x, rate = mixed_batch(rows)
+    options = {"trace": TRACES[trace], "rtol": 1e-4, "atol": 1e-4, "on_failure": "nan", "return_info": True}
+    value, together = ndm_ct.loglik(model, x, rate=rate, generator=generator_for(0, trace), **options)
+    assert together.failed.nonzero().flatten().tolist() == [11]
+    assert value.isnan().nonzero().flatten().tolist() == [11]
+    assert int(together.row_nfe[7]) > 2 * int(together.row_nfe.median())
+    assert together.nfe == int(together.row_nfe.max())
+    for row in range(rows):
+        one = slice(row, row + 1)
+        own, alone = ndm_ct.loglik(model, x[one], rate=rate[one], generator=generator_for(row, trace), **options)
+        torch.testing.assert_close(own, value[one], rtol=0.0, atol=1e-6, equal_nan=True)
+        for name in ("stderr", "ode_error", "truncation", "prior_mismatch", "logdet", "log_prior", "loglik", "z"):
+            torch.testing.assert_close(
+                getattr(alone, name), getattr(together, name)[one], rtol=1e-6, atol=1e-6, equal_nan=True
+            )
+        assert (alone.nfe, alone.vjps) == (int(together.row_nfe[row]), int(together.row_vjps[row]))
+        assert bool(alone.failed) == (row == 11)
+
+
+def test_rows_of_a_torchdiffeq_solve_depend_on_each_other():
+    """What rowwise is for: with shared steps the easy rows change when a stiff one joins them, and pay its price."""
+    model, x, rate = mixed_batch(failing=12)
+    x, rate = x[:9], rate[:9]
+    options = {"rtol": 1e-4, "atol": 1e-4, "return_info": True}
+    easy = torch.arange(9) != 7
+    changes, costs = {}, {}
+    for method in ("rowwise", "dopri5"):
+        value, info = ndm_ct.loglik(model, x, rate=rate, method=method, **options)
+        alone, _ = ndm_ct.loglik(model, x[easy], rate=rate[easy], method=method, **options)
+        changes[method], costs[method] = float((value[easy] - alone).abs().max()), info.row_nfe[0]
+    assert changes["rowwise"] < 1e-10
+    assert changes["dopri5"] > 1e-7
+    assert int(costs["dopri5"]) > 2 * int(costs["rowwise"])
+
+
+class Table:
+    """Conditioning of every kind: one number per row, one vector per row, a table for all, a number, a word, None."""
+
+    def __call__(self, z, t, label, shift, table, gain, mode, nothing):
+        assert (table.shape, gain, mode, nothing) == ((4, 3), 0.5, "tanh", None)
+        assert label.shape[0] == shift.shape[0] == z.shape[0]
+        return gain * torch.tanh(z + table[label]).flip(1) + 0.1 * shift
+
+
+@pytest.mark.parametrize("method", ["rowwise", "dopri5"])
+@pytest.mark.parametrize("trace", TRACES)
+def test_conditioning_goes_with_its_rows_and_what_is_shared_stays(trace, method):
+    model = NDM(Table(), (3,), schedule=schedules.LinearLogSNR(-4, 4))
+    x, label = torch.randn(6, 3, dtype=torch.float64), torch.tensor([3, 0, 2, 2, 1, 0])
+    own = {"label": label, "shift": torch.randn(6, 3, dtype=torch.float64)}
+    shared = {"table": 2.0 * torch.randn(4, 3, dtype=torch.float64), "gain": 0.5, "mode": "tanh", "nothing": None}
+    options = {"trace": TRACES[trace], "rtol": 1e-8, "atol": 1e-8, "method": method} | shared
+    if trace == "quadrature" and method != "rowwise":
+        with pytest.raises(ValueError, match="use method='rowwise', or trace='hutchinson' or 'exact'"):
+            ndm_ct.loglik(model, x, **own, **options)
+        return
+    value = ndm_ct.loglik(model, x, generator=generator_for(0, trace), **own, **options)
+    for row in range(6):
+        one = {key: tensor[row : row + 1] for key, tensor in own.items()}
+        alone = ndm_ct.loglik(model, x[row : row + 1], generator=generator_for(row, trace), **one, **options)
+        torch.testing.assert_close(alone, value[row : row + 1], rtol=0.0, atol=1e-5)
+    swapped = {key: tensor.flip(0) for key, tensor in own.items()}
+    assert float((ndm_ct.loglik(model, x, **swapped, **options) - value).abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["LinearLogSNR", "Rectified"])
 def test_a_hard_row_changes_nobody_elses_loglik(name, generator):
     model = mixture(SCHEDULES[name]())
-    x = model.sample_data(64, generator=generator)
+    x = model.sample_data(16, generator=generator)
     hard = torch.full((1, 8), 8.0, dtype=torch.float64)
-    alone, together = ndm_ct.loglik(model, x), ndm_ct.loglik(model, torch.cat([x, hard]))
-    assert float((together[:-1] - alone).abs().max()) < 1e-3
+    alone, together = (ndm_ct.loglik(model, y, rtol=1e-5, atol=1e-5) for y in (x, torch.cat([x, hard])))
+    assert float((together[:-1] - alone).abs().max()) < 1e-9
 
 
-def test_a_failing_row_is_named():
-    def predictor(z, t):
-        return torch.where(z.abs().amax(1, keepdim=True) > 50.0, torch.full_like(z, math.nan), 0.5 * z)
+def far_is_nan(z, t):
+    return torch.where(z.abs().amax(1, keepdim=True) > 50.0, torch.full_like(z, math.nan), 0.5 * z)
 
-    model = NDM(predictor, (2,), schedule=schedules.LinearLogSNR(-5, 5))
+
+@pytest.mark.parametrize("method", ["rowwise", "dopri5"])
+@pytest.mark.parametrize("trace", ["exact", "quadrature", "hutchinson"])
+def test_a_failing_row_is_named(trace, method):
+    if trace == "quadrature" and method != "rowwise":
+        return
+    model = NDM(far_is_nan, (2,), schedule=schedules.LinearLogSNR(-5, 5))
     x = torch.randn(5, 2, dtype=torch.float64)
     x[3] = 60.0
     with pytest.raises(SolverError, match=r"rows \[3\]") as caught:
-        ndm_ct.loglik(model, x)
+        ndm_ct.loglik(model, x, trace=trace, method=method)
     assert caught.value.rows == (3,)
     assert caught.value.t == pytest.approx(0.0, abs=1e-9)
+    with pytest.raises(SolverError, match=r"rows \[0, 2\]"):
+        ndm_ct.decode(model, x[[3, 0, 3]])
+
+
+@pytest.mark.parametrize("trace", ["exact", "quadrature", "hutchinson"])
+def test_a_failing_row_spoils_neither_the_others_gradients_nor_a_prior_that_checks(trace):
+    """NaN reaches neither log_prob of a torch distribution nor, times zero, the gradients of network and prior."""
+    net, scale = small(2, 2), torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2).double(), scale), 1)
+    model = NDM(lambda z, t: far_is_nan(z, t) + 0.3 * net(z), (2,), schedule=schedules.LinearLogSNR(-4, 4), prior=prior)
+    x = torch.randn(4, 2, dtype=torch.float64)
+    x[2] = 60.0
+    parameters = [scale, *net.parameters()]
+
+    def run(x):
+        options = {"trace": trace, "on_failure": "nan", "differentiable": True, "rtol": 1e-4, "atol": 1e-4}
+        value = ndm_ct.loglik(model, x, generator=torch.Generator().manual_seed(1), **options)
+        return value, torch.autograd.grad(value[:2].sum(), parameters)
+
+    (value, gradients), (alone, expected) = run(x), run(x[:2])
+    assert value.isnan().tolist() == [False, False, True, False]
+    torch.testing.assert_close(value[:2], alone)
+    torch.testing.assert_close(gradients, expected)
+    back, info = ndm_ct.decode(model, x, on_failure="nan", return_info=True)
+    assert back.isnan().any(1).tolist() == info.failed.tolist() == [False, False, True, False]
 
 
 # --- networks in the wild --------------------------------------------------------------------------------------------

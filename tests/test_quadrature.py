@@ -181,7 +181,7 @@ def test_weights_are_the_rate_of_time_along_the_path(schedule):
     assert bool((t.diff() > 0).all())
     lengths = draw(model, Quadrature(nodes=128, sweeps=1), rows=100).weights.sum(0)
     assert abs(float(lengths.mean()) - (1.0 - model.t_min)) < 4 * float(lengths.std()) / 10 + 1e-9
-    assert float(lengths.std()) < 0.1
+    assert float(lengths.std()) < 0.3
 
 
 def test_rows_keep_their_nodes_and_probes_in_a_larger_batch():
