@@ -110,7 +110,9 @@ class BoundTrace:
         count = integrated.shape[1]
         if count == 1:
             return integrated[:, 0], torch.full_like(integrated[:, 0], float("nan"))
-        return integrated.mean(1), integrated.std(1) / count**0.5
+        mean = integrated.mean(1)
+        squares = (integrated - mean[:, None]).square().sum(1)  # std(1) warns of an empty batch
+        return mean, (squares / (count * (count - 1))).sqrt()
 
 
 class TraceEstimator(Protocol):

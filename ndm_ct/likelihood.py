@@ -527,7 +527,7 @@ def _truncation(problem: Problem, x: Tensor, generator: torch.Generator | None) 
         return transform(z.to(flow.dtype), **problem.conditioning())(t).to(z.dtype) - z
 
     shift, forms = bound(moved, x)
-    return change - bound.combine(forms)[0] - sum_event(shift * s), 2 * bound.products
+    return change - bound.combine(forms)[0] - sum_event(shift * s), bound.products
 
 
 def largest(counts: Tensor) -> int:

@@ -69,7 +69,7 @@ class _Marginals:
         """The same where A = a(t) I: S_k and C_k have the eigenvectors in common, and nothing is factorised."""
         t = as_time(t).reshape(-1)
         c, ones = self.schedule(t), torch.ones(len(t), *self.event_shape, dtype=torch.float64, device=t.device)
-        scale = (c.alpha * self.transform(ones, t).reshape(len(t), -1)[:, 0])[:, None, None]
+        scale = (c.alpha * self.transform(ones, t).reshape(len(t), len(self.basis[0]))[:, 0])[:, None, None]
         variance = scale**2 * self.spectrum + (c.sigma**2)[:, None, None]
         residual = torch.einsum("bki,kij->bkj", z[:, None, :] - scale * self.means, self.basis)
         log_density = self._log_density(0.5 * variance.log().sum(-1), (residual.square() / variance).sum(-1))

@@ -7,6 +7,7 @@ import torch
 
 import ndm_ct
 from ndm_ct import schedules
+from ndm_ct.divergence import Quadrature
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.reference import Gaussian
 
@@ -103,6 +104,134 @@ def test_dequantised_values_stay_in_their_bins(generator):
     z = BINS.truncated_normal(k, 0.9, 0.02, torch.float64, generator)
     assert float((z - 0.9 * centre).abs().max()) <= 0.9 * BINS.half_width + 1e-12
     assert float((z - 0.9 * centre).std()) == pytest.approx(0.02, rel=0.05)
+
+
+# --- several points per bin ------------------------------------------------------------------------------------------
+
+WIDE = {"levels": 5, "rtol": 1e-4, "atol": 1e-4, "return_info": True}
+
+
+def wide_bins(dequantisation):
+    """A model whose density changes much within a bin of five, rows in its bulk, and their exact nats."""
+    # truncated-normal noise of half the bin's half-width: narrower, and few weights would rule
+    gamma = -10.0 if dequantisation == "uniform" else 2.0 * math.log(0.2 / 1.5)
+    exact, k = model(gamma), torch.tensor([[2, 2, 2, 2], [1, 2, 3, 2], [3, 2, 1, 3]])
+    at_start = exact.schedule(torch.tensor(0.0, dtype=torch.float64))
+    scale = at_start.alpha if dequantisation == "truncated-normal" else 1.0
+    bins = Quantisation(5)
+    normal = torch.distributions.Normal(0.0, (at_start.alpha**2 * STD**2 + at_start.sigma**2).sqrt())
+    low, high = (scale * (bins.centres(k, torch.float64) + sign * bins.half_width) for sign in (-1, 1))
+    return exact, k, (normal.cdf(high) - normal.cdf(low)).log().sum(1)
+
+
+@pytest.mark.parametrize("dequantisation", ["uniform", "truncated-normal"])
+def test_more_points_tighten_the_bound_to_the_probability(dequantisation, generator):
+    """log P >= E[log mean of K weights], growing with K; the mean weight itself has no bias at any K."""
+    exact, k, log_p = wide_bins(dequantisation)
+    gaps = []
+    for samples, repeats in ((1, 600), (4, 150), (32, 40)):
+        _, info = ndm_ct.bits_per_dim(
+            exact, k.repeat(repeats, 1), dequantisation=dequantisation, samples=samples, generator=generator, **WIDE
+        )
+        excess = info.nats.double().reshape(repeats, 3) - log_p
+        gaps.append(-excess.mean())
+        if samples > 1 or dequantisation == "uniform":  # a single truncated-normal point has the entropy's mean
+            weights = excess.exp().flatten()
+            assert abs(float(weights.mean()) - 1.0) < 4 * float(weights.std()) / math.sqrt(len(weights)) + 1e-3
+            assert float(weights.std()) / math.sqrt(len(weights)) < 0.05
+    assert float(gaps[0]) > 2.0 * float(gaps[1]) > 4.0 * float(gaps[2]) > 0.0
+
+
+def test_error_from_the_points_of_a_bin_is_calibrated(generator):
+    exact, k, _ = wide_bins("uniform")
+    _, info = ndm_ct.bits_per_dim(exact, k[:1].expand(300, D), samples=16, generator=generator, **WIDE)
+    assert float(info.stderr.abs().max()) == 0.0
+    reported = float(info.dequantisation_stderr.square().mean().sqrt())
+    assert reported * D * math.log(2.0) == pytest.approx(float(info.nats.std()), rel=0.15)
+    _, one = ndm_ct.bits_per_dim(exact, k, generator=generator, **WIDE)
+    assert bool(one.dequantisation_stderr.isnan().all())
+
+
+def noisy_model(d=16):
+    """A rotated Gaussian: its probes scatter."""
+    rotation, _ = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    cov = rotation @ torch.diag(torch.linspace(0.2, 0.6, d, dtype=torch.float64) ** 2) @ rotation.mT
+    return Gaussian(torch.zeros(d), cov, schedule=schedules.LinearLogSNR(-12.0, 4.0))
+
+
+def test_weights_of_a_noisy_trace_have_no_bias(generator):
+    """exp raises the mean of noise of size s by s^2 / 2; bins so fine that P is the density times their size."""
+    exact, bins, samples = noisy_model(), Quantisation(4096), 4
+    k = torch.full((1000, 16), 2200)
+    options = {"levels": 4096, "trace": Quadrature(nodes=8, probes=1, sweeps=8), "rtol": 1e-3, "atol": 1e-3}
+    _, info = ndm_ct.bits_per_dim(exact, k, samples=samples, generator=generator, return_info=True, **options)
+    log_p = exact.log_prob(bins.centres(k[:1], torch.float64)) + 16 * math.log(2 * bins.half_width)
+    ratio = (info.nats.double() - log_p).exp()
+    stderr = float(ratio.std()) / math.sqrt(1000)
+    variance = 5 / 7 * float((info.stderr.double() * 16 * math.log(2.0)).square().mean()) * samples
+    assert 0.15 < variance < 0.35
+    assert stderr < 0.012
+    assert abs(float(ratio.mean()) - 1.0) < 3 * stderr
+    assert math.exp(0.5 * variance) - 1.0 > 6 * stderr  # what the estimate would be wrong by without the correction
+    assert math.exp(-0.2 * variance) - 1.0 < -3 * stderr  # and with the widened variance in its place
+
+
+def test_the_error_of_several_points_is_that_of_their_mean(generator):
+    """Of K weights the larger ones count more; equal ones average their errors as independent numbers."""
+    exact, k = noisy_model(), torch.full((300, 16), 2200)
+    options = {"levels": 4096, "trace": Quadrature(nodes=16, probes=1, sweeps=8), "rtol": 1e-3, "atol": 1e-3}
+    bits, info = ndm_ct.bits_per_dim(exact, k, samples=4, generator=generator, return_info=True, **options)
+    assert float(bits.std()) == pytest.approx(float(info.stderr.square().mean().sqrt()) * math.sqrt(5 / 7), rel=0.15)
+
+
+def test_standard_error_on_demand_is_in_bits(generator):
+    exact = noisy_model(40)
+    k, target = levels_of(exact, 6, generator), 0.01
+    options = {"rtol": 1e-3, "atol": 1e-3, "generator": generator, "return_info": True}
+    _, loose = ndm_ct.bits_per_dim(exact, k, **options)
+    _, tight = ndm_ct.bits_per_dim(exact, k, stderr=target, **options)
+    assert float(loose.stderr.min()) > target
+    assert 0.5 * target < float(tight.stderr.max()) <= target * (1 + 1e-6)
+
+
+def levels_of(exact, n, generator):
+    x = exact.sample_data(n, generator=generator)
+    return ((x + 1) * 128).floor().clamp(0, 255).long()
+
+
+def test_conditioning_of_several_points_goes_with_their_row(generator):
+    """A shared table may have as many entries as there are points, here 2 x 3, and stays shared."""
+    tables = set()
+
+    def predictor(z, t, shift, table):
+        tables.add(tuple(table.shape))
+        return 0.3 * torch.tanh(z) + shift[:, None] + 0.0 * table.sum()
+
+    conditioned = ndm_ct.NDM(predictor, (2,), schedule=schedules.LinearLogSNR(-8, 5))
+    k, shift = torch.tensor([[8, 8], [8, 8]]), torch.tensor([0.0, 0.7])
+    cond = {"shift": shift, "table": torch.ones(6, 2)}
+    bits = ndm_ct.bits_per_dim(conditioned, k, levels=LEVELS, samples=3, generator=generator, **cond)
+    assert tables == {(6, 2)}
+    for row in range(2):
+        cond = {"shift": shift[row : row + 1], "table": torch.ones(6, 2)}
+        alone = ndm_ct.bits_per_dim(conditioned, k[:1], levels=LEVELS, samples=200, generator=generator, **cond)
+        assert float(alone) == pytest.approx(float(bits[row]), abs=0.2)
+    assert float((bits[1] - bits[0]).abs()) > 0.5
+
+
+def test_truncated_normal_density_integrates_to_one_and_has_its_entropy(generator):
+    alpha, sigma, bins = 0.9, 0.06, Quantisation(9)
+    k = torch.tensor([[4]])
+    half = alpha * bins.half_width
+    grid = alpha * bins.centres(k, torch.float64) + torch.linspace(-half, half, 20001, dtype=torch.float64)[:, None]
+    density = bins.truncated_normal_log_prob(grid, k, alpha, sigma).exp()
+    assert float(torch.trapezoid(density, grid[:, 0])) == pytest.approx(1.0, abs=1e-7)
+    many = torch.full((40_000, 3), 4)
+    z = bins.truncated_normal(many, alpha, sigma, torch.float64, generator)
+    surprise = -bins.truncated_normal_log_prob(z, many, alpha, sigma)
+    assert surprise.shape == (40_000,)
+    entropy = 3 * bins.truncated_normal_offset(alpha, sigma)
+    assert abs(float(surprise.mean()) - entropy) < 4 * float(surprise.std()) / 200
 
 
 def test_elbo_bounds_the_discrete_probability(generator):

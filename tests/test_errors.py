@@ -9,7 +9,7 @@ from torch import nn
 
 import ndm_ct
 from ndm_ct import NDM, PredictorError, schedules, transforms
-from ndm_ct.divergence import Hutchinson
+from ndm_ct.divergence import Hutchinson, Quadrature
 
 SHORT = schedules.LinearLogSNR(-5, 5)
 
@@ -73,13 +73,14 @@ def test_predictor_that_returns_no_prediction(function, predictor, prediction, m
 
 
 def test_nan_from_the_predictor_names_time_and_rows():
-    def predictor(z, t):
-        bad = (t > 0.5) & (torch.arange(len(z)) == 1)
-        return torch.where(bad[:, None], math.nan, 0.5 * z)
+    def predictor(z, t, bad=(False, True, False)):
+        where = (t > 0.5) & torch.as_tensor(bad)
+        return torch.where(where[:, None], math.nan, 0.5 * z)
 
     broken, x = model(predictor), torch.zeros(3, 2)
-    with pytest.raises(ndm_ct.SolverError, match=r"at t=0\.[5-9].* rows \[1\]"):
-        ndm_ct.loglik(broken, x)
+    for method, time in ((None, r"0\.(49|5)"), ("dopri5", r"0\.[5-9]")):  # where it stood, and where it met the NaN
+        with pytest.raises(ndm_ct.SolverError, match=f"at t={time}.* rows \\[1\\]"):
+            ndm_ct.loglik(broken, x, method=method, bad=torch.tensor([False, True, False]))
     with pytest.raises(PredictorError, match=r"NaN or inf at t=.* rows \[1\]"):
         ndm_ct.sample(broken, 3, method="ddim", steps=4)
     with pytest.raises(PredictorError, match=r"NaN or inf at t=.* rows \[1\]"):
@@ -298,6 +299,40 @@ X = torch.zeros(2, 2)
         (lambda: ndm_ct.loglik(model(lambda z, t, **kw: z), X, probes=4), TypeError, "has no option 'probes'"),
         (lambda: ndm_ct.loglik(model(), X, rtol=math.inf), ValueError, "rtol must be positive and finite"),
         (lambda: ndm_ct.encode(model(), X, trace="exact"), ValueError, "trace has no effect"),
+        (lambda: ndm_ct.decode(model(), X, stderr=0.1), ValueError, "stderr has no effect without a log-determinant"),
+        (
+            lambda: ndm_ct.loglik(model(), X, trace="quadrature", method="dopri5"),
+            ValueError,
+            "use method='rowwise', or trace='hutchinson' or 'exact'",
+        ),
+        (lambda: ndm_ct.loglik(model(), X, on_failure="nan", method="dopri5"), ValueError, "use method='rowwise'"),
+        (lambda: ndm_ct.loglik(model(), X, on_failure="NaN"), ValueError, "on_failure='NaN' is unknown"),
+        (
+            lambda: ndm_ct.loglik(model(), X, differentiable="adjoint", method="rowwise"),
+            ValueError,
+            "needs a torchdiffeq method; pass method='dopri5'",
+        ),
+        (
+            lambda: ndm_ct.loglik(model(), X, differentiable="adjoint", trace="quadrature"),
+            ValueError,
+            "trace='hutchinson' or 'exact'",
+        ),
+        (lambda: ndm_ct.encode(model(), X, differentiable="adjont"), ValueError, "did you mean 'adjoint'"),
+        (lambda: Quadrature(nodes=3), ValueError, "nodes must be even"),
+        (lambda: Quadrature(sweeps=0), ValueError, "sweeps must be at least 1"),
+        (lambda: Quadrature(probes=1.0), TypeError, "probes must be an int"),
+        (lambda: ndm_ct.sample(model(), 2, trace="exact"), ValueError, "trace has no effect without method='ode'"),
+        (
+            lambda: ndm_ct.sample(model(), 2, method="heun", steps=2, trace="exact", return_info=True),
+            ValueError,
+            "trace has no effect without method='ode'",
+        ),
+        (lambda: ndm_ct.sample(model(), 2, rtol=0.0), ValueError, "rtol must be positive"),
+        (
+            lambda: ndm_ct.loglik(model(lambda z, t, **kw: z), X, on_failur="nan"),
+            TypeError,
+            "did you mean 'on_failure'",
+        ),
         (lambda: ndm_ct.decode(model(), X, generator=torch.Generator()), ValueError, "generator has no effect"),
         (lambda: ndm_ct.sample(model(), 2, method="dd", steps=5), ValueError, "did you mean 'dd"),
         (lambda: ndm_ct.sample(model(), 2, method="heun", steps=0), ValueError, "steps must be at least 1"),

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import shutil
 
 import pytest
 import torch
@@ -96,13 +97,14 @@ def test_exact_trace_is_the_jacobians(generator):
         return torch.sin(z @ matrix)
 
     jacobian = torch.func.vmap(torch.func.jacrev(lambda row: field(row[None])[0]))(z)
-    for chunk in (None, 2):
+    for chunk in (None, 2, 1):
         value, trace = Exact(chunk).bind(z, None)(field, z)
         torch.testing.assert_close(value, field(z))
         torch.testing.assert_close(trace[:, 0], jacobian.diagonal(dim1=1, dim2=2).sum(1))
-    _, chunked = Hutchinson(7, chunk=3).bind(z, torch.Generator().manual_seed(3))(field, z)
     _, whole = Hutchinson(7).bind(z, torch.Generator().manual_seed(3))(field, z)
-    torch.testing.assert_close(chunked, whole)
+    for chunk in (3, 1):
+        _, chunked = Hutchinson(7, chunk).bind(z, torch.Generator().manual_seed(3))(field, z)
+        torch.testing.assert_close(chunked, whole)
 
 
 def test_probes_are_exact_for_a_diagonal_jacobian():
@@ -398,15 +400,17 @@ def kept_bytes(tolerance, differentiable):
     return allocations.alive(), accepted
 
 
-def test_memory_of_the_adjoint_does_not_grow_with_the_steps():
-    """10 against 1,000 steps; through the steps memory grows with them."""
-    (few, short), (many, long) = (kept_bytes(tolerance, "adjoint") for tolerance in (2e-2, 2e-8))
+@pytest.mark.parametrize(
+    ("tolerance", "least"), [(1e-4, 90), pytest.param(1e-6, 900, marks=pytest.mark.slow)], ids=["100", "1000"]
+)
+def test_memory_of_the_adjoint_does_not_grow_with_the_steps(tolerance, least):
+    """10 against 100 or 1,000 steps; through the steps memory grows with them."""
+    (few, short), (many, long) = (kept_bytes(tol, "adjoint") for tol in (2e-2, tolerance))
     assert short < 15
-    assert long > 800
+    assert long > least
     assert many == pytest.approx(few, rel=0.1)
-    (few, short), (many, long) = (kept_bytes(tolerance, True) for tolerance in (2e-2, 1e-4))
+    (few, short), (many, long) = (kept_bytes(tol, True) for tol in (2e-2, 1e-4))
     assert many / few == pytest.approx(long / short, rel=0.3)
-    assert long > 3 * short
 
 
 def test_the_backward_solve_of_the_adjoint_is_in_eval_mode_too():
@@ -671,16 +675,118 @@ def test_attention_under_forward_mode_and_second_derivatives(fast):
     assert bool(((value - estimate).abs() < 5 * info.stderr + 1e-4).all())
 
 
-def test_empty_batch_gives_an_empty_result():
+class Convolution(nn.Module):
+    """A small image network with group norm, as denoisers have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.outside = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+
+    def forward(self, z, t, shift=None):
+        h = self.inside(torch.cat([z, t[:, None, None, None].expand_as(z)], 1))
+        out = 0.3 * z + 0.5 * self.outside(torch.tanh(self.norm(h)))
+        return out if shift is None else out + shift[:, None, None, None]
+
+
+class HalfPrecision(nn.Module):
+    """The network inside under bfloat16 autocast, its output cast back."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, z, t):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.net(z, t).to(z.dtype)
+
+
+def images(net, trace="quadrature", **cond):
+    """log p of five 6 x 6 images, and what the budget says."""
+    model = NDM(net, (1, 6, 6), schedule=schedules.LinearLogSNR(-5, 4))
+    x = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(1)
+    return ndm_ct.loglik(model, x, trace=trace, generator=generator, return_info=True, **cond)
+
+
+def has_compiler():
+    return any(shutil.which(name) for name in ("cc", "gcc", "clang", "g++"))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of the compiler
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_gives_the_same_likelihood(backend):
+    if backend == "inductor" and not has_compiler():
+        pytest.skip("no C compiler")
+    torch._dynamo.reset()
+    net = Convolution()
+    compiled = torch.compile(net, backend=backend)
+    for trace in ("quadrature", "hutchinson"):
+        torch.testing.assert_close(images(compiled, trace)[0], images(net, trace)[0], rtol=0.0, atol=2e-3)
+    shift = torch.linspace(-1, 1, 5)
+    torch.testing.assert_close(images(compiled, shift=shift)[0], images(net, shift=shift)[0], rtol=0.0, atol=2e-3)
+
+
+def test_a_network_in_half_precision_inside_gives_nearly_the_same_likelihood():
+    """Three digits of bfloat16 cost some tenths of a nat, which ode_error sees, and the solver does not give up."""
+    net = Convolution()
+    value, info = images(HalfPrecision(net))
+    expected, _ = images(net)
+    assert value.dtype == torch.float32
+    assert 1e-4 < float((value - expected).abs().max()) < 0.5
+    assert float(info.ode_error.max()) < 1.0
+    assert info.nfe < 500
+
+
+def test_a_network_in_channels_last_passes_where_there_is_no_vmap():
+    """torch has no such layout under vmap; quadrature does without, and so do the others one product at a time."""
+    net = Convolution()
+    expected = {trace: images(net, trace)[0] for trace in ("quadrature", "hutchinson")}
+    net = net.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(images(net)[0], expected["quadrature"], rtol=0.0, atol=2e-3)
+    torch.testing.assert_close(images(net, Hutchinson(chunk=1))[0], expected["hutchinson"], rtol=0.0, atol=2e-3)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson", "quadrature"])
+def test_empty_batch_gives_an_empty_result(trace):
     model = network_model()
     x = torch.empty(0, 2, 1, 2, dtype=torch.float64)
-    value, info = ndm_ct.loglik(model, x, return_info=True)
+    value, info = ndm_ct.loglik(model, x, trace=trace, return_info=True)
     assert value.shape == (0,)
-    assert info.stderr.shape == (0,)
+    assert all(getattr(info, name).shape == (0,) for name in ("stderr", "ode_error", "truncation", "row_nfe", "failed"))
+    assert info.nfe == info.vjps == 0
     assert ndm_ct.encode(model, x).shape == x.shape
 
 
-def test_scalar_events():
-    model = ndm_ct.reference.Gaussian(torch.tensor(0.3), torch.tensor([[0.5]]))
+@pytest.mark.parametrize("trace", ["exact", "hutchinson", "quadrature"])
+def test_scalar_events(trace):
+    model = ndm_ct.reference.Gaussian(torch.tensor(0.3), torch.tensor([[0.5]]), schedule=schedules.LinearLogSNR(-8, 5))
     x = torch.randn(4, dtype=torch.float64)
-    torch.testing.assert_close(ndm_ct.loglik(model, x), model.log_prob(x), rtol=0.0, atol=1e-3)
+    value, info = ndm_ct.loglik(model, x, trace=trace, return_info=True)
+    assert bool(((value - model.log_prob(x)).abs() < 5 * info.stderr + 1e-3).all())
+
+
+# --- the exact models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_the_eigenbasis_of_exact_models_changes_nothing(make, shape, generator):
+    """F = a(t) x is diagonal where the covariances are; hidden in a composition it takes the general path."""
+    plain = make(schedules.LinearLogSNR(-6, 5), TRANSFORMS["moving scale"](), d=8).marginals
+    models = [
+        ndm_ct.reference.GaussianMixture(
+            plain.log_weights.exp(), plain.means.reshape(-1, *shape), plain.covs, schedule=plain.schedule,
+            transform=transform,
+        )
+        for transform in (plain.transform, transforms.Composed(transforms.Identity(), plain.transform))
+    ]  # fmt: skip
+    z = 2.0 * torch.randn(7, *shape, dtype=torch.float64, generator=generator)
+    for t in (torch.tensor(0.0), torch.tensor(0.4), torch.linspace(0.0, 1.0, 7)):
+        fast, general = (model.log_prob(z, t.double()) for model in models)
+        torch.testing.assert_close(fast, general, rtol=1e-9, atol=1e-9)
+        fast, general = (model.predict_x(z, t.double()) for model in models)
+        torch.testing.assert_close(fast, general, rtol=1e-9, atol=1e-9)
+        assert models[0].predict_x(z.float(), t.double()).dtype == torch.float32
+    fast, general = (ndm_ct.loglik(model, z, rtol=1e-3, atol=1e-3) for model in models)
+    torch.testing.assert_close(fast, general, rtol=0.0, atol=1e-6)

@@ -10,6 +10,7 @@ from oracles import SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, gaussian, mixtur
 import ndm_ct
 from ndm_ct import NDM, schedules, solvers
 from ndm_ct.discrete import DDIM, DDPM, walk
+from ndm_ct.divergence import Hutchinson, Quadrature
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)
 
@@ -257,3 +258,50 @@ def test_progress_bar_and_empty_request(capsys):
         assert ndm_ct.sample(model, 2, method=method, progress=True, **steps).shape == (2, 8)
         assert ndm_ct.sample(model, 0, method=method, **steps).shape == (0, 8)
     assert capsys.readouterr().err.count("sampling") >= len(METHODS)
+
+
+# --- the log-density along the way -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LinearLogSNR", "Rectified", "VarianceExploding"])
+@pytest.mark.parametrize("make", [gaussian, mixture])
+def test_samples_of_the_flow_come_with_their_log_density(make, name, generator):
+    """The same number as loglik of the samples, and as the closed form."""
+    model = make(SCHEDULES[name](), TRANSFORMS["moving scale"]())
+    options = {"dtype": torch.float64, "rtol": 1e-7, "atol": 1e-7, "generator": generator}
+    x, info = ndm_ct.sample(model, 6, return_info=True, **options)
+    assert float(info.stderr.abs().max()) == 0.0
+    torch.testing.assert_close(info.logp, model.log_prob(x), rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(info.logp, ndm_ct.loglik(model, x), rtol=0.0, atol=5e-4)
+    plain = ndm_ct.sample(model, 6, **(options | {"generator": torch.Generator().manual_seed(1234)}))
+    torch.testing.assert_close(plain, x, rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("trace", [Quadrature(sweeps=16), Hutchinson(64)], ids=["quadrature", "hutchinson"])
+def test_their_log_density_has_a_standard_error(trace, generator):
+    model = mixture(SMOOTH, d=16)
+    x, info = ndm_ct.sample(model, 64, trace=trace, dtype=torch.float64, generator=generator, return_info=True)
+    value, other = ndm_ct.loglik(model, x, trace=trace, generator=generator, return_info=True)
+    score = (info.logp - model.log_prob(x)) / info.stderr
+    assert float(score.abs().max()) < 5.0
+    assert 0.7 < float(score.std()) < 1.4
+    assert float(((info.logp - value) / (info.stderr**2 + other.stderr**2).sqrt()).abs().max()) < 4.0
+
+
+def test_the_log_density_of_a_nonlinear_transform_and_of_large_events(generator):
+    exact = ThreePoints(schedules.LinearLogSNR(-4, 4), Wiggle())
+    model = exact.model()
+    x, info = ndm_ct.sample(model, 8, rtol=1e-7, atol=1e-7, dtype=torch.float64, generator=generator, return_info=True)
+    torch.testing.assert_close(info.logp, exact.log_prob(x, model.t_min), rtol=0.0, atol=1e-4)
+    large = gaussian(SMOOTH, d=40)
+    x, info = ndm_ct.sample(large, 8, dtype=torch.float64, generator=generator, return_info=True)
+    assert float(info.stderr.min()) > 0.0  # "auto" is quadrature here
+    assert float(((info.logp - large.log_prob(x)) / info.stderr).abs().max()) < 5.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_flow_knows_the_density_of_its_samples(method):
+    _, info = ndm_ct.sample(
+        mixture(SMOOTH), 2, method=method, return_info=True, **({"steps": 3} if METHODS[method] else {})
+    )
+    assert (info.logp is None) == (info.stderr is None) == (method != "ode")
