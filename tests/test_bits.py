@@ -129,17 +129,20 @@ def test_more_points_tighten_the_bound_to_the_probability(dequantisation, genera
     """log P >= E[log mean of K weights], growing with K; the mean weight itself has no bias at any K."""
     exact, k, log_p = wide_bins(dequantisation)
     gaps = []
-    for samples, repeats in ((1, 600), (4, 150), (32, 40)):
+    for samples, repeats in ((1, 600), (4, 200), (32, 60)):
         _, info = ndm_ct.bits_per_dim(
             exact, k.repeat(repeats, 1), dequantisation=dequantisation, samples=samples, generator=generator, **WIDE
         )
         excess = info.nats.double().reshape(repeats, 3) - log_p
-        gaps.append(-excess.mean())
+        gaps.append((-float(excess.mean()), float(excess.std()) / math.sqrt(3 * repeats)))
         if samples > 1 or dequantisation == "uniform":  # a single truncated-normal point has the entropy's mean
             weights = excess.exp().flatten()
             assert abs(float(weights.mean()) - 1.0) < 4 * float(weights.std()) / math.sqrt(len(weights)) + 1e-3
             assert float(weights.std()) / math.sqrt(len(weights)) < 0.05
-    assert float(gaps[0]) > 2.0 * float(gaps[1]) > 4.0 * float(gaps[2]) > 0.0
+    (one, one_error), (four, four_error), (many, many_error) = gaps
+    assert one > 5 * one_error
+    assert four < one / 2 + 3 * four_error
+    assert -3 * many_error < many < one / 10 + 3 * many_error
 
 
 def test_error_from_the_points_of_a_bin_is_calibrated(generator):
@@ -186,7 +189,7 @@ def test_the_error_of_several_points_is_that_of_their_mean(generator):
 
 def test_standard_error_on_demand_is_in_bits(generator):
     exact = noisy_model(40)
-    k, target = levels_of(exact, 6, generator), 0.01
+    k, target = levels_of(exact, 6, generator), 0.004
     options = {"rtol": 1e-3, "atol": 1e-3, "generator": generator, "return_info": True}
     _, loose = ndm_ct.bits_per_dim(exact, k, **options)
     _, tight = ndm_ct.bits_per_dim(exact, k, stderr=target, **options)
@@ -199,7 +202,7 @@ def levels_of(exact, n, generator):
     return ((x + 1) * 128).floor().clamp(0, 255).long()
 
 
-def test_conditioning_of_several_points_goes_with_their_row(generator):
+def test_conditioning_of_several_points_goes_with_their_row():
     """A shared table may have as many entries as there are points, here 2 x 3, and stays shared."""
     tables = set()
 
@@ -207,16 +210,18 @@ def test_conditioning_of_several_points_goes_with_their_row(generator):
         tables.add(tuple(table.shape))
         return 0.3 * torch.tanh(z) + shift[:, None] + 0.0 * table.sum()
 
-    conditioned = ndm_ct.NDM(predictor, (2,), schedule=schedules.LinearLogSNR(-8, 5))
-    k, shift = torch.tensor([[8, 8], [8, 8]]), torch.tensor([0.0, 0.7])
-    cond = {"shift": shift, "table": torch.ones(6, 2)}
-    bits = ndm_ct.bits_per_dim(conditioned, k, levels=LEVELS, samples=3, generator=generator, **cond)
+    conditioned = ndm_ct.NDM(predictor, (2,), schedule=schedules.LinearLogSNR(-3, 3))
+    k, table = torch.tensor([[8, 8], [8, 8]]), torch.ones(6, 2)
+    shift, seed = torch.tensor([0.0, 0.7]), torch.Generator().manual_seed
+    options = {"levels": LEVELS, "samples": 3, "table": table}
+    bits = ndm_ct.bits_per_dim(conditioned, k, generator=seed(1), shift=shift, **options)
     assert tables == {(6, 2)}
     for row in range(2):
-        cond = {"shift": shift[row : row + 1], "table": torch.ones(6, 2)}
-        alone = ndm_ct.bits_per_dim(conditioned, k[:1], levels=LEVELS, samples=200, generator=generator, **cond)
-        assert float(alone) == pytest.approx(float(bits[row]), abs=0.2)
-    assert float((bits[1] - bits[0]).abs()) > 0.5
+        generator = seed(1)
+        torch.rand(3 * row, 2, generator=generator)  # the noise of the rows before
+        alone = ndm_ct.bits_per_dim(conditioned, k[:1], generator=generator, shift=shift[row : row + 1], **options)
+        assert float(alone) == pytest.approx(float(bits[row]), abs=1e-5)
+    assert float((bits[1] - bits[0]).abs()) > 0.1
 
 
 def test_truncated_normal_density_integrates_to_one_and_has_its_entropy(generator):
