@@ -158,7 +158,7 @@ def test_ode_error_is_that_of_the_solver(trace):
     ratios = []
     for make, name in ((gaussian, "LinearLogSNR"), (mixture, "Rectified"), (mixture, "VarianceExploding")):
         model = make(SCHEDULES[name](), TRANSFORMS["moving scale"]())
-        x = model.sample_data(32, generator=torch.Generator().manual_seed(1))
+        x = model.sample_data(20, generator=torch.Generator().manual_seed(1))
 
         def run(tolerance, model=model, x=x, **options):
             generator = torch.Generator().manual_seed(2)

@@ -294,7 +294,7 @@ def check(z, error, sd=(0.85, 1.15), mean=0.15):
 def test_quadrature_is_unbiased_with_a_calibrated_error(schedule, transform, generator):
     model = mixture(schedule(), transform(), d=16)
     x = model.sample_data(4, generator=generator)
-    check(*scores_of_one_path(model, x, 200, model.log_prob(x), generator))
+    check(*scores_of_one_path(model, x, 100, model.log_prob(x), generator))
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2), (2, 8)], ids=str)
@@ -312,10 +312,10 @@ def test_moments_head_with_a_nonlinear_transform(generator):
     model = exact.model()
     x = torch.tensor([[-0.7], [0.9]], dtype=torch.float64)
     truth = exact.log_prob(x, model.t_min)
-    z, error = scores_of_one_path(model, x, 1000, truth, generator, Quadrature(probes=1))
+    z, error = scores_of_one_path(model, x, 400, truth, generator, Quadrature(probes=1))
     check(z, error, sd=(0.0, 3.0), mean=1.0)
     reported = (error / z).square().mean(0) * 5 / 7
-    torch.testing.assert_close(reported, error.var(0), rtol=0.15, atol=0.0)
+    torch.testing.assert_close(reported, error.var(0), rtol=0.2, atol=0.0)
     value = ndm_ct.loglik(model, x, trace=Quadrature(sweeps=200), generator=generator, rtol=1e-6, atol=1e-6)
     assert bool(((value - truth).abs() < 4 * error.std(0) / 5).all())
 
