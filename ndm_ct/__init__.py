@@ -5,6 +5,7 @@ from ndm_ct._errors import CheckpointError, PredictorError, SolverError
 from ndm_ct.bits import BitsInfo, bits_per_dim
 from ndm_ct.checkpoint import load, save
 from ndm_ct.evaluation import Comparison, Evaluation, compare, evaluate
+from ndm_ct.guidance import guided
 from ndm_ct.likelihood import LikelihoodInfo, decode, encode, loglik
 from ndm_ct.model import NDM
 from ndm_ct.objectives import ElboInfo, elbo, loss
@@ -34,6 +35,7 @@ __all__ = [
     "encode",
     "evaluate",
     "fit",
+    "guided",
     "load",
     "loglik",
     "loss",

@@ -1,7 +1,14 @@
 r"""Small networks: enough for vectors, digits and small images, and the scaling that makes any of them a good head.
 
 A network is called ``net(z, t)`` with t of shape ``(B,)``, or ``net(x)`` if built with ``time=False`` (the features of
-a separable transform). All start as the zero function. :class:`Preconditioned` turns a network into a prediction of x,
+a separable transform). All start as the zero function. One built with ``classes=K`` takes ``label=`` too, ``(B,)``
+integers from 0 to K - 1, and adds a learned vector to its embedding of time,
+
+.. math::
+    e(t, y) = e(t) + c_y, \qquad y \in \{-1, 0, \dots, K - 1\},
+
+where -1 is "no label": the network is then the unconditional one, which :func:`ndm_ct.guided` needs and
+``fit(cond_dropout=)`` trains. :class:`Preconditioned` turns a network into a prediction of x,
 
 .. math::
     \hat x = c_{skip} z - c_{out}\, \mathrm{net}(c_{in} z, t), \qquad
@@ -18,10 +25,12 @@ References:
     https://arxiv.org/abs/2206.00364
     Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
     Ronneberger, Fischer and Brox, U-Net, https://arxiv.org/abs/1505.04597
+    Ho and Salimans, Classifier-Free Diffusion Guidance (one network with and without the label),
+    https://arxiv.org/abs/2207.12598
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -30,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ndm_ct._config import Configurable, Unconfigurable, to_config
-from ndm_ct._shapes import choose, event_size, expand, keyword_names, validate_count
+from ndm_ct._shapes import choose, event_size, expand, keyword_names, some, validate_count
 
 __all__ = ["MLP", "Preconditioned", "TimeEmbedding", "UNet"]
 
@@ -40,6 +49,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 _FREQUENCIES = 16
 _GROUPS = 8
+_NO_LABEL = -1
 
 
 class TimeEmbedding(nn.Module, Configurable):
@@ -70,7 +80,106 @@ class TimeEmbedding(nn.Module, Configurable):
         return functional.silu(self.output(functional.silu(self.hidden(features))))
 
 
-class MLP(nn.Module, Configurable):
+class _LabelEmbedding(nn.Module):
+    """A learned vector for every class, and one for "no label".
+
+    Args:
+        classes: K.
+        width: length of the vectors.
+    """
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.vectors = nn.Embedding(classes + 1, width)  # the first is that of no label
+
+    def forward(self, label: Tensor | None, z: Tensor) -> Tensor:
+        """``(B,)`` to ``(B, width)``; None is no label for every row of ``z``."""
+        if label is None:
+            label = torch.full((z.shape[0],), _NO_LABEL, device=z.device)
+        else:
+            self._validate(label, z)
+        return self.vectors(label.long() - _NO_LABEL)
+
+    def _validate(self, label: Any, z: Tensor) -> None:
+        labels = f"integers from 0 to {self.classes - 1}, or {_NO_LABEL} for no label"
+        if not isinstance(label, Tensor):
+            raise ValueError(
+                f"label is a {type(label).__name__}, expected a tensor of shape (B,) of {labels}; for one label for "
+                "all rows pass torch.full((B,), label)."
+            )
+        if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
+            raise ValueError(f"label has dtype {label.dtype}, expected {labels}; convert it with .long().")
+        if label.shape != z.shape[:1]:
+            raise ValueError(
+                f"label has shape {tuple(label.shape)}, expected ({z.shape[0]},), one label per row; pass class "
+                "numbers, not one-hot vectors, and label.expand(B) for one label for all rows."
+            )
+        if label.device != z.device:
+            raise ValueError(f"label is on device {label.device}, z on {z.device}; move it with .to({z.device}).")
+        self._validate_range(label.detach().long(), labels)
+
+    def _validate_range(self, label: Tensor, labels: str) -> None:
+        if torch.compiler.is_compiling():  # a look at the values would cut the graph in two
+            return
+        outside = (label < _NO_LABEL) | (label >= self.classes)
+        try:
+            wrong = bool(outside.any())
+        except RuntimeError:  # in a vmap over the labels, whose values nobody can look at
+            return
+        if wrong:
+            rows = torch.nonzero(outside).flatten().tolist()
+            raise ValueError(
+                f"label is {int(label[rows[0]])} in row {rows[0]} (outside in rows {some(rows)}), expected {labels}; "
+                "number the classes from 0, or build the network with more classes."
+            )
+
+
+class _Network(nn.Module, Configurable):
+    """What the networks share: the embedding of time and label, and what they say about their conditioning."""
+
+    classes: int | None
+    embedding: TimeEmbedding | None
+    labels: _LabelEmbedding | None
+
+    @property
+    def null(self) -> dict[str, int]:
+        """The conditioning that means none, by name; empty for a network without classes."""
+        return {} if self.classes is None else {"label": _NO_LABEL}
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        """Conditioning keywords the network accepts (``label`` only with classes), and whether it accepts any."""
+        names, anything = keyword_names(self.forward, 2)
+        return (names - {"label"} if self.classes is None else names), anything
+
+    def config(self) -> dict[str, Any]:
+        """As of every configurable object; a network without classes does not mention them, as files never did."""
+        config = super().config()
+        return {name: value for name, value in config.items() if name != "classes" or value is not None}
+
+    def _set_embeddings(self, width: int, time: bool, classes: int | None) -> int | None:
+        """Make the embeddings; returns the width of what modulates the blocks, None if nothing does."""
+        self.time, self.classes = time, None if classes is None else validate_count("classes", classes)
+        self.embedding = TimeEmbedding(width) if time else None
+        self.labels = None if classes is None else _LabelEmbedding(classes, width)
+        return None if self.embedding is None and self.labels is None else width
+
+    def _embed(self, z: Tensor, t: Tensor | None, label: Tensor | None) -> Tensor | None:
+        name = type(self).__name__
+        if self.embedding is None and t is not None:
+            raise TypeError(f"this {name} was built with time=False but got a time; call net(x).")
+        if self.embedding is not None and t is None:
+            raise TypeError(f"{name} needs a time: call net(z, t), or build it with time=False.")
+        if self.labels is None and label is not None:
+            raise TypeError(f"this {name} was built without classes but got a label; build it with classes=K.")
+        time = None if self.embedding is None else self.embedding(t)
+        if self.labels is None:
+            return time
+        vector: Tensor = self.labels(label, z)
+        return vector if time is None else time + vector
+
+
+class MLP(_Network):
     """A residual perceptron over flattened events, SiLU throughout, time as scale and shift of the hidden layers.
 
     Args:
@@ -81,6 +190,7 @@ class MLP(nn.Module, Configurable):
             (K = 2) need.
         time: whether the network takes t.
         dropout: probability of dropping a hidden unit in training.
+        classes: K: the network takes ``label=``, see this module's header; None: it takes none.
 
     Example:
         >>> MLP(2)(torch.ones(3, 2), torch.zeros(3))
@@ -97,26 +207,28 @@ class MLP(nn.Module, Configurable):
         outputs: int | None = None,
         time: bool = True,
         dropout: float = 0.0,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         for size in self.event_shape:
             validate_count("event_shape", size)
         self.width, self.depth = validate_count("width", width), validate_count("depth", depth)
-        self.outputs, self.time, self.dropout = _validate_outputs(outputs), time, dropout
+        self.outputs, self.dropout = _validate_outputs(outputs), dropout
         size = event_size(self.event_shape)
-        self.embedding = TimeEmbedding(width) if time else None
+        embedding = self._set_embeddings(width, time, classes)
         self.input = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(_DenseBlock(width, width if time else None, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(_DenseBlock(width, embedding, dropout) for _ in range(depth))
         self.output = _zero(nn.Linear(width, size * (outputs or 1)))
 
-    def forward(self, z: Tensor, t: Tensor | None = None, /) -> Tensor:
-        """``(B, *E)`` to ``(B, *E)``, or ``(B, K, *E)`` with ``outputs=K``.
+    def forward(self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None) -> Tensor:
+        """``(B, *E)`` to ``(B, *E)``, or ``(B, K, *E)`` with ``outputs=K``; no label is the same as label -1.
 
         Raises:
-            TypeError: t is missing, or given to a network without time.
+            TypeError: t is missing, or given to a network without time; a label given to one without classes.
+            ValueError: the label has the wrong shape or dtype, or is none of the classes.
         """
-        embedding = _embed(self.embedding, t, self)
+        embedding = self._embed(z, t, label)
         h = self.input(z.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
@@ -137,7 +249,7 @@ class _DenseBlock(nn.Module):
         return h + self.second(self.dropout(functional.silu(inner)))
 
 
-class UNet(nn.Module, Configurable):
+class UNet(_Network):
     """A small convolutional U-Net: a residual block down and one up per resolution, up only at the highest.
 
     Convolutions of stride 2 change the resolution, skip connections are sums. The highest
@@ -151,6 +263,7 @@ class UNet(nn.Module, Configurable):
         outputs: None: the output has the shape of z; K: it is ``(B, K, C, H, W)``.
         time: whether the network takes t.
         dropout: probability of dropping a hidden unit in training.
+        classes: K: the network takes ``label=``, see this module's header; None: it takes none.
 
     Example:
         >>> net = UNet(1, width=8)
@@ -166,14 +279,14 @@ class UNet(nn.Module, Configurable):
         outputs: int | None = None,
         time: bool = True,
         dropout: float = 0.0,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         self.channels, self.width = validate_count("channels", channels), validate_count("width", width)
         self.levels, self.outputs = validate_count("levels", levels), _validate_outputs(outputs)
-        self.time, self.dropout = time, dropout
-        embedding = 4 * width if time else None
+        self.dropout = dropout
         widths = [width if level == 0 else 4 * width for level in range(levels)]
-        self.embedding = TimeEmbedding(4 * width) if time else None
+        embedding = self._set_embeddings(4 * width, time, classes)
         self.input = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.ModuleList(_ConvolutionBlock(w, embedding, dropout) for w in widths[1:])
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
@@ -182,15 +295,16 @@ class UNet(nn.Module, Configurable):
         self.norm = _group_norm(width)
         self.output = _zero(nn.Conv2d(width, channels * (outputs or 1), 3, padding=1))
 
-    def forward(self, z: Tensor, t: Tensor | None = None, /) -> Tensor:
-        """``(B, C, H, W)`` to ``(B, C, H, W)``, or ``(B, K, C, H, W)`` with ``outputs=K``.
+    def forward(self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C, H, W)``, or ``(B, K, C, H, W)`` with ``outputs=K``; no label is label -1.
 
         Raises:
-            TypeError: t is missing, or given to a network without time.
-            ValueError: z is no image of these channels, or its sides cannot be halved ``levels - 1`` times.
+            TypeError: t is missing, or given to a network without time; a label given to one without classes.
+            ValueError: z is no image of these channels, or its sides cannot be halved ``levels - 1`` times; the label
+                has the wrong shape or dtype, or is none of the classes.
         """
         self._validate(z)
-        embedding = _embed(self.embedding, t, self)
+        embedding = self._embed(z, t, label)
         h = self.input(z)
         skips = []
         for shrink, block in zip(self.shrink, self.down, strict=True):
@@ -258,6 +372,11 @@ class Preconditioned(nn.Module, Configurable):
         """Conditioning keywords the network accepts, and whether it accepts any."""
         return self._names, self._anything
 
+    @property
+    def null(self) -> dict[str, Any]:
+        """The conditioning that means none to the network, by name; empty if it does not say."""
+        return null_of(self.net)
+
     def bind_schedule(self, schedule: nn.Module) -> None:
         """Take alpha and sigma from ``schedule``, a callable of float64 time.
 
@@ -308,6 +427,12 @@ class Preconditioned(nn.Module, Configurable):
         return c.alpha * s**2 / spread**2, c.sigma * s / spread, 1.0 / spread
 
 
+def null_of(predictor: Any) -> dict[str, Any]:
+    """The conditioning that means none to a predictor, by name: its attribute ``null``; empty if that is no mapping."""
+    null = getattr(predictor, "null", None)
+    return dict(null) if isinstance(null, Mapping) else {}
+
+
 def _interchangeable(a: nn.Module, b: nn.Module) -> bool:
     """Whether two schedules are the same function for good: equal configurations, nothing to learn."""
     if any(True for module in (a, b) for _ in module.parameters()):
@@ -326,21 +451,12 @@ def _output_shape(z: Tensor, outputs: int | None) -> tuple[int, ...]:
     return tuple(z.shape) if outputs is None else (z.shape[0], outputs, *z.shape[1:])
 
 
-def _embed(embedding: TimeEmbedding | None, t: Tensor | None, net: nn.Module) -> Tensor | None:
-    if embedding is None:
-        if t is not None:
-            raise TypeError(f"this {type(net).__name__} was built with time=False but got a time; call net(x).")
-        return None
-    if t is None:
-        raise TypeError(f"{type(net).__name__} needs a time: call net(z, t), or build it with time=False.")
-    return embedding(t)
-
-
 def _modulate(h: Tensor, layer: nn.Module | None, embedding: Tensor | None) -> Tensor:
     r""":math:`h\,(1 + a) + b`, one pair (a, b) per row and channel."""
     if layer is None:
         return h
-    scale, shift = layer(embedding).reshape(h.shape[0], -1, *(1,) * (h.ndim - 2)).chunk(2, dim=1)
+    both = layer(embedding)
+    scale, shift = both.reshape(*both.shape, *(1,) * (h.ndim - 2)).chunk(2, dim=1)
     return h * (1.0 + scale) + shift
 
 

@@ -171,6 +171,8 @@ def test_errors_name_the_cure():
         MLP((2, 3), width=8, depth=1, outputs=2, dropout=0.25),
         UNet(3, width=8, levels=3, outputs=1, time=False, dropout=0.5),
         Preconditioned(UNet(1, width=8, outputs=2), head="moments", data_std=0.7),
+        Preconditioned(MLP((2, 3), width=8, depth=1, classes=4)),
+        UNet(1, width=8, classes=2),
         TimeEmbedding(5),
     ],
 )
@@ -294,6 +296,167 @@ def test_a_predictor_cannot_serve_two_different_schedules():
         ndm_ct.NDM(predictor, event_shape=(2,), schedule=schedules.LinearLogSNR(-9.0, 6.0))
     predictor.unbind()
     ndm_ct.NDM(predictor, event_shape=(2,), schedule=schedules.LinearLogSNR(-9.0, 6.0))
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+LABELLED = {
+    "mlp": (lambda **options: MLP(3, width=16, depth=2, **options), (3,)),
+    "unet": (lambda **options: UNet(1, width=4, **options), (1, 4, 4)),
+}
+
+
+@pytest.fixture(params=LABELLED, name="labelled")
+def _labelled(request):
+    """A network of three classes, states, times and every label, -1 included."""
+    make, event = LABELLED[request.param]
+    z = torch.randn(5, *event, dtype=torch.float64)
+    t, label = torch.rand(5, dtype=torch.float64), torch.tensor([1, -1, 0, 2, 1])
+    return awake(make(classes=3).double()), z, t, label
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_label_adds_its_vector_to_the_embedding_of_time(name):
+    make, event = LABELLED[name]
+    net, plain = awake(make(classes=3).double()), make().double()
+    z, t = torch.randn(5, *event, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    label = torch.tensor([1, -1, 0, 2, 1])
+    state = net.state_dict()
+    vectors = state.pop("labels.vectors.weight")
+    plain.load_state_dict(state)
+    plain.embedding.register_forward_hook(lambda module, given, out: out + vectors[[2, 0, 1, 3, 2]])
+    torch.testing.assert_close(net(z, t, label), plain(z, t), rtol=1e-12, atol=1e-12)
+
+
+def test_no_label_is_minus_one_and_every_class_has_its_own(labelled):
+    net, z, t, label = labelled
+    assert torch.equal(net(z, t), net(z, t, label=torch.full((5,), -1)))
+    same = torch.stack([net(z[:1], t[:1], label=torch.tensor([y]))[0] for y in (-1, 0, 1, 2)]).flatten(1)
+    assert (torch.cdist(same, same) + torch.eye(4)).min() > 1e-3
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        assert torch.equal(net(z, t, label=label.to(dtype)), net(z, t, label=label))
+    assert torch.equal(net(z[2:4], t[2:4], label=label[2:4].byte()), net(z[2:4], t[2:4], label=label[2:4]))
+    assert net(z[:0], t[:0], label=label[:0]).shape == z[:0].shape
+
+
+def test_labelled_rows_are_independent(labelled):
+    net, z, t, label = labelled
+    alone = torch.cat([net(z[i : i + 1], t[i : i + 1], label=label[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(net(z, t, label=label), alone)
+
+
+def test_every_vector_of_the_labels_is_trained(labelled):
+    net, z, t, label = labelled
+    net(z, t, label=label).square().sum().backward()
+    assert net.labels.vectors.weight.grad.any(1).all()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_labels_under_the_transforms_of_torch_func(labelled):
+    net, z, t, label = labelled
+    u, step = torch.randn_like(z), 1e-6
+    _, forward = torch.func.jvp(lambda y: net(y, t, label=label), (z,), (u,))
+    central = (net(z + step * u, t, label=label) - net(z - step * u, t, label=label)) / (2.0 * step)
+    torch.testing.assert_close(forward, central, rtol=1e-6, atol=1e-6)
+    value, pullback = torch.func.vjp(lambda y: net(y, t, label=label), z)
+    (product,) = torch.func.vmap(pullback)(torch.stack([u, z]))
+    torch.testing.assert_close((product[0] * u).sum(), (forward * u).sum())
+    one = torch.func.vmap(lambda a, b, c: net(a[None], b[None], label=c[None])[0])(z, t, label)
+    torch.testing.assert_close(one, value)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson", "quadrature"])
+def test_a_labelled_likelihood_is_that_of_each_class_by_itself(trace):
+    """Rows have nodes and probes of their own, so a row's number is that of a batch all of whose labels are its own."""
+    net = awake(MLP(3, width=16, depth=1, classes=3).double())
+    model = ndm_ct.NDM(Preconditioned(net), event_shape=(3,), schedule=schedules.LinearLogSNR(-4.0, 4.0))
+    x, label = torch.randn(4, 3, dtype=torch.float64), torch.tensor([2, 0, -1, 2])
+
+    def loglik(**cond):
+        generator = torch.Generator().manual_seed(2)
+        return ndm_ct.loglik(model, x, trace=trace, rtol=1e-4, atol=1e-4, generator=generator, **cond)
+
+    found = loglik(label=label)
+    for y in (-1, 0, 2):
+        alone = loglik(**({} if y == -1 else {"label": torch.full((4,), y)}))
+        torch.testing.assert_close(found[label == y], alone[label == y], rtol=1e-9, atol=1e-9)
+        assert (found - alone)[label != y].abs().min() > 1e-2
+
+
+def test_features_and_transforms_take_labels():
+    features = awake(MLP(3, width=8, outputs=2, time=False, classes=3))
+    x, label = torch.randn(4, 3), torch.tensor([2, 0, -1, 2])
+    assert torch.equal(features(x), features(x, label=torch.full((4,), -1)))
+    for transform in (transforms.Separable(features), transforms.Neural(awake(MLP(3, width=8, classes=3)))):
+        assert transform.cond_names() == (frozenset({"label"}), False)
+        model = ndm_ct.NDM(lambda z, t: 0.5 * z, event_shape=(3,), transform=transform)
+        found = model.velocity(x, 0.4, label=label)
+        assert torch.equal(found[2], model.velocity(x, 0.4)[2])
+        assert (found - model.velocity(x, 0.4)).abs().amax(1)[[0, 1, 3]].min() > 1e-4
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (torch.tensor([0, 3, -1, 4, 0]), r"label is 3 in row 1.*\[1, 3\].*from 0 to 2, or -1.*more classes"),
+        (torch.tensor([0, 1, -2, 1, 0]), "label is -2 in row 2"),
+        (torch.tensor([0, 1, 255, 1, 0], dtype=torch.uint8), "label is 255 in row 2"),
+        (torch.zeros(5), r"label has dtype torch.float32.*\.long\(\)"),
+        (torch.zeros(5, dtype=torch.bool), "label has dtype torch.bool"),
+        (torch.zeros(5, 3, dtype=torch.long), r"label has shape \(5, 3\), expected \(5,\).*one-hot"),
+        (torch.zeros(4, dtype=torch.long), r"label has shape \(4,\), expected \(5,\)"),
+        (torch.tensor(1), r"label has shape \(\), expected \(5,\).*expand"),
+        (torch.zeros(5, dtype=torch.long, device="meta"), r"label is on device meta.*\.to\(cpu\)"),
+        (1, r"label is a int.*torch\.full"),
+        ([0, 1, 0, 1, 0], "label is a list"),
+    ],
+)
+def test_wrong_labels_are_named(name, label, words):
+    make, event = LABELLED[name]
+    with pytest.raises(ValueError, match=words):
+        make(classes=3)(torch.zeros(5, *event), torch.zeros(5), label=label)
+
+
+def test_wrong_labels_stop_a_likelihood():
+    model = ndm_ct.NDM(Preconditioned(MLP(2, width=8, classes=3)), event_shape=(2,))
+    for trace in ("exact", "hutchinson", "quadrature"):
+        with pytest.raises(ValueError, match="label is 3 in row 1"):
+            ndm_ct.loglik(model, torch.zeros(2, 2), label=torch.tensor([0, 3]), trace=trace)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_network_without_classes_refuses_a_label(name):
+    make, event = LABELLED[name]
+    net, x, label = make(), torch.zeros(2, *event), torch.zeros(2, dtype=torch.long)
+    assert net.cond_names() == Preconditioned(net).cond_names() == (frozenset(), False)
+    assert net.null == Preconditioned(net).null == {}
+    with pytest.raises(TypeError, match=r"without classes.*classes=K"):
+        net(x, torch.zeros(2), label=label)
+    model = ndm_ct.NDM(Preconditioned(net), event_shape=event)
+    for use in (ndm_ct.loglik, ndm_ct.elbo, ndm_ct.encode):
+        with pytest.raises(TypeError, match="got the keyword 'label'"):
+            use(model, x, label=label)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_network_with_classes_says_so(name):
+    net = LABELLED[name][0](classes=3)
+    assert net.cond_names() == Preconditioned(net).cond_names() == (frozenset({"label"}), False)
+    assert net.null == Preconditioned(net).null == {"label": -1}
+    assert Preconditioned(Labelled()).null == {}
+    with pytest.raises(ValueError, match="classes"):
+        LABELLED[name][0](classes=0)
+
+
+@pytest.mark.parametrize("net", [MLP(2, width=8), UNet(1, width=4)], ids=["mlp", "unet"])
+def test_configurations_from_before_there_were_classes(net):
+    """They are the configurations of networks without classes, to the letter: files and digests stay the same."""
+    config = to_config(net)
+    assert "classes" not in config
+    assert from_config(config).classes is None
+    assert not any("labels" in name for name in net.state_dict())
+    assert to_config(from_config(config | {"classes": 4}))["classes"] == 4
 
 
 def test_default_unet_is_small():

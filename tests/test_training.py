@@ -455,6 +455,133 @@ def test_conditioning_rows_follow_their_data():
     assert result.history[-1]["loss"] == pytest.approx(left.mean().item(), rel=1e-4)
 
 
+def conditional(seed=0, **options):
+    """A small model of three classes, and labels for 64 rows."""
+    torch.manual_seed(seed)
+    net = MLP(2, width=16, depth=1, classes=3, **options)
+    model = ndm_ct.NDM(Preconditioned(net), event_shape=(2,), schedule=schedules.LinearLogSNR(-8.0, 6.0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model, torch.arange(64) % 3
+
+
+def test_dropped_conditioning_is_the_loss_without_it_in_the_drawn_rows():
+    """A loop written by hand: the rows are drawn from the generator of the step, before times and noise."""
+    from ndm_ct.training import _EPOCH, _seeds
+
+    (model, label), (by_hand, _) = conditional(), conditional()
+    data, steps, p = mixture(64), 6, 0.4
+    quick(
+        model, data, steps=steps, lr=1e-2, warmup=0, lr_final=1.0, ema=0.0, weight_decay=0.0, grad_clip=None,
+        optimizer="adam", cond={"label": label}, cond_dropout=p, seed=5,
+    )  # fmt: skip
+    optimizer, dropped = torch.optim.Adam(by_hand.parameters(), lr=1e-2), 0
+    for k in range(steps):
+        epoch, index = divmod(k, 4)
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(_seeds(5, epoch, _EPOCH)[0]))
+        rows = order[index * 16 : (index + 1) * 16]
+        generator = torch.Generator().manual_seed(_seeds(5, k)[0])
+        y = label[rows].clone()
+        drop = torch.rand(16, generator=generator) < p
+        y[drop] = -1
+        dropped += int(drop.sum())
+        optimizer.zero_grad()
+        (ndm_ct.loss(by_hand, data[rows], generator=generator, label=y).mean() / 2).backward()
+        optimizer.step()
+    assert 0 < dropped < 6 * 16
+    for trained, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(trained.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(label, torch.arange(64) % 3)
+
+
+def test_conditioning_is_dropped_row_by_row_with_its_probability():
+    class Recorder(torch.nn.Module):
+        """Two conditionings with a null value, one without."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(1.0))
+            self.null = {"label": -1, "text": torch.tensor([-2.0, -3.0]), "other": 0.0}
+            self.seen = []
+
+        def forward(self, z, t, *, label, text, kept):
+            if self.training:
+                self.seen.append((label, text, kept))
+            return self.scale * z
+
+    net, n = Recorder(), 512
+    model = ndm_ct.NDM(net, event_shape=(2,), schedule=schedules.LinearLogSNR(-4.0, 4.0))
+    label = torch.arange(n) % 256
+    cond = {"label": label.byte(), "text": label[:, None] + torch.tensor([0.0, 0.5]), "kept": label}
+    quick(
+        model, mixture(n), steps=8, batch_size=256, cond=cond, cond_dropout=0.25, validation=mixture(8),
+        validation_cond={name: value[:8] for name, value in cond.items()},
+    )  # fmt: skip
+    seen_label, text, kept = (torch.cat(parts) for parts in zip(*net.seen, strict=True))
+    assert len(kept) == 8 * 256
+    dropped = seen_label == -1
+    assert torch.equal(seen_label[~dropped], kept[~dropped])
+    assert torch.equal(text[dropped], torch.tensor([-2.0, -3.0]).expand(int(dropped.sum()), 2))
+    assert torch.equal(text[~dropped], kept[~dropped, None] + torch.tensor([0.0, 0.5]))
+    # five standard deviations of a binomial, and no step's rows are another's
+    assert abs(float(dropped.float().mean()) - 0.25) < 5.0 * math.sqrt(0.25 * 0.75 / len(kept))
+    assert len({tuple(step.tolist()) for step in dropped.split(256)}) == 8
+
+
+def test_validation_drops_no_conditioning():
+    model, label = conditional()
+    options = {"cond": {"label": label}, "validation": mixture(64, seed=1), "validation_cond": {"label": label}}
+    result = quick(model, lr=1e-12, ema=0.0, cond_dropout=0.9, **options)
+    again = quick(conditional()[0], lr=1e-12, ema=0.0, **options)
+    found, expected = (each.validation[-1]["validation_elbo"] for each in (result, again))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert result.history[-1]["loss"] != again.history[-1]["loss"]
+
+
+def test_without_dropout_the_bits_are_those_without_conditioning():
+    """A model told "no label" in every row, and one told nothing, draw the same numbers."""
+    (model, label), (untold, _) = conditional(), conditional()
+    quick(model, cond={"label": torch.full_like(label, -1)}, cond_dropout=0.0)
+    quick(untold)
+    assert same(model, untold)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cond_dropout": 0.1}, "cond_dropout has no effect without cond"),
+        ({"cond_dropout": 0.1, "cond": {}}, "cond_dropout has no effect without cond"),
+        (
+            {"cond_dropout": 1.0, "cond": {"label": torch.zeros(64).long()}},
+            r"cond_dropout must be a probability in \[0",
+        ),
+        ({"cond_dropout": -0.1, "cond": {"label": torch.zeros(64).long()}}, "cond_dropout must be a probability"),
+        ({"cond_dropout": math.nan, "cond": {"label": torch.zeros(64).long()}}, "cond_dropout must be a probability"),
+    ],
+)
+def test_dropout_of_conditioning_that_cannot_be_is_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        quick(conditional()[0], **options)
+
+
+def test_dropout_needs_null_values():
+    class Unaware(torch.nn.Module):
+        def __init__(self, null=None):
+            super().__init__()
+            self.net = MLP(2, width=8)
+            if null is not None:
+                self.null = null
+
+        def forward(self, z, t, *, label):
+            return self.net(z, t) + label[:, None]
+
+    for null, words in ((None, r"no dict null.*classes=K"), ({"text": 0.0}, r"no effect on cond=\['label'\].*'text'")):
+        model = ndm_ct.NDM(Unaware(null), event_shape=(2,))
+        with pytest.raises(ValueError, match=words):
+            quick(model, cond={"label": torch.zeros(64)}, cond_dropout=0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -590,6 +717,36 @@ def test_every_step_is_a_good_one_to_stop_at(tmp_path, monkeypatch):
         assert same(model, expected)
         assert strip(result.history) == strip(uninterrupted.history)
         assert strip(result.validation) == strip(uninterrupted.validation)
+
+
+def test_dropped_conditioning_resumes_with_the_same_bits(tmp_path):
+    (whole, label), (rest, _) = conditional(dropout=0.2), conditional(dropout=0.2)
+    options = {"steps": 30, "cond": {"label": label}, "cond_dropout": 0.3}
+    quick(whole, **options)
+    for _ in range(3):
+        result = quick(rest, run_dir=tmp_path, time_limit=1e-3, **options)
+    assert 0 < result.step < 30
+    for other in (0.0, 0.2):
+        with pytest.raises(ValueError, match=f"cond_dropout was 0.3, now {other}"):
+            quick(conditional(dropout=0.2)[0], run_dir=tmp_path, **options | {"cond_dropout": other})
+    quick(rest, run_dir=tmp_path, **options)
+    assert same(whole, rest)
+    loaded = load(tmp_path / "model.safetensors")
+    assert loaded.predictor.null == {"label": -1}
+    assert same(whole, loaded)
+    without = conditional(dropout=0.2)[0]
+    quick(without, **options | {"cond_dropout": 0.0})
+    assert not same(whole, without)
+
+
+def test_checkpoints_from_before_conditioning_could_be_dropped(tmp_path):
+    quick(toy(), run_dir=tmp_path, steps=8, time_limit=1e-9)
+    path = tmp_path / "checkpoint.safetensors"
+    description, tensors = checkpoint.read(path, "training")
+    del description["settings"]["cond_dropout"]
+    assert "classes" not in description["settings"]["model"]["predictor"]["net"]
+    checkpoint.write(path, tensors, description)
+    assert quick(toy(), run_dir=tmp_path, steps=8).finished
 
 
 def test_a_finished_training_is_not_repeated(tmp_path):

@@ -1,0 +1,227 @@
+r"""Classifier-free guidance: a conditional model pushed away from what it says without its conditioning.
+
+.. math::
+    \hat y_w(z, t, c) = \hat y(z, t, \varnothing)
+    + w\,\bigl[\hat y(z, t, c) - \hat y(z, t, \varnothing)\bigr]
+
+for whatever the predictor returns, with the null values :math:`\varnothing` in the place of c. At fixed z and t the
+score is an affine function of x, eps, v and of the pair of "moments", so the scores mix with the same weights,
+
+.. math::
+    s_w = s_\varnothing + w\,(s_c - s_\varnothing)
+
+(with prediction "x", where F is linear in x). w = 1 is the conditional model, w = 0 the unconditional one, w > 1
+guides; Ho and Salimans count from the conditional model, their weight is w - 1.
+
+Warning:
+    :math:`s_w` is the score of :math:`p_t(z)^{1-w} p_t(z|c)^w` at every t, but these are not the diffusions of one
+    density, and the guided model generates another one than :math:`p(x)^{1-w} p(x|c)^w`. ``loglik`` of a guided model
+    is the exact density of what its probability flow generates (its reverse SDE generates a third one). For
+    :math:`p = N(0, u^2)` and :math:`p(\cdot|c) = N(0, v^2)` the flow, from no signal to no noise, makes a normal of
+    variance :math:`u^{2(1-w)} v^{2w}`, while the product has the precision :math:`(1-w)/u^2 + w/v^2`; where both have
+    one covariance, all agree.
+
+References:
+    Ho and Salimans, Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598
+    Bradley and Nakkiran, Classifier-Free Guidance is a Predictor-Corrector (what the density is not),
+    https://arxiv.org/abs/2408.09000
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ndm_ct._errors import PredictorError
+from ndm_ct._shapes import keyword_names, nearest
+from ndm_ct.model import NDM
+from ndm_ct.nn import null_of
+
+__all__ = ["guided", "nulled"]
+
+
+def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> NDM:
+    r"""The model whose prediction is :math:`u + w (c - u)`: guided by its own conditioning.
+
+    c is the prediction with the conditioning given at call time, u that with the null values in its place, both from
+    one call of the network with twice the rows. Weights, transform, schedule, volatility and prior are those of
+    ``model``, not copies; ``loglik``, ``elbo``, ``sample`` and every other function take the result as any model. To
+    keep it in a file, save ``model`` and guide what is loaded.
+
+    A tensor whose first axis has as many entries as there are rows is taken for one entry per row; one that all rows
+    share should begin with an axis of length 1.
+
+    Args:
+        model: a conditional model; one that was trained with its conditioning dropped, as ``fit(cond_dropout=)`` does,
+            knows what to predict without.
+        scale: w. 1 is the conditional model, 0 the unconditional one, each by a single evaluation and with its bits.
+        null: the conditioning that means none, by name: a number, which fills the tensor given at call time, or a
+            tensor that broadcasts to it. None: the predictor's own, its attribute ``null`` (for networks of
+            ``ndm_ct.nn`` with classes ``{"label": -1}``).
+
+    Returns:
+        The guided model. Its predictor counts in ``evaluations_per_call`` how many evaluations of the network one call
+        stands for: 2, or 1 for a scale of 0 or 1. All of ``null`` must be given at every call, one entry per row.
+
+    Raises:
+        TypeError: ``model`` is no model, or ``scale`` no number.
+        ValueError: ``scale`` is not finite; there is nothing to guide by; ``null`` names what the predictor does not
+            take, or what the transform takes too.
+
+    Example:
+        >>> import ndm_ct
+        >>> model = ndm_ct.NDM(ndm_ct.nn.Preconditioned(ndm_ct.nn.MLP(2, classes=10)), event_shape=(2,))
+        >>> ndm_ct.sample(guided(model, 3.0), 4, method="ddim", steps=8, label=torch.tensor([0, 1, 2, 9])).shape
+        torch.Size([4, 2])
+    """
+    if not isinstance(model, NDM):
+        raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__} ({scale!r}).")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}; 1 is the conditional model.")
+    null = null_of(model.predictor) if null is None else dict(null)
+    _validate_null(model, null)
+    predictor = _Guided(model.predictor, float(scale), null)
+    result = NDM(
+        predictor,
+        model.event_shape,
+        transform=model.transform,
+        schedule=model.schedule,
+        volatility=model.process.volatility,
+        prediction=model.prediction,
+        prior=model.prior,
+        t_min=model.t_min,
+    )
+    result.has_custom_prior = model.has_custom_prior
+    result.training = predictor.training = model.training
+    return result
+
+
+def nulled(name: str, value: Tensor, null: Any) -> Tensor:
+    """The null value of one conditioning in the shape and on the device of ``value``.
+
+    Args:
+        name: of the conditioning, for messages.
+        value: the conditioning, shape ``(B, ...)``.
+        null: a number, or a tensor that broadcasts to ``value``.
+
+    Returns:
+        Shape of ``value``, in its dtype if that is real; integers take a wider one if ``null`` needs it (-1 is no
+        uint8).
+
+    Raises:
+        ValueError: ``null`` does not broadcast, or is real where ``value`` holds integers.
+    """
+    fill = torch.as_tensor(null, device=value.device)
+    if torch.can_cast(fill.dtype, value.dtype):
+        integers = not (value.is_floating_point() or value.is_complex())
+        dtype = torch.promote_types(fill.dtype, value.dtype) if integers else value.dtype
+    elif value.dtype == torch.bool and not fill.is_floating_point():
+        dtype = fill.dtype
+    else:
+        raise ValueError(
+            f"null[{name!r}] has dtype {fill.dtype}, but the conditioning {name!r} holds {value.dtype}; give an "
+            f"integer, or pass {name} in a float dtype."
+        )
+    try:
+        return fill.to(dtype).broadcast_to(value.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"null[{name!r}] has shape {tuple(fill.shape)}, which does not broadcast to the conditioning {name!r} of "
+            f"shape {tuple(value.shape)}; give a number, or the values of a single row."
+        ) from None
+
+
+def _validate_null(model: NDM, null: Mapping[str, Any]) -> None:
+    if not null:
+        raise ValueError(
+            "guidance without a conditional model: the predictor has no dict null that says what 'no conditioning' "
+            "is; build the network with classes=K, or pass null={name: value}, the value with which the conditioning "
+            "was dropped in training."
+        )
+    names, anything = keyword_names(model.predictor, 2)
+    for name in null:
+        if name not in names and not anything:
+            accepted = ", ".join(map(repr, sorted(names))) or "none"
+            raise ValueError(
+                f"null names {name!r}, which the predictor does not take{nearest(name, names) or '.'} Conditioning "
+                f"keywords it names: {accepted}."
+            )
+        if name in model.transform.cond_names()[0]:
+            raise ValueError(
+                f"the transform takes {name!r} too, so with and without it z belongs to two different processes, whose "
+                "scores do not mix; build the transform without it to guide by it."
+            )
+
+
+class _Guided(nn.Module):
+    """The guided predictor, see :func:`guided`."""
+
+    def __init__(self, predictor: Any, scale: float, null: dict[str, Any]) -> None:
+        super().__init__()
+        self.predictor, self.scale, self.null = predictor, scale, null
+        own = 1 if scale in (0.0, 1.0) else 2
+        self.evaluations_per_call = own * getattr(predictor, "evaluations_per_call", 1)
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        """Those of the predictor."""
+        return keyword_names(self.predictor, 2)
+
+    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Any:
+        """The guided prediction at state z ``(B, *E)`` and time t ``(B,)``.
+
+        Raises:
+            ValueError: a conditioning to guide by is missing or has not one entry per row.
+            PredictorError: the predictor does not return one row per row.
+        """
+        self._validate(cond, len(z))
+        if self.scale == 1.0:
+            return self.predictor(z, t, **cond)
+        null = {name: nulled(name, cond[name], value) for name, value in self.null.items()}
+        if self.scale == 0.0:
+            return self.predictor(z, t, **cond | null)
+        both = {
+            name: torch.cat([value, null.get(name, value)]) if _by_rows(value, len(z)) else value
+            for name, value in cond.items()
+        }
+        output = self.predictor(torch.cat([z, z]), torch.cat([t, t]), **both)
+        if isinstance(output, tuple | list):
+            return tuple(self._mixed(part, len(z)) for part in output)
+        return self._mixed(output, len(z))
+
+    def _mixed(self, output: Any, rows: int) -> Any:
+        if not isinstance(output, Tensor):  # the model says what it expected
+            return output
+        if output.ndim == 0 or output.shape[0] != 2 * rows:
+            raise PredictorError(
+                f"the predictor returned shape {tuple(output.shape)} for the {2 * rows} rows of a guided call, which "
+                "asks for both predictions at once; return one row for every row of z."
+            )
+        conditional, unconditional = output.chunk(2)
+        return unconditional + self.scale * (conditional - unconditional)
+
+    def _validate(self, cond: Mapping[str, Any], rows: int) -> None:
+        for name in self.null:
+            value = cond.get(name)
+            if value is None:
+                raise ValueError(
+                    f"a guided model needs the conditioning {name!r}, and got none; pass {name}=, one entry per row, "
+                    f"or guide by something else with guided(model, scale, null=...)."
+                )
+            if not _by_rows(value, rows):
+                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ValueError(
+                    f"the conditioning {name!r}, by which this model is guided, is {came}, expected a tensor with one "
+                    f"entry for each of the {rows} rows; expand it to them."
+                )
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}, null={self.null}"
+
+
+def _by_rows(value: Any, rows: int) -> bool:
+    """Whether a conditioning has one entry per row."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
