@@ -437,10 +437,13 @@ def _refine(
 def _validate_affordable(
     estimator: Quadrature, totals: Totals, rows: Tensor, missing: Tensor, stderr: float, model: NDM
 ) -> None:
-    """Refuse an accuracy that costs more than the exact trace at 64 nodes of the same path."""
+    """Refuse an accuracy that costs far more than the exact trace at 64 nodes of the same path.
+
+    Far, because the first estimates of what a row needs come from a few sweeps, and scatter.
+    """
     products = int((totals.count[rows] + missing).max()) * estimator.nodes * estimator.probes
     exact = 64 * event_size(model.event_shape)
-    if products > 4 * exact:
+    if products > 16 * exact:
         worst = rows[int(torch.argmax(totals.stderr[rows]))]
         raise ValueError(
             f"stderr={stderr:g} needs about {products:,} vector-Jacobian products for row {int(worst)}, whose standard "

@@ -455,25 +455,32 @@ def test_stderr_is_met_by_the_exact_trace_and_refused_elsewhere():
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_calibration_everywhere(make, name, transform, generator):
-    """Where alpha(1) = 0 the mean score of a rotated Gaussian with a moving scale is up to -0.25: few strong directions
-    make its sweeps skewed, and then mean and standard error go together. The estimate itself has no bias."""
+    """The sweeps' tails are longer than a normal's (kurtosis 4 to 6), so scores spread by up to 1.1; a band for 200
+    repeats. A rotated Gaussian with a moving scale has few strong directions, which make its sweeps skewed (scores of
+    mean -0.22 and spread 1.18 where alpha(1) = 0), because then mean and standard error go together. The estimate
+    itself has no bias."""
     model = make(SCHEDULES[name](), transform(), d=40 if make is gaussian else 16)
     x = model.sample_data(5, generator=generator)
     z, error = scores(model, x, 200, model.log_prob(x), generator, rtol=1e-6, atol=1e-6)
     skewed = make is gaussian and transform is TRANSFORMS["moving scale"]
-    check(z, error, mean=0.25 if skewed else 0.15)
+    check(z, error, (0.85, 1.3 if skewed else 1.2), 0.25 if skewed else 0.15)
 
 
 @pytest.mark.slow
-def test_calibration_of_three_points(generator):
-    exact = ThreePoints(schedules.LinearLogSNR(-6, 6), Wiggle())
-    x = torch.linspace(-1.3, 1.3, 5, dtype=torch.float64)[:, None]
-    check(*scores(exact.model(), x, 400, exact.log_prob(x, 0.0), generator, rtol=1e-6, atol=1e-6))
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("make", [gaussian, mixture])
+def test_calibration_with_many_repeats(make, transform, generator):
+    model = make(SCHEDULES["LinearLogSNR"](), transform(), d=16)
+    x = model.sample_data(8, generator=generator)
+    check(*scores_of_one_path(model, x, 600, model.log_prob(x), generator))
 
 
 @pytest.mark.slow
 def test_stderr_on_demand_of_a_mixture(generator):
-    """At most 1.1 of the target on 95 % of rows, though their sweeps are far from normal."""
+    """At most 1.1 of the target on 95 % of rows, though their sweeps are far from normal.
+
+    Where sweeps are skewed, mean and variance go together, so that deciding by the variance when to stop leaves a bias:
+    up to a third of the target here, which the root mean square includes."""
     model, repeats, rows = mixture(schedules.LinearLogSNR(-8.0, 5.0), d=36), 200, 8
     x = model.sample_data(rows, generator=generator)
     options = {"rtol": 1e-5, "atol": 1e-5, "generator": generator, "return_info": True}
@@ -485,7 +492,8 @@ def test_stderr_on_demand_of_a_mixture(generator):
     cost = info.row_sweeps.reshape(repeats, rows).double().mean(0) / (variance / target**2)
     print("RMS / target", error.square().mean(0).sqrt() / target, "cost / ideal", cost)
     assert float((error.square().mean(0).sqrt() < 1.1 * target).double().mean()) >= 0.95
-    assert bool((error.mean(0).abs() < 3.5 * error.std(0) / math.sqrt(repeats)).all())
+    assert bool((error.mean(0).abs() < 0.4 * target).all())
+    assert float(error.mean(0).abs().median()) < 0.15 * target
     assert float(cost[variance > 12.0 * target**2].max()) < 1.5
 
 
