@@ -28,8 +28,9 @@ __all__ = [
 
 
 _OPTIONS = frozenset(
-    ["atol", "bound", "differentiable", "generator", "levels", "method", "on_failure", "probes", "progress", "rtol"]
-    + ["samples", "stderr", "steps", "trace"]
+    ["atol", "batch_size", "bound", "callback", "differentiable", "generator", "grid", "guidance", "levels", "method"]
+    + ["nfe", "on_failure", "probes", "progress", "rtol", "samples", "stderr", "steps", "stochasticity", "trace"]
+    + ["trajectory"]
 )
 """Names of options anywhere in the library, which a predictor with ``**kwargs`` must not swallow."""
 

@@ -127,7 +127,7 @@ def _rebuild(config: Any, tensors: dict[str, Tensor], predictor: Any, transform:
     for name, value in given.items():
         _validate_given(name, value, config[name])
     with _describing(), torch.device("meta"):  # names and shapes without memory
-        _compare(_skeleton(_parts(config, given)), tensors, config)
+        _compare(_skeleton(_parts(config, given), tensors), tensors, config)
     # Forked: the initial weights, soon replaced, take nothing from the caller's random numbers.
     with _describing(), torch.random.fork_rng(devices=[]):
         parts = _parts(config, given)
@@ -173,12 +173,14 @@ def _parts(config: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[name] if config[name] == EXTERNAL else from_config(config[name]) for name in names}
 
 
-def _skeleton(parts: dict[str, Any]) -> nn.Module:
-    """A module with the state names of the model, and none of its behaviour."""
+def _skeleton(parts: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module with the state names of the model, and none of its behaviour; residuals only if the file has some."""
     skeleton = nn.Module()
     skeleton.process = ForwardProcess(parts["transform"], parts["schedule"], parts["volatility"])
     if isinstance(parts["predictor"], nn.Module):
         skeleton.predictor = parts["predictor"]
+    if "residuals" in tensors:  # times, three moments, their errors; of any number of times
+        skeleton.register_buffer("residuals", torch.empty(7, tensors["residuals"].numel() // 7))
     return skeleton
 
 

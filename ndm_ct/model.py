@@ -15,6 +15,7 @@ References:
     Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from ndm_ct import _shapes
 from ndm_ct._errors import PredictorError
+from ndm_ct._noise import Randomness
 from ndm_ct._shapes import as_time, expand, expand_time
 from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
 from ndm_ct.process import ForwardProcess, Volatility
@@ -113,6 +115,9 @@ class NDM(nn.Module):
         torch.Size([3, 2])
     """
 
+    residuals: Tensor | None
+    """Times, second moments and standard errors, ``(7, N)``, if ``discrete.estimate_residuals`` has measured them."""
+
     def __init__(
         self,
         predictor: Callable[..., Any],
@@ -149,6 +154,7 @@ class NDM(nn.Module):
         self._validate_prediction()
         self.has_custom_prior = prior is not None
         self.prior = prior if prior is not None else IsotropicNormal(self.event_shape, _prior_scale(schedule))
+        self.register_buffer("residuals", None)
         if hasattr(predictor, "bind_schedule"):
             predictor.bind_schedule(schedule)
         names, anything = _shapes.keyword_names(predictor, 2)
@@ -369,9 +375,12 @@ class NDM(nn.Module):
         return log_q - self.log_prior(mean + std * eps)
 
     def sample_prior(
-        self, n: int, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device | str | None
+        self, n: int, *, generator: Randomness, dtype: torch.dtype, device: torch.device | str | None
     ) -> Tensor:
-        """Draw :math:`z_1`, shape ``(n, *E)``."""
+        """Draw :math:`z_1`, shape ``(n, *E)``, from one generator or one per row."""
+        if not (generator is None or isinstance(generator, torch.Generator)):
+            rows = [self.sample_prior(1, generator=each, dtype=dtype, device=device) for each in generator]
+            return torch.cat(rows) if rows else torch.empty((0, *self.event_shape), dtype=dtype, device=device)
         if isinstance(self.prior, torch.distributions.Distribution):
             if generator is not None:
                 raise ValueError(
@@ -380,6 +389,25 @@ class NDM(nn.Module):
                 )
             return self.prior.sample(torch.Size((n,))).to(dtype=dtype, device=device)
         return cast(Tensor, self.prior.sample(n, generator=generator, dtype=dtype, device=device))
+
+    def with_volatility(self, *, scale: float) -> "NDM":
+        r"""The model with the volatility :math:`\eta` multiplied by ``scale``, everything else shared.
+
+        Raises:
+            ValueError: scale is negative or not finite.
+        """
+        if not (math.isfinite(scale) and scale >= 0.0):
+            raise ValueError(f"stochasticity must be a finite number >= 0, got {scale!r}.")
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.process = self.process.with_volatility(scale)
+        return other
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        # A state brings its residuals, of any length, or none; those of other weights would be wrong.
+        came = state_dict.get(f"{prefix}residuals")
+        self.residuals = None if came is None else torch.empty_like(came, device=self.device)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -109,6 +109,12 @@ class ForwardProcess(nn.Module):
             raise ValueError(f"volatility(t) must be finite and not negative, got {float(eta.detach().min()):g}.")
         return eta.reshape(t.shape) if eta.ndim == 1 else eta
 
+    def with_volatility(self, scale: float) -> "ForwardProcess":
+        r"""The process with :math:`\eta` multiplied by ``scale``."""
+        eta = self.volatility
+        scaled = _Scaled(eta, scale) if callable(eta) else scale * eta
+        return ForwardProcess(self.transform, self.schedule, scaled)
+
     def mean(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         r""":math:`\alpha_t F(x, t)`, shape ``(B, *E)``."""
         return expand(self.schedule(t).alpha, x) * self.transform(x, t, **cond)
@@ -205,6 +211,17 @@ class ForwardProcess(nn.Module):
             total = total + weight * _like(half, eta) * eta
         assert isinstance(total, Tensor)
         return torch.where(_like(end, total).isinf(), math.inf, total)
+
+
+class _Scaled(nn.Module):
+    """A volatility times a number."""
+
+    def __init__(self, volatility: Callable[[Tensor], Tensor], scale: float) -> None:
+        super().__init__()
+        self.volatility, self.scale = volatility, scale
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.scale * of_time(self.volatility, t)
 
 
 def _like(c: Tensor, reference: Tensor) -> Tensor:

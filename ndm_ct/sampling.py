@@ -1,58 +1,67 @@
 r"""Sampling: from :math:`z_1 \sim p_1` down to :math:`t_{min}` along one of the model's dynamics.
 
-==============================  ==========================================================================
-``"ode"``                       probability flow, adaptive
-``"euler", "midpoint",``        probability flow, one step of the method per interval of a uniform time grid
-``"heun", "rk4"``
-``"sde"``                       reverse SDE on the grid, two evaluations per step (stochastic Heun)
-``"ddpm", "ddim"``              frozen-prediction steps on the grid (:mod:`ndm_ct.discrete`)
-==============================  ==========================================================================
-
 A sample is a draw of :math:`z_{t_{min}}`, the variable whose density ``loglik`` reports; no last denoising step is
-taken.
+taken. Methods are the adaptive solves of the probability flow,
+
+=======================================  ============================================================================
+``"ode"``                                every row with steps of its own (:mod:`ndm_ct.rowwise`)
+``"dopri5", "dopri8", "bosh3", ...``     torchdiffeq's, one step size for the batch
+=======================================  ============================================================================
+
+and those of :mod:`ndm_ct.samplers` on a time grid (:mod:`ndm_ct.grids`).
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ndm_ct import _shapes
-from ndm_ct.discrete import DDIM, DDPM, walk
+from ndm_ct._noise import Randomness, rows_of, validate_randomness
 from ndm_ct.divergence import resolve
+from ndm_ct.grids import Grid, time_grid
+from ndm_ct.guidance import guided
 from ndm_ct.likelihood import Trace, along, largest
 from ndm_ct.model import NDM
-from ndm_ct.solvers import FIXED_METHODS, odeint_grid, sdeint
+from ndm_ct.samplers import NAMES
+from ndm_ct.solvers import ADAPTIVE_METHODS
+from ndm_ct.stepping import Sampler, steps_within, walk
 from ndm_ct.trajectory import Problem
 
-__all__ = ["METHODS", "SampleInfo", "sample"]
+__all__ = ["ADAPTIVE", "METHODS", "SampleInfo", "sample"]
 
-SDE_SOLVER = "heun"
-METHODS = ("ode", "sde", "ddpm", "ddim", *FIXED_METHODS)
+ADAPTIVE = ("ode", *ADAPTIVE_METHODS)
+"""Names of adaptive methods."""
+
+METHODS = (*ADAPTIVE, *NAMES)
 """Names ``sample`` knows."""
 
 TOLERANCE = 1e-5
-"""Default rtol and atol of "ode"."""
+"""Default rtol and atol of the adaptive methods."""
 
-Callback = Callable[[float], None]
+Method = str | Callable[[NDM], Sampler]
 
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """What sampling cost.
+    """What sampling cost, and on request how it went.
 
     Args:
-        nfe: network evaluations; for "ode", whose rows have steps of their own, of the row that took most.
+        nfe: network evaluations of one sample; for "ode", whose rows have steps of their own, of the row that took
+            most. A guided prediction is two.
         accepted: accepted steps, likewise.
         rejected: rejected steps, likewise.
         z: the prior draw :math:`z_1`, ``(n, *E)``.
-        logp: log-density of each sample under the probability flow, nats, ``(n,)``, for "ode"; None for the others,
-            which do not follow the flow exactly (``loglik`` scores their samples).
+        logp: log-density of each sample under the probability flow, nats, ``(n,)``, for adaptive methods; None for
+            the others, which do not follow the flow exactly (``loglik`` scores their samples).
         stderr: its standard error, ``(n,)``.
+        times: the grid, ``(N + 1,)``; None for adaptive methods.
+        trajectory: with ``trajectory=True`` the states at these times, ``(N + 1, n, *E)``.
     """
 
     nfe: int
@@ -61,179 +70,277 @@ class SampleInfo:
     z: Tensor
     logp: Tensor | None = None
     stderr: Tensor | None = None
+    times: Tensor | None = None
+    trajectory: Tensor | None = None
 
 
 def sample(
     model: NDM,
     n: int,
     *,
-    method: str = "ode",
+    method: Method = "ode",
     steps: int | None = None,
+    nfe: int | None = None,
+    grid: Grid | None = None,
     rtol: float | None = None,
     atol: float | None = None,
-    generator: torch.Generator | None = None,
+    stochasticity: float | None = None,
+    guidance: float | None = None,
+    generator: Randomness = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
+    callback: Callable[[float, Tensor], None] | None = None,
+    trajectory: bool = False,
     trace: Trace | None = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Any:
     r"""Draw n samples.
 
+    Ctrl-C returns the batches that are finished, with a warning, if there are any.
+
     Args:
         model: the model.
         n: number of samples, zero allowed.
-        method: see the module's table.
-        steps: number of steps of a fixed-grid method, taken exactly; not for "ode".
-        rtol: relative tolerance, only for "ode"; None is 1e-5.
-        atol: absolute tolerance, only for "ode"; None is 1e-5.
-        generator: source of all randomness.
+        method: a name of ``METHODS``, or a class of :mod:`ndm_ct.samplers` (or a partial of one) called with the
+            model.
+        steps: number of steps of a method on a grid, taken exactly.
+        nfe: instead of steps, network evaluations per sample: the most steps that need no more than these.
+        grid: a name of ``grids.GRIDS``, or the times themselves, from 1 down to ``t_min``; None is "uniform".
+        rtol: relative tolerance, only for adaptive methods; None is 1e-5.
+        atol: absolute tolerance, only for adaptive methods; None is 1e-5.
+        stochasticity: factor on the volatility :math:`\eta`, for methods that follow the reverse SDE; 0 is the
+            probability flow, None is 1. The marginals do not depend on it where velocity and score are those of one
+            process: for F linear in x and for prediction "moments" trained on its regressions. For prediction "x" with
+            a nonlinear F every value is a different model (:mod:`ndm_ct.dynamics`).
+        guidance: scale w of classifier-free guidance; needs a conditional model, see :func:`ndm_ct.guided`.
+        generator: source of all randomness; or a sequence of n, one per sample, which then does not depend on the
+            batch it is drawn in.
         dtype: dtype of the samples; None is the model's.
         device: None is the model's.
+        batch_size: rows sampled at a time; None is all.
         progress: show a bar.
-        trace: for "ode" with ``return_info``, how to estimate ``info.logp``, as in ``loglik``; None is "auto".
-        return_info: also return a :class:`SampleInfo`; for "ode" this costs the divergence along the way.
+        callback: called as ``callback(t, z)`` before every step on a grid.
+        trajectory: keep the states on the grid in ``info.trajectory``.
+        trace: for adaptive methods with ``return_info``, how to estimate ``info.logp``, as in ``loglik``; None is
+            "auto".
+        return_info: also return a :class:`SampleInfo`; for adaptive methods this costs the divergence along the way.
         cond: conditioning, tensors with n rows.
 
     Returns:
         Shape ``(n, *E)``; with ``return_info`` a pair.
 
     Raises:
-        ValueError: unknown method; steps missing, below one, or without effect; tolerances without effect.
+        TypeError: method is no sampler; generator is none.
+        ValueError: unknown method or grid; steps missing or below one; an option without effect for the method.
 
     Example:
         >>> import ndm_ct
         >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
-        >>> ndm_ct.sample(model, 5, method="ddim", steps=10).shape
-        torch.Size([5, 2])
+        >>> x, info = ndm_ct.sample(model, 5, method="dpmpp_2m", steps=10, return_info=True)
+        >>> x.shape, info.nfe
+        (torch.Size([5, 2]), 10)
     """
-    _shapes.choose("method", method, METHODS)
-    _validate_options(method, steps, rtol, atol)
-    if trace is not None and not (return_info and method == "ode"):
-        raise ValueError("trace has no effect without method='ode' and return_info=True; drop it.")
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise ValueError(f"n must be a non-negative int, got {n!r}.")
+    validate_randomness(generator, n)
+    if batch_size is not None:
+        _shapes.validate_count("batch_size", batch_size)
+    if isinstance(method, str):
+        _shapes.choose("method", method, METHODS)
+    elif not callable(method):
+        raise TypeError(
+            f"method must be a name or a class of ndm_ct.samplers, got {type(method).__name__}; "
+            "functools.partial(DEIS, order=2) is one with options."
+        )
     dtype = dtype or model.dtype or torch.get_default_dtype()
     device = torch.device(device) if device is not None else model.device or torch.device("cpu")
-    with model.evaluating(), torch.no_grad():
-        z1 = model.sample_prior(n, generator=generator, dtype=dtype, device=device)
-        model.validate(z1, cond, sample, name="z1")
-        with _bar(progress, steps, model.t_min) as callback:
-            if method == "ode":
-                relative, absolute = (TOLERANCE if value is None else value for value in (rtol, atol))
-                adaptive = _Adaptive(model, z1, relative, absolute, callback, cond)
-                x, info = adaptive.with_density(trace, generator) if return_info else adaptive.draw()
-            else:
-                assert steps is not None
-                grid = torch.linspace(1.0, model.t_min, steps + 1, dtype=torch.float64, device=device)
-                x, nfe = _OnGrid(model, z1, grid, method, generator, callback, cond).draw()
-                info = SampleInfo(nfe, steps, 0, z1)
-    x = x.to(dtype)
-    return (x, info) if return_info else x
+    if guidance is not None:
+        model = guided(model, guidance)
+    draw: _Adaptive | _OnGrid
+    if isinstance(method, str) and method in ADAPTIVE:
+        unused = {"steps": steps, "nfe": nfe, "grid": grid, "stochasticity": stochasticity, "callback": callback}
+        _refuse(method, unused | {"trajectory": trajectory or None}, "chooses its own steps along the probability flow")
+        if trace is not None and not return_info:
+            raise ValueError("trace has no effect without return_info=True; drop it.")
+        tolerances = [TOLERANCE if value is None else value for value in (rtol, atol)]
+        draw = _Adaptive(model, method, tolerances[0], tolerances[1], trace, return_info)
+    else:
+        _refuse(method, {"rtol": rtol, "atol": atol, "trace": trace}, "takes fixed steps")
+        if trajectory and not return_info:
+            raise ValueError("trajectory=True needs return_info=True: the states are in info.trajectory.")
+        sampler, times = _sampler_on_grid(model, method, steps, nfe, grid, stochasticity)
+        draw = _OnGrid(sampler, times, callback, trajectory)
+    rows = [slice(start, min(n, start + (batch_size or n))) for start in range(0, n, batch_size or max(n, 1))]
+    parts = []
+    with model.evaluating(), torch.no_grad(), _bar(progress, draw.ticks * max(1, len(rows))) as tick:
+        try:
+            for each in rows or [slice(0, 0)]:
+                source, own = rows_of(generator, each), _cond_rows(cond, each, n)
+                z1 = model.sample_prior(each.stop - each.start, generator=source, dtype=dtype, device=device)
+                model.validate(z1, own, sample, name="z1")
+                parts.append(draw(z1, source, tick, own))
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            done = sum(len(part.x) for part in parts)
+            warnings.warn(f"interrupted: {done} of {n} samples are finished and returned.", stacklevel=2)
+    x = torch.cat([part.x for part in parts]).to(dtype)
+    return (x, _joined([part.info for part in parts])) if return_info else x
 
 
-def _validate_options(method: str, steps: int | None, rtol: float | None, atol: float | None) -> None:
-    if method == "ode":
-        if steps is not None:
-            raise ValueError(
-                "method='ode' chooses its own steps, so steps has no effect; set rtol and atol, or take a fixed-grid "
-                "method such as 'heun'."
-            )
-        return
-    if steps is None:
-        raise ValueError(f"method={method!r} takes a fixed number of steps; pass steps=, for example steps=100.")
-    _shapes.validate_count("steps", steps)
-    given = [name for name, value in (("rtol", rtol), ("atol", atol)) if value is not None]
+def _refuse(method: Method, options: dict[str, Any], reason: str) -> None:
+    given = [name for name, value in options.items() if value is not None]
     if given:
-        raise ValueError(f"{' and '.join(given)} has no effect with method={method!r}, which takes fixed steps.")
+        raise ValueError(f"{' and '.join(given)} has no effect with method={method!r}, which {reason}; drop it.")
+
+
+def _sampler_on_grid(
+    model: NDM, method: Method, steps: int | None, nfe: int | None, grid: Grid | None, stochasticity: float | None
+) -> tuple[Sampler, Tensor]:
+    if stochasticity is not None:
+        model = model.with_volatility(scale=stochasticity)
+    sampler = (NAMES[method] if isinstance(method, str) else method)(model)
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"method(model) must return a Sampler of ndm_ct.samplers, got {type(sampler).__name__}.")
+    if stochasticity is not None and not sampler.uses_volatility:
+        raise ValueError(
+            f"stochasticity has no effect with method={method!r}, which does not follow the model's reverse SDE; "
+            "take 'sde', 'ddpm' or 'dpmpp_2m_sde', or drop it."
+        )
+    if isinstance(grid, Tensor) and steps is None and nfe is None:
+        steps = grid.numel() - 1
+    if (steps is None) == (nfe is None):
+        came = "neither" if steps is None else "both"
+        raise ValueError(
+            f"method={method!r} takes a fixed number of steps; pass steps= or nfe= (got {came}), for example steps=100."
+        )
+    if steps is None:
+        per_call = getattr(model.predictor, "evaluations_per_call", 1)
+        steps = steps_within(sampler, max(1, _shapes.validate_count("nfe", nfe) // per_call))
+    _shapes.validate_count("steps", steps)
+    return sampler, time_grid(model.schedule, model.t_min, steps, "uniform" if grid is None else grid)
+
+
+def _cond_rows(cond: dict[str, Any], rows: slice, n: int) -> dict[str, Any]:
+    if rows == slice(0, n):
+        return cond
+    return _shapes.take_rows(cond, torch.arange(rows.start, rows.stop), n)
+
+
+@dataclass(frozen=True)
+class _Part:
+    x: Tensor
+    info: SampleInfo
+
+
+def _joined(parts: list[SampleInfo]) -> SampleInfo:
+    """One batch's information from several: counts of the most expensive, everything else row by row."""
+    if len(parts) == 1:
+        return parts[0]
+    columns: dict[str, Any] = {}
+    for field in fields(SampleInfo):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], int):
+            columns[field.name] = max(values)
+        elif values[0] is None or field.name == "times":
+            columns[field.name] = values[0]
+        else:
+            columns[field.name] = torch.cat(values, dim=1 if field.name == "trajectory" else 0)
+    return SampleInfo(**columns)
+
+
+Tick = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class _Adaptive:
-    """A draw along the probability flow with steps of each row's own."""
+    """Draws along the probability flow with steps of the solver's choice."""
 
     model: NDM
-    z1: Tensor
+    method: str
     rtol: float
     atol: float
-    callback: Callback | None
-    cond: dict[str, Any]
+    trace: Trace | None
+    with_density: bool
 
-    @property
-    def _problem(self) -> Problem:
-        interval = (1.0, self.model.t_min)
-        return Problem(
-            self.model, self.z1, interval, self.rtol, self.atol, "rowwise", "raise", False, self.cond, self.callback
-        )
+    ticks = 100
 
-    def draw(self) -> tuple[Tensor, SampleInfo]:
-        solved = self._problem.transport()
-        evaluations, accepted = largest(solved.evaluations), largest(solved.accepted)
-        return solved.z, SampleInfo(evaluations, accepted, largest(solved.rejected), self.z1)
+    def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: dict[str, Any]) -> _Part:
+        problem = Problem(
+            self.model, z1, (1.0, self.model.t_min), self.rtol, self.atol,
+            "rowwise" if self.method == "ode" else self.method, "raise", False, cond, self._percent(tick),
+        )  # fmt: skip
+        per_call = getattr(self.model.predictor, "evaluations_per_call", 1)
+        if not self.with_density:
+            solved = problem.transport()
+            counts = (largest(each) for each in (solved.evaluations, solved.accepted, solved.rejected))
+            evaluations, accepted, rejected = counts
+            return _Part(solved.z, SampleInfo(per_call * evaluations, accepted, rejected, z1))
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(
+                "info.logp takes its probes from one generator for the batch, got one per sample; pass one generator, "
+                "or take the density from loglik(model, x)."
+            )
+        estimator = resolve("auto" if self.trace is None else self.trace, self.model.event_shape)
+        info = along(problem, estimator, None, generator, budget=False)
+        own = SampleInfo(per_call * info.nfe, info.accepted, info.rejected, z1, info.loglik, info.stderr)
+        return _Part(info.z, own)
 
-    def with_density(self, trace: Trace | None, generator: torch.Generator | None) -> tuple[Tensor, SampleInfo]:
-        estimator = resolve("auto" if trace is None else trace, self.model.event_shape)
-        info = along(self._problem, estimator, None, generator, budget=False)
-        return info.z, SampleInfo(info.nfe, info.accepted, info.rejected, self.z1, info.loglik, info.stderr)
+    def _percent(self, tick: Tick | None) -> Tick | None:
+        if tick is None:
+            return None
+        done = 0.0
+
+        def by_time(t: float) -> None:
+            nonlocal done
+            now = self.ticks * (1.0 - t) / (1.0 - self.model.t_min)
+            tick(max(0.0, now - done))
+            done = max(done, now)
+
+        return by_time
 
 
 @dataclass(frozen=True)
 class _OnGrid:
-    """A draw on a time grid: where it starts, and what every method needs. Methods return the end and the cost."""
+    """Draws on a time grid."""
 
-    model: NDM
-    z1: Tensor
+    sampler: Sampler
     grid: Tensor
-    method: str
-    generator: torch.Generator | None
-    callback: Callback | None
-    cond: dict[str, Any]
+    callback: Callable[[float, Tensor], None] | None
+    keep: bool
 
-    def draw(self) -> tuple[Tensor, int]:
-        if self.method == "sde":
-            return self._stochastic()
-        if self.method in ("ddpm", "ddim"):
-            return self._walk(self.grid), len(self.grid) - 1
-        return self._deterministic()
+    @property
+    def ticks(self) -> int:
+        return len(self.grid) - 1
 
-    def _deterministic(self) -> tuple[Tensor, int]:
-        flow = self.model.flow(self.z1.dtype, **self.cond)
-        state = (self.z1.double(),)
-        solution = odeint_grid(
-            lambda t, state: (flow(t, state[0]),), state, self.grid, method=self.method, callback=self.callback
-        )
-        return solution.state[0], solution.evaluations
+    def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: dict[str, Any]) -> _Part:
+        states: list[Tensor] = []
 
-    def _walk(self, grid: Tensor) -> Tensor:
-        sampler = DDIM(self.model) if self.method == "ddim" else DDPM(self.model)
-        return walk(sampler, self.z1, grid, generator=self.generator, callback=self.callback, **self.cond)
+        def seen(t: float, z: Tensor) -> None:
+            if self.keep:
+                states.append(z)
+            if self.callback is not None:
+                self.callback(t, z)
+            if tick is not None:
+                tick(1.0)
 
-    def _stochastic(self) -> tuple[Tensor, int]:
-        model, z, first = self.model, self.z1.double(), 0
-        if not bool(torch.isfinite(model.process.diffusion(self.grid[:1])).all()):
-            # g(1) is infinite: the first step is the frozen-prediction transition, which forgets z_1 as the SDE would.
-            z, first = self._walk(self.grid[:2]).double(), 1
-        if len(self.grid) - first < 2:
-            return z, first
-        sde, transform = model.reverse_sde(self.z1.dtype, **self.cond), model.transform
-        solution = sdeint(
-            sde.drift, sde.diffusion, transform.to_basis(z), self.grid[first:], method=SDE_SOLVER,
-            generator=self.generator, callback=self.callback,
-        )  # fmt: skip
-        return transform.from_basis(solution.state[0]), first + solution.evaluations
+        before, steps = self.sampler.evaluations, self.ticks
+        x = walk(self.sampler, z1, self.grid.to(z1.device), generator=generator, callback=seen, **cond)
+        per_call = getattr(self.sampler.model.predictor, "evaluations_per_call", 1)
+        spent = per_call * (self.sampler.evaluations - before)
+        trajectory = torch.stack([*states, x]) if self.keep else None
+        return _Part(x, SampleInfo(spent, steps, 0, z1, times=self.grid, trajectory=trajectory))
 
 
 @contextmanager
-def _bar(progress: bool, steps: int | None, t_min: float) -> Iterator[Callback | None]:
-    """A callback that moves a bar: by steps on a grid, by time for adaptive solves."""
+def _bar(progress: bool, total: int) -> Iterator[Tick | None]:
+    """A function that moves a bar on; None without a bar."""
     if not progress:
         yield None
         return
-    with tqdm(total=steps or 100, desc="sampling", unit="step" if steps else "%") as bar:
-
-        def by_time(t: float) -> None:
-            bar.update(int(100 * (1.0 - t) / (1.0 - t_min)) - bar.n)
-
-        yield by_time if steps is None else lambda t: bar.update(1) and None
-        bar.update(bar.total - bar.n)
+    with tqdm(total=total, desc="sampling", unit="step", bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
+        yield lambda amount: cast(None, bar.update(amount))
+        bar.update(max(0.0, bar.total - bar.n))

@@ -19,7 +19,7 @@ References:
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ndm_ct import _shapes
 from ndm_ct._errors import SolverError
+from ndm_ct._noise import Randomness, normal_like
 from ndm_ct._packing import Packing, State
 
 with warnings.catch_warnings():
@@ -40,11 +41,9 @@ with warnings.catch_warnings():
 
 __all__ = [
     "ADAPTIVE_METHODS",
-    "FIXED_METHODS",
     "SDE_METHODS",
     "Solution",
     "odeint",
-    "odeint_grid",
     "sdeint",
     "validate_tolerance",
 ]
@@ -52,13 +51,9 @@ __all__ = [
 ADAPTIVE_METHODS = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "adaptive_heun": 2}
 """Adaptive ODE methods and their orders. torchdiffeq's fehlberg2 misses its tolerance by a factor of 300: left out."""
 
-FIXED_METHODS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
-"""Fixed-grid ODE methods and their orders, which are also their evaluations per step."""
-
 SDE_METHODS = {"euler": (1.0, 1), "heun": (1.0, 2), "midpoint": (1.0, 2), "srk": (1.5, 2)}
 """SDE methods: strong order for additive noise, and evaluations per step."""
 
-_BACKEND_NAMES = {"heun": "heun2"}
 _STRATONOVICH = ("heun", "midpoint")  # for noise that does not depend on the state, Ito and Stratonovich agree
 _MAX_STEPS = 10_000
 
@@ -192,35 +187,6 @@ def odeint(
     return _torchdiffeq(function, state, [t0, t1], method, {"rtol": rtol, "atol": atol}, options, callback, adjoint)
 
 
-def odeint_grid(
-    function: Field,
-    state: State,
-    grid: Tensor,
-    *,
-    method: str,
-    callback: Callable[[float], None] | None = None,
-) -> Solution:
-    r"""Solve :math:`dy/dt = f(t, y)` with one step of a fixed method per interval of ``grid``.
-
-    Args:
-        function: f, as in ``odeint``.
-        state: initial tensors.
-        grid: N + 1 strictly monotone times; N steps are taken.
-        method: one of ``FIXED_METHODS``.
-        callback: called with the time before every step.
-    """
-    order = FIXED_METHODS[_shapes.choose("method", method, FIXED_METHODS)]
-    grid = _validate_grid(grid, state[0].device)
-    if state[0].shape[0] == 0:
-        return Solution(state, 0, 0)
-    options = {"grid_constructor": lambda f, y, t: grid}
-    solution = _torchdiffeq(
-        function, state, [float(grid[0]), float(grid[-1])], _BACKEND_NAMES.get(method, method), {}, options, callback
-    )
-    assert solution.evaluations == order * (len(grid) - 1)
-    return Solution(solution.state, solution.evaluations, len(grid) - 1)
-
-
 def _torchdiffeq(
     function: Field,
     state: State,
@@ -234,17 +200,14 @@ def _torchdiffeq(
     packing = Packing(tuple(part.shape for part in state))
     guarded = _Guarded(function, packing, (interval[0], interval[1]), callback)
     times = torch.tensor(interval, dtype=torch.float64, device=state[0].device)
-    adaptive = method in ADAPTIVE_METHODS
-    if adaptive:
-        options = options | {"norm": guarded.norm}
-    visible = guarded if adaptive else _WithoutStepCounts(guarded)
+    options = options | {"norm": guarded.norm}
     solve = torchdiffeq.odeint
     if adjoint is not None:
         # The gradients of shared parameters have no rows, so the backward solve takes the norm of the rest.
         backwards = {"norm": "seminorm", "step_t": times[:1], "max_num_steps": options["max_num_steps"]}
         solve = partial(torchdiffeq.odeint_adjoint, adjoint_params=adjoint, adjoint_options=backwards)
     try:
-        y = solve(visible, packing.pack(state), times, method=method, options=options, **tolerances)
+        y = solve(guarded, packing.pack(state), times, method=method, options=options, **tolerances)
     except AssertionError as error:
         rows = guarded.worst_rows()
         raise SolverError(
@@ -254,16 +217,6 @@ def _torchdiffeq(
             t=guarded.t, dt=guarded.dt, rows=rows,
         ) from error  # fmt: skip
     return Solution(packing.unpack(y[-1]), guarded.evaluations, guarded.accepted, guarded.rejected)
-
-
-class _WithoutStepCounts:
-    """A guarded field for fixed grids, where torchdiffeq warns of accept and reject callbacks."""
-
-    def __init__(self, guarded: _Guarded) -> None:
-        self.guarded, self.callback_step = guarded, guarded.callback_step
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.guarded(t, y)
 
 
 def _validate_grid(grid: Tensor, device: torch.device) -> Tensor:
@@ -280,16 +233,15 @@ class GeneratorNoise(BaseBrownian):  # type: ignore[misc]
     """Brownian increments drawn step by step from a ``torch.Generator``.
 
     Args:
-        shape: ``(B, D)``.
-        like: a tensor whose dtype and device the increments take.
-        generator: source; None is torch's global one.
+        like: a tensor ``(B, D)`` whose shape, dtype and device the increments take.
+        generator: source, one or one per row; None is torch's global one.
     """
 
-    __slots__ = ("_device", "_dtype", "_generator", "_shape")
+    __slots__ = ("_device", "_dtype", "_generator", "_like", "_shape")
 
-    def __init__(self, shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> None:
-        self._shape, self._dtype, self._device = tuple(shape), like.dtype, like.device
-        self._generator = generator
+    def __init__(self, like: Tensor, generator: Randomness) -> None:
+        self._shape, self._dtype, self._device = tuple(like.shape), like.dtype, like.device
+        self._like, self._generator = like, generator
 
     def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Any:
         step = tb - ta
@@ -300,7 +252,7 @@ class GeneratorNoise(BaseBrownian):  # type: ignore[misc]
         return increment, step * (0.5 * increment + self._normal() * (step / 12.0) ** 0.5)
 
     def _normal(self) -> Tensor:
-        return torch.randn(self._shape, dtype=self._dtype, device=self._device, generator=self._generator)
+        return normal_like(self._like, self._generator)
 
     def __repr__(self) -> str:
         return f"GeneratorNoise(shape={self._shape})"
@@ -351,7 +303,7 @@ def sdeint(
     grid: Tensor,
     *,
     method: str = "heun",
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     noise: Any = None,
     callback: Callable[[float], None] | None = None,
 ) -> Solution:
@@ -365,7 +317,7 @@ def sdeint(
         y0: initial state ``(B, *E)``.
         grid: N + 1 strictly monotone times; N steps are taken.
         method: one of ``SDE_METHODS``.
-        generator: source of the noise.
+        generator: source of the noise, one or one per row.
         noise: a Brownian path over increasing time ``(ta, tb, return_U)`` with ``levy_area_approximation``, instead
             of a generator (to share one path between solves).
         callback: called with the time before every step.
@@ -387,7 +339,7 @@ def sdeint(
         return diffusion(t, y0).to(y0.dtype).expand_as(y0).reshape_as(flat)
 
     sde = _AdditiveSDE(guarded, diagonal, sde_type, direction)
-    noise = GeneratorNoise(flat.shape, flat, generator) if noise is None else noise
+    noise = GeneratorNoise(flat, generator) if noise is None else noise
     stepper = torchsde_methods.select(method, sde_type)(
         sde=ForwardSDE(sde), bm=noise, dt=None, adaptive=False, rtol=0.0, atol=0.0, dt_min=0.0, options={}
     )

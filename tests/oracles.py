@@ -68,6 +68,19 @@ def mixture(schedule=None, transform=None, components=5, d=8, **kwargs):
     return GaussianMixture(weights / weights.sum(), means, covs, schedule=schedule, transform=transform, **kwargs)
 
 
+def exact_flow(model, z1):
+    """The probability flow of Gaussian data with F = k(t) x: an affine map between marginals that commute."""
+    one, start = (torch.tensor([t], dtype=torch.float64) for t in (1.0, model.t_min))
+    (mean1, factor1, _), (mean0, factor0, _) = model.marginals.components(one), model.marginals.components(start)
+
+    def root(factor):
+        values, vectors = torch.linalg.eigh(factor[0, 0] @ factor[0, 0].mT)
+        return vectors @ torch.diag(values.sqrt()) @ vectors.mT
+
+    matrix = root(factor0) @ torch.linalg.inv(root(factor1))
+    return mean0[0] + (z1 - mean1[0]) @ matrix.mT
+
+
 class Wiggle(transforms.Transform):
     """F(x, t) = x + a t sin 3x: nonlinear, with F(x, 0) = x."""
 

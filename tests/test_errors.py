@@ -321,11 +321,11 @@ X = torch.zeros(2, 2)
         (lambda: Quadrature(nodes=3), ValueError, "nodes must be even"),
         (lambda: Quadrature(sweeps=0), ValueError, "sweeps must be at least 1"),
         (lambda: Quadrature(probes=1.0), TypeError, "probes must be an int"),
-        (lambda: ndm_ct.sample(model(), 2, trace="exact"), ValueError, "trace has no effect without method='ode'"),
+        (lambda: ndm_ct.sample(model(), 2, trace="exact"), ValueError, "trace has no effect without return_info"),
         (
             lambda: ndm_ct.sample(model(), 2, method="heun", steps=2, trace="exact", return_info=True),
             ValueError,
-            "trace has no effect without method='ode'",
+            "trace has no effect with method=.heun.",
         ),
         (lambda: ndm_ct.sample(model(), 2, rtol=0.0), ValueError, "rtol must be positive"),
         (

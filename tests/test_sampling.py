@@ -5,45 +5,15 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, gaussian, mixture, order
+from oracles import SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, exact_flow, gaussian, mixture, order
 
 import ndm_ct
 from ndm_ct import NDM, schedules, solvers
-from ndm_ct.discrete import DDIM, DDPM, walk
+from ndm_ct.discrete import DDIM, DDPM
+from ndm_ct.stepping import walk
 from ndm_ct.divergence import Hutchinson, Quadrature
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)
-
-
-def exact_flow(model, z1):
-    """The probability flow of Gaussian data with F = k(t) x: an affine map between marginals that commute."""
-    one, start = (torch.tensor([t], dtype=torch.float64) for t in (1.0, model.t_min))
-    (mean1, factor1, _), (mean0, factor0, _) = model.marginals.components(one), model.marginals.components(start)
-
-    def root(factor):
-        values, vectors = torch.linalg.eigh(factor[0, 0] @ factor[0, 0].mT)
-        return vectors @ torch.diag(values.sqrt()) @ vectors.mT
-
-    matrix = root(factor0) @ torch.linalg.inv(root(factor1))
-    return mean0[0] + (z1 - mean1[0]) @ matrix.mT
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize(("method", "theory"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4), ("ddim", 1)])
-def test_deterministic_methods_have_their_order(method, theory, transform):
-    model = gaussian(SMOOTH, transform())
-    steps = (32, 64, 128) if theory < 4 else (16, 32, 64)
-    errors = []
-    for n in steps:
-        x, info = ndm_ct.sample(
-            model, 8, method=method, steps=n, generator=torch.Generator().manual_seed(1), dtype=torch.float64,
-            return_info=True,
-        )  # fmt: skip
-        errors.append((x - exact_flow(model, info.z)).abs().max())
-        stages = solvers.FIXED_METHODS.get(method, 1)
-        assert info.nfe == stages * n
-        assert info.accepted == n
-    assert order(errors, steps) == pytest.approx(theory, abs=0.3)
 
 
 def test_adaptive_flow_reaches_its_tolerance_and_counts():

@@ -38,21 +38,6 @@ def test_adaptive_error_is_of_the_order_of_the_tolerance(method):
     assert solution.evaluations < 700
 
 
-@pytest.mark.parametrize("method", solvers.FIXED_METHODS)
-@pytest.mark.parametrize("uniform", [True, False])
-def test_fixed_methods_have_their_order_and_take_exactly_n_steps(method, uniform):
-    y0, steps = start(), (8, 16, 32, 64)
-    errors = []
-    for n in steps:
-        grid = torch.linspace(0, 1, n + 1, dtype=torch.float64)
-        grid = grid if uniform else grid**1.5
-        solution = solvers.odeint_grid(oscillator, (y0,), grid, method=method)
-        assert solution.evaluations == solvers.FIXED_METHODS[method] * n
-        assert solution.accepted == n
-        errors.append((solution.state[0] - rotated(y0, 1.0)).abs().max())
-    assert order(errors, steps) == pytest.approx(solvers.FIXED_METHODS[method], abs=0.3)
-
-
 @pytest.mark.parametrize("rate", [10.0, 1e-3])  # a slow field lets the guess of the first step reach far out
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0), (1.0, 1e-3)])
 def test_no_evaluation_outside_the_interval(t0, t1, rate):
@@ -179,9 +164,9 @@ def test_empty_batch_and_empty_interval_cost_nothing():
     [
         (lambda f, y: solvers.odeint(f, (y,), 0.0, 1.0, method="dopry5"), "did you mean 'dopri5'"),
         (lambda f, y: solvers.odeint(f, (y,), 0.0, 1.0, rtol=0.0), "rtol must be positive"),
-        (lambda f, y: solvers.odeint_grid(f, (y,), torch.tensor([0.0, 0.5, 0.4]), method="euler"), "strictly increas"),
-        (lambda f, y: solvers.odeint_grid(f, (y,), torch.tensor([0.0]), method="euler"), "at least two times"),
-        (lambda f, y: solvers.odeint_grid(f, (y,), torch.linspace(0, 1, 3), method="rk5"), "did you mean 'rk4'"),
+        (lambda f, y: solvers.sdeint(f, f, y, torch.tensor([0.0, 0.5, 0.4])), "strictly increas"),
+        (lambda f, y: solvers.sdeint(f, f, y, torch.tensor([0.0])), "at least two times"),
+        (lambda f, y: solvers.sdeint(f, f, y, torch.linspace(0, 1, 3), method="rsk"), "did you mean 'srk'"),
     ],
 )
 def test_bad_options(call, message):
@@ -266,7 +251,7 @@ def test_moments_of_an_ornstein_uhlenbeck_process_on_an_uneven_grid(method, gene
 def test_noise_of_a_generator_has_the_moments_of_a_path(generator):
     """Var W = h, Cov(W, U) = h^2 / 2, Var U = h^3 / 3 for the increment W and the integral U of the path."""
     n, h = 40_000, 0.3
-    noise = solvers.GeneratorNoise((n, 1), torch.zeros((), dtype=torch.float64), generator)
+    noise = solvers.GeneratorNoise(torch.zeros(n, 1, dtype=torch.float64), generator)
     ends = torch.tensor([0.2, 0.2 + h], dtype=torch.float64)
     cov = torch.cov(torch.stack(noise(*ends, return_U=True))[..., 0])
     for measured, exact, scale in (
@@ -308,6 +293,5 @@ def test_callback_sees_every_step():
     seen = []
     grid = torch.linspace(1, 0, 6, dtype=torch.float64)
     y0 = torch.ones(2, 1, dtype=torch.float64)
-    solvers.odeint_grid(lambda t, s: s, (y0,), grid, method="rk4", callback=seen.append)
     solvers.sdeint(linear_drift, growing_noise, y0, grid, method="srk", callback=seen.append)
-    torch.testing.assert_close(torch.tensor(seen, dtype=torch.float64), torch.cat([grid[:-1], grid[:-1]]))
+    torch.testing.assert_close(torch.tensor(seen, dtype=torch.float64), grid[:-1])

@@ -1,0 +1,224 @@
+r"""What every sampler has in common: noise levels, the network's prediction, the walk down a time grid.
+
+With the model's :math:`(\hat F, \hat{\dot F})`, :math:`\lambda = \log \alpha/\sigma` and
+
+.. math::
+    D = \hat F + \hat{\dot F} \Big/ \frac{d\lambda}{dt}, \qquad
+    \hat\epsilon = \frac{z - \alpha D}{\sigma},
+
+the probability flow is an integral of D or of :math:`\hat\epsilon` alone, whatever the transform:
+
+.. math::
+    d\Bigl(\frac{z}{\sigma}\Bigr) = D\, d\Bigl(\frac{\alpha}{\sigma}\Bigr)
+    \quad\Longleftrightarrow\quad
+    d\Bigl(\frac{z}{\alpha}\Bigr) = \hat\epsilon\, d\Bigl(\frac{\sigma}{\alpha}\Bigr) .
+
+For F the identity D is :math:`\hat x` and these are the equations of DDIM, DPM-Solver++, DEIS and EDM; for any other
+transform the same solvers apply to D as it is.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ndm_ct._noise import Randomness
+from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.schedules import Schedule
+from ndm_ct.transforms import Identity
+
+__all__ = ["Level", "Sampler", "steps_within", "walk"]
+
+Callback = Callable[[float, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Level:
+    r"""The schedule at one time, in numbers.
+
+    Args:
+        t: the time.
+        alpha: :math:`\alpha`.
+        sigma: :math:`\sigma`.
+        log_snr: :math:`\lambda = \log\alpha/\sigma`, half the log-SNR; infinite where alpha or sigma is zero.
+        slope: :math:`dt/d\lambda`; zero where alpha is zero.
+        time: t as a float64 tensor, for the network.
+    """
+
+    t: float
+    alpha: float
+    sigma: float
+    log_snr: float
+    slope: float
+    time: Tensor
+
+    @property
+    def noise(self) -> float:
+        r""":math:`\rho = \sigma/\alpha`, infinite where alpha is zero."""
+        return self.sigma / self.alpha if self.alpha > 0.0 else math.inf
+
+
+def levels(schedule: Schedule, times: Tensor) -> list[Level]:
+    """The schedule at float64 times ``(N,)``, in one evaluation."""
+    with torch.no_grad():
+        c = schedule(times)
+        columns = [each.tolist() for each in (times, c.alpha, c.sigma, -0.5 * c.gamma, -2.0 * c.inverse_dgamma)]
+    return [Level(*row) for row in zip(*columns, times, strict=True)]
+
+
+class Sampler:
+    """One step of a sampler from t to s < t, again and again.
+
+    A multistep method remembers its last predictions; they are used only if a step starts at the time at which the last
+    one ended, so every walk starts anew. The state may have been changed in between.
+
+    Args:
+        model: the model.
+    """
+
+    stages = 1
+    """Network evaluations of a step."""
+
+    uses_volatility = False
+    """Whether steps depend on the model's volatility."""
+
+    def __init__(self, model: NDM) -> None:
+        self.model = model
+        self.evaluations = 0
+        self._levels: dict[float, Level] = {}
+        self._transitions: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
+        self._last_time = model.t_min
+        self._plain = isinstance(model.transform, Identity) and model.prediction != "moments"
+
+    def cost(self, steps: int) -> int:
+        """Network evaluations of a walk of so many steps."""
+        return self.stages * steps
+
+    def prepare(self, grid: Tensor) -> None:
+        """Evaluate the schedule on the whole grid at once; steps work without it, only slower.
+
+        Args:
+            grid: float64 times, decreasing.
+        """
+        self.remember(self.visited(grid))
+        self._last_time = float(grid[-1])
+        if self.uses_volatility:
+            with torch.no_grad():
+                columns = self.model.process.transition(grid[1:], grid[:-1])
+            # One that varies over the event keeps the axis of the rows.
+            rows = zip(*(each if each.ndim == 1 else each.unsqueeze(1) for each in columns), strict=True)
+            self._transitions.update(zip(itertools.pairwise(grid.tolist()), rows, strict=True))
+
+    def visited(self, grid: Tensor) -> Tensor:
+        """All times at which a walk down the grid needs the schedule."""
+        return grid
+
+    def remember(self, times: Tensor) -> None:
+        """Keep the schedule at float64 times ``(N,)``."""
+        self._levels.update((level.t, level) for level in levels(self.model.schedule, times))
+
+    def level(self, t: float | Tensor) -> Level:
+        """The schedule at time t, remembered."""
+        t = float(t)
+        if t not in self._levels:
+            self.remember(torch.tensor([t], dtype=torch.float64, device=self.model.schedule.device))
+        return self._levels[t]
+
+    def transition(self, t: Level, s: Level) -> tuple[Tensor, Tensor]:
+        r""":math:`\kappa, \tilde\sigma` of the step with frozen x, as in ``ForwardProcess.transition``, remembered."""
+        if (t.t, s.t) not in self._transitions:
+            with torch.no_grad():
+                self._transitions[t.t, s.t] = self.model.process.transition(s.time, t.time)
+        return self._transitions[t.t, s.t]
+
+    def predict(self, z: Tensor, level: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        r""":math:`\hat F` and D at state z ``(B, *E)``, for one network evaluation.
+
+        Raises:
+            PredictorError: the prediction is NaN or infinite (with time and rows).
+        """
+        self.evaluations += 1
+        if self._plain:
+            F = self.model.predict_x(z, level.time, **cond)
+            D = F
+        else:
+            F, dF = self.model.moments(z, level.time, **cond)
+            D = F + level.slope * dF
+        validate_prediction(D, level.time)
+        return F, D
+
+    def step(
+        self, z: Tensor, t: float | Tensor, s: float | Tensor, *, generator: Randomness = None, **cond: Any
+    ) -> Tensor:
+        r"""Draw :math:`z_s` given :math:`z_t`.
+
+        Args:
+            z: :math:`z_t`, shape ``(B, *E)``.
+            t: the time, a number or a scalar tensor.
+            s: the time stepped to, below t.
+            generator: source of the noise, one or one per row.
+            cond: conditioning.
+
+        Returns:
+            Shape of ``z``.
+
+        Raises:
+            ValueError: not 0 <= s < t <= 1.
+        """
+        t, s = float(t), float(s)
+        if not 0.0 <= s < t <= 1.0:
+            raise ValueError(f"a step goes from t down to s, 0 <= s < t <= 1; got t={t!r}, s={s!r}.")
+        return self._step(z, self.level(t), self.level(s), generator, cond)
+
+    def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+
+def walk(
+    sampler: Sampler,
+    z: Tensor,
+    grid: Tensor,
+    *,
+    generator: Randomness = None,
+    callback: Callback | None = None,
+    **cond: Any,
+) -> Tensor:
+    """Take one step per interval of a decreasing grid.
+
+    Args:
+        sampler: any :class:`Sampler`.
+        z: state at ``grid[0]``, shape ``(B, *E)``.
+        grid: float64 times, decreasing.
+        generator: source of the noise, one or one per row.
+        callback: called with time and state before every step.
+        cond: conditioning.
+
+    Returns:
+        The state at ``grid[-1]``.
+    """
+    sampler.prepare(grid)
+    for t, s in itertools.pairwise(grid.tolist()):
+        if callback is not None:
+            callback(t, z)
+        z = sampler.step(z, t, s, generator=generator, **cond)
+    return z
+
+
+def steps_within(sampler: Sampler, nfe: int) -> int:
+    """The most steps whose evaluations are at most ``nfe``.
+
+    Raises:
+        ValueError: not even one step is.
+    """
+    steps = nfe
+    while steps > 0 and sampler.cost(steps) > nfe:
+        steps -= 1
+    if steps == 0:
+        raise ValueError(
+            f"nfe={nfe} is less than one step of {type(sampler).__name__}, which takes {sampler.cost(1)} evaluations."
+        )
+    return steps
