@@ -1,6 +1,6 @@
 """The trained networks the benchmarks measure on, and the recipe they come from.
 
-    python benchmarks/networks.py                # train all three, about 40 minutes on one CPU core
+    python benchmarks/networks.py                # train all five, about 2 hours on one CPU core
     python benchmarks/networks.py fashion        # or one
 
 Writes ``benchmarks/networks/NAME.safetensors`` (each below 1 MB), which :func:`load` reads. The networks are ordinary
@@ -48,10 +48,12 @@ class Network:
         return self.bins.uniform(rows, torch.float32, generator or torch.Generator().manual_seed(0))
 
 
-def _images(size: int, levels: int, gamma_min: float, std: float) -> Callable[[], ndm_ct.NDM]:
+def _images(
+    size: int, levels: int, gamma_min: float, std: float, *, gamma_max: float = 5.0, width: int = 16
+) -> Callable[[], ndm_ct.NDM]:
     def build() -> ndm_ct.NDM:
-        predictor = nn.Preconditioned(nn.UNet(1, width=16, levels=levels), data_std=std)
-        return ndm_ct.NDM(predictor, (1, size, size), schedule=schedules.LinearLogSNR(gamma_min, 5.0))
+        predictor = nn.Preconditioned(nn.UNet(1, width=width, levels=levels), data_std=std)
+        return ndm_ct.NDM(predictor, (1, size, size), schedule=schedules.LinearLogSNR(gamma_min, gamma_max))
 
     return build
 
@@ -64,6 +66,16 @@ NETWORKS = {
     "digits": Network(_images(8, 2, -8.0, 0.75), data.digits, 4000, 64, Quantisation(17)),
     "fashion": Network(
         _images(16, 2, -12.0, 0.7), lambda: data.images("fashion-mnist", 16), 6000, 128, Quantisation(256)
+    ),
+    "mnist-28": Network(
+        _images(28, 3, -9.0, 0.62, gamma_max=7.0, width=12), lambda: data.images("mnist"), 8000, 64, Quantisation(256)
+    ),
+    "fashion-28": Network(
+        _images(28, 3, -9.0, 0.7, gamma_max=7.0, width=12),
+        lambda: data.images("fashion-mnist"),
+        8000,
+        64,
+        Quantisation(256),
     ),
     "casp": Network(_casp, data.casp, 8000, 256, None),
 }
