@@ -140,7 +140,8 @@ def methods(exact_peers: bool) -> dict[tuple[str, str], Estimator]:
         for tolerance in (1e-5, 2e-6, 1e-7):
             table["ndm_ct exact, dopri5", f"tol {tolerance:g}"] = ours("exact", tolerance, "dopri5")
         for name in ("flow_matching_exact", "zuko_exact", "torchdyn_exact", "torchdiffeq_exact"):
-            for tolerance in (1e-3, 1e-5, 1e-6, 1e-7):
+            # At 1e-7 zuko did not end within ten minutes: its steps are smaller than its network's rounding.
+            for tolerance in (1e-3, 1e-5, 1e-6, 1e-7)[: 3 if name == "zuko_exact" else 4]:
                 table[name, f"tol {tolerance:g}"] = peer(name, tolerance)
         return table
     for sizes in ((6, 1, 1), (16, 1, 4), (16, 2, 8), (32, 2, 8), (32, 4, 8)):
@@ -341,7 +342,7 @@ def markdown(tables: dict[str, list[Measurement]], extra: dict[str, Any]) -> str
 def main(arguments: list[str] | None = None) -> dict[str, list[Measurement]]:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", default=list(networks.NETWORKS), choices=list(networks.NETWORKS))
+    parser.add_argument("--networks", nargs="*", default=["digits", "fashion", "casp"], choices=list(networks.NETWORKS))
     parser.add_argument("--rows", type=int, default=8, choices=range(1, REFERENCE_ROWS + 1), metavar="1..16")
     parser.add_argument("--repeats", type=int, default=40, help="repeats of the peers; a quarter for ours")
     parser.add_argument("--nodes", type=int, default=64, help="Gauss-Legendre nodes of the exact values")
@@ -353,7 +354,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Measurement]]:
     known = options.out / "likelihood_cost.json"
     extra: dict[str, Any] = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "rows": options.rows, "repeats": options.repeats, "reference": {}, "dataset_mean": {}, "steppers": {},
+        "rows": options.rows, "reference": {}, "dataset_mean": {}, "steppers": {},
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     if known.exists():  # networks that are not measured now keep their results

@@ -6,7 +6,8 @@ r"""What a sampler costs besides its network evaluations.
 Every sampler walks the same grid on two models: the trained U-Net of the digits (``benchmarks/networks.py``) and a tiny
 perceptron, whose evaluation takes a fraction of a millisecond. Beside it, in the same run and alternating with it, the
 predictor alone is called as often on inputs of the same shape. The overhead is the difference, per evaluation;
-torchsde's own ``sdeint`` on the same reverse SDE is measured the same way. Writes ``sampling_cost.json`` and ``sampling_cost.md`` into ``benchmarks/results``.
+torchsde's own ``sdeint`` on the same reverse SDE is measured the same way. Writes ``sampling_cost.json`` and
+``sampling_cost.md`` into ``benchmarks/results``.
 """
 
 import argparse
