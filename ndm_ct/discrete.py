@@ -46,7 +46,7 @@ from torch import Tensor
 
 from ndm_ct import _shapes
 from ndm_ct._noise import Randomness, normal_like
-from ndm_ct._shapes import choose, expand
+from ndm_ct._shapes import choose, expand, sum_event
 from ndm_ct.grids import time_grid
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.schedules import SAFE_NOISE
@@ -115,6 +115,7 @@ def estimate_residuals(
     if n == 0:
         raise ValueError("data has no rows; the residuals are averages over data, pass some of the training set.")
     points = levels(model.schedule, _validated_times(model, times))
+    size = _shapes.event_size(model.event_shape)
     total = torch.zeros(2, 3, len(points), dtype=torch.float64, device=data.device)
     with model.evaluating(), torch.no_grad():
         for start in range(0, n, batch_size):
@@ -126,8 +127,8 @@ def estimate_residuals(
                 noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
                 predicted, slope = model.moments(level.alpha * F + level.sigma * noise, level.time, **own)
                 validate_prediction(predicted + slope, level.time)
-                first, second = (F - predicted).flatten(1).double(), (dF - slope).flatten(1).double()
-                products = torch.stack([(a * b).mean(1) for a, b in ((first, first), (first, second), (second, second))])
+                a, b = (F - predicted).double(), (dF - slope).double()
+                products = torch.stack([sum_event(each) for each in (a * a, a * b, b * b)]) / size
                 total[:, :, k] += torch.stack([products.sum(1), products.square().sum(1)])
     mean, square = total / n
     stderr = ((square - mean**2).clamp(min=0.0) / (n - 1)).sqrt() if n > 1 else torch.full_like(mean, math.nan)
@@ -171,8 +172,7 @@ class _Interpolant:
         first = np.sqrt(A)
         below = np.divide(B, first, out=np.zeros_like(B), where=first > 0.0)
         self.values = np.stack([first, below, np.sqrt(np.maximum(C - below**2, 0.0))])
-        edge = 2 if len(self.knots) > 2 else 1
-        self.slopes = np.gradient(self.values, self.knots, axis=1, edge_order=edge)
+        self.slopes = np.gradient(self.values, self.knots, axis=1, edge_order=2 if len(self.knots) > 2 else 1)
 
     def __call__(self, level: Level) -> tuple[float, float, float]:
         """A, B and C at one time."""

@@ -8,7 +8,8 @@ taken. Methods are the adaptive solves of the probability flow,
 ``"dopri5", "dopri8", "bosh3", ...``     torchdiffeq's, one step size for the batch
 =======================================  ============================================================================
 
-and those of :mod:`ndm_ct.samplers` on a time grid (:mod:`ndm_ct.grids`).
+the adaptive solve of the reverse SDE, ``"sde_adaptive"``, every row with steps of its own
+(:mod:`ndm_ct.samplers.adaptive`), and those of :mod:`ndm_ct.samplers` on a time grid (:mod:`ndm_ct.grids`).
 """
 
 import warnings
@@ -29,6 +30,7 @@ from ndm_ct.guidance import guided
 from ndm_ct.likelihood import Trace, along, largest
 from ndm_ct.model import NDM
 from ndm_ct.samplers import NAMES
+from ndm_ct.samplers.adaptive import sde_rows
 from ndm_ct.solvers import ADAPTIVE_METHODS
 from ndm_ct.stepping import Sampler, steps_within, walk
 from ndm_ct.trajectory import Problem
@@ -36,13 +38,16 @@ from ndm_ct.trajectory import Problem
 __all__ = ["ADAPTIVE", "METHODS", "SampleInfo", "sample"]
 
 ADAPTIVE = ("ode", *ADAPTIVE_METHODS)
-"""Names of adaptive methods."""
+"""Names of adaptive methods for the probability flow."""
 
-METHODS = (*ADAPTIVE, *NAMES)
+ADAPTIVE_SDE = "sde_adaptive"
+"""Name of the adaptive method for the reverse SDE."""
+
+METHODS = (*ADAPTIVE, ADAPTIVE_SDE, *NAMES)
 """Names ``sample`` knows."""
 
-TOLERANCE = 1e-5
-"""Default rtol and atol of the adaptive methods."""
+TOLERANCE, SDE_TOLERANCE = 1e-5, 1e-2
+"""Default rtol and atol of the adaptive methods, for flow and SDE."""
 
 Method = str | Callable[[NDM], Sampler]
 
@@ -52,12 +57,12 @@ class SampleInfo:
     """What sampling cost, and on request how it went.
 
     Args:
-        nfe: network evaluations of one sample; for "ode", whose rows have steps of their own, of the row that took
-            most. A guided prediction is two.
+        nfe: network evaluations of one sample; for "ode" and "sde_adaptive", whose rows have steps of their own, of
+            the row that took most. A guided prediction is two.
         accepted: accepted steps, likewise.
         rejected: rejected steps, likewise.
         z: the prior draw :math:`z_1`, ``(n, *E)``.
-        logp: log-density of each sample under the probability flow, nats, ``(n,)``, for adaptive methods; None for
+        logp: log-density of each sample under the probability flow, nats, ``(n,)``, for its adaptive methods; None for
             the others, which do not follow the flow exactly (``loglik`` scores their samples).
         stderr: its standard error, ``(n,)``.
         times: the grid, ``(N + 1,)``; None for adaptive methods.
@@ -109,8 +114,8 @@ def sample(
         steps: number of steps of a method on a grid, taken exactly.
         nfe: instead of steps, network evaluations per sample: the most steps that need no more than these.
         grid: a name of ``grids.GRIDS``, or the times themselves, from 1 down to ``t_min``; None is "uniform".
-        rtol: relative tolerance, only for adaptive methods; None is 1e-5.
-        atol: absolute tolerance, only for adaptive methods; None is 1e-5.
+        rtol: relative tolerance, only for adaptive methods; None is 1e-5, or 1e-2 for "sde_adaptive".
+        atol: absolute tolerance, only for adaptive methods; None is 1e-5, or 1e-2 for "sde_adaptive".
         stochasticity: factor on the volatility :math:`\eta`, for methods that follow the reverse SDE; 0 is the
             probability flow, None is 1. The marginals do not depend on it where velocity and score are those of one
             process: for F linear in x and for prediction "moments" trained on its regressions. For prediction "x" with
@@ -124,9 +129,10 @@ def sample(
         progress: show a bar.
         callback: called as ``callback(t, z)`` before every step on a grid.
         trajectory: keep the states on the grid in ``info.trajectory``.
-        trace: for adaptive methods with ``return_info``, how to estimate ``info.logp``, as in ``loglik``; None is
-            "auto".
-        return_info: also return a :class:`SampleInfo`; for adaptive methods this costs the divergence along the way.
+        trace: for adaptive methods of the flow with ``return_info``, how to estimate ``info.logp``, as in ``loglik``;
+            None is "auto".
+        return_info: also return a :class:`SampleInfo`; for adaptive methods of the flow this costs the divergence along
+            the way.
         cond: conditioning, tensors with n rows.
 
     Returns:
@@ -159,7 +165,7 @@ def sample(
     device = torch.device(device) if device is not None else model.device or torch.device("cpu")
     if guidance is not None:
         model = guided(model, guidance)
-    draw: _Adaptive | _OnGrid
+    draw: _Adaptive | _AdaptiveSDE | _OnGrid
     if isinstance(method, str) and method in ADAPTIVE:
         unused = {"steps": steps, "nfe": nfe, "grid": grid, "stochasticity": stochasticity, "callback": callback}
         _refuse(method, unused | {"trajectory": trajectory or None}, "chooses its own steps along the probability flow")
@@ -167,6 +173,12 @@ def sample(
             raise ValueError("trace has no effect without return_info=True; drop it.")
         tolerances = [TOLERANCE if value is None else value for value in (rtol, atol)]
         draw = _Adaptive(model, method, tolerances[0], tolerances[1], trace, return_info)
+    elif method == ADAPTIVE_SDE:
+        unused = {"steps": steps, "nfe": nfe, "grid": grid, "callback": callback, "trajectory": trajectory or None}
+        _refuse(method, unused | {"trace": trace}, "chooses its own steps along the reverse SDE")
+        tolerances = [SDE_TOLERANCE if value is None else value for value in (rtol, atol)]
+        own_model = model if stochasticity is None else model.with_volatility(scale=stochasticity)
+        draw = _AdaptiveSDE(own_model, tolerances[0], tolerances[1])
     else:
         _refuse(method, {"rtol": rtol, "atol": atol, "trace": trace}, "takes fixed steps")
         if trajectory and not return_info:
@@ -208,7 +220,7 @@ def _sampler_on_grid(
     if stochasticity is not None and not sampler.uses_volatility:
         raise ValueError(
             f"stochasticity has no effect with method={method!r}, which does not follow the model's reverse SDE; "
-            "take 'sde', 'ddpm' or 'dpmpp_2m_sde', or drop it."
+            "take 'sde', 'sde_adaptive', 'ddpm' or 'dpmpp_2m_sde', or drop it."
         )
     if isinstance(grid, Tensor) and steps is None and nfe is None:
         steps = grid.numel() - 1
@@ -271,7 +283,8 @@ class _Adaptive:
     def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: dict[str, Any]) -> _Part:
         problem = Problem(
             self.model, z1, (1.0, self.model.t_min), self.rtol, self.atol,
-            "rowwise" if self.method == "ode" else self.method, "raise", False, cond, self._percent(tick),
+            "rowwise" if self.method == "ode" else self.method, "raise", False, cond,
+            _percent(tick, self.ticks, self.model.t_min),
         )  # fmt: skip
         per_call = getattr(self.model.predictor, "evaluations_per_call", 1)
         if not self.with_density:
@@ -289,18 +302,41 @@ class _Adaptive:
         own = SampleInfo(per_call * info.nfe, info.accepted, info.rejected, z1, info.loglik, info.stderr)
         return _Part(info.z, own)
 
-    def _percent(self, tick: Tick | None) -> Tick | None:
-        if tick is None:
-            return None
-        done = 0.0
 
-        def by_time(t: float) -> None:
-            nonlocal done
-            now = self.ticks * (1.0 - t) / (1.0 - self.model.t_min)
-            tick(max(0.0, now - done))
-            done = max(done, now)
+@dataclass(frozen=True)
+class _AdaptiveSDE:
+    """Draws along the reverse SDE with steps of each row's choice."""
 
-        return by_time
+    model: NDM
+    rtol: float
+    atol: float
+
+    ticks = 100
+
+    def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: dict[str, Any]) -> _Part:
+        drawn = sde_rows(
+            self.model, z1, rtol=self.rtol, atol=self.atol, generator=generator,
+            callback=_percent(tick, self.ticks, self.model.t_min), **cond,
+        )  # fmt: skip
+        per_call = getattr(self.model.predictor, "evaluations_per_call", 1)
+        counts = (largest(each) for each in (drawn.evaluations, drawn.accepted, drawn.rejected))
+        evaluations, accepted, rejected = counts
+        return _Part(drawn.z, SampleInfo(per_call * evaluations, accepted, rejected, z1))
+
+
+def _percent(tick: Tick | None, ticks: int, t_min: float) -> Tick | None:
+    """Moves a bar of so many ticks on, by the time reached."""
+    if tick is None:
+        return None
+    done = 0.0
+
+    def by_time(t: float) -> None:
+        nonlocal done
+        now = ticks * (1.0 - t) / (1.0 - t_min)
+        tick(max(0.0, now - done))
+        done = max(done, now)
+
+    return by_time
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from oracles import SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, exact_flow, gaus
 import ndm_ct
 from ndm_ct import NDM, schedules, solvers
 from ndm_ct.discrete import DDIM, DDPM
-from ndm_ct.stepping import walk
 from ndm_ct.divergence import Hutchinson, Quadrature
+from ndm_ct.stepping import walk
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)
 

@@ -102,8 +102,8 @@ def _advance(z: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tenso
 class EDM(Sampler):
     r"""Heun's method in the noise level, with or without churn.
 
-    A step from alpha = 0 or to sigma = 0 is Euler's, which has a limit there (DDIM). Churn needs the identity transform:
-    a higher noise belongs to a later time, and noise alone does not take F there.
+    A step from alpha = 0 or to sigma = 0 is Euler's, which has a limit there (DDIM). Churn needs F the identity: more
+    noise belongs to a later time, and noise alone does not take a moving F there.
 
     Args:
         model: the model.
