@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants_samplers import SAMPLERS
+
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "ndm_ct"
 TIME_LIMIT = 600.0
@@ -104,7 +106,7 @@ MUTANTS = (
     ),
     Mutant(
         "standard error not divided by sqrt(K)", "divergence.py",
-        "integrated.std(1) / count**0.5", "integrated.std(1)",
+        "(squares / (count * (count - 1))).sqrt()", "(squares / (count - 1)).sqrt()",
         "likelihood::test_reported_standard_error_is_calibrated",
     ),
     # --- process, dynamics, model
@@ -266,18 +268,18 @@ MUTANTS = (
     # --- discrete steps
     Mutant(
         "DDIM: kappa with sigma_s and sigma_t swapped", "discrete.py",
-        "kappa = torch.sqrt(at_s.sigma**2 - std**2) / at_t.sigma",
-        "kappa = torch.sqrt(at_t.sigma**2 - std**2) / at_s.sigma",
+        "math.sqrt(s.sigma**2 - std**2) / t.sigma * (z - t.alpha * F_t)",
+        "math.sqrt(t.sigma**2 - std**2) / s.sigma * (z - t.alpha * F_t)",
         "sampling::test_ddim_is_the_exponential_integrator",
     ),
     Mutant(
         "DDIM: noise with sigma_t for sigma_s", "discrete.py",
-        "std = self.eta * at_s.sigma", "std = self.eta * at_t.sigma",
+        "std = self.eta * ancestral_std(t, s)", "std = self.eta * ancestral_std(t, s) * t.sigma / s.sigma",
         "sampling::test_ddim_with_eta_one_is_ddpm",
     ),
     Mutant(
         "DDPM's noise left in pixels", "discrete.py",
-        "self.model.transform.from_basis(expand(std, z) * self.model.transform.to_basis(noise))",
+        "transform.from_basis(expand(std, z) * transform.to_basis(noise))",
         "expand(std, z) * noise",
         "sampling::test_volatility_per_frequency_samples_in_its_basis",
     ),
@@ -548,6 +550,7 @@ MUTANTS = (
         "gradient = (torch.zeros_like(state[0]), share)",
         "budget::test_ode_error_grows_with_the_tolerance_and_weighs_with_the_score",
     ),
+    *(Mutant(*each) for each in SAMPLERS),
 )  # fmt: skip
 
 
