@@ -35,7 +35,7 @@ from ndm_ct._shapes import as_time, event_size, sum_event
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.model import NDM
 from ndm_ct.quadrature import Sweeps, Totals, linear_logdet
-from ndm_ct.trajectory import Differentiable, Problem, Solved
+from ndm_ct.trajectory import Differentiable, Problem, Solved, validate_attached
 from ndm_ct.transforms import Identity
 
 __all__ = ["LikelihoodInfo", "decode", "encode", "loglik"]
@@ -412,7 +412,11 @@ def _sampled(problem: Problem, sweeps: Sweeps) -> tuple[Solved, Tensor]:
     """The path with its nodes, and the sweeps' integrals of the trace along it."""
     solved = problem.transport(sweeps.times, in_noise_units=True)
     assert solved.nodes is not None
-    return solved, replace(sweeps, used=sweeps.used & ~solved.failed).integrals(solved.nodes, problem.flow)
+    values = replace(sweeps, used=sweeps.used & ~solved.failed).integrals(solved.nodes, problem.flow)
+    rows = torch.nonzero(~solved.failed).flatten()
+    if len(rows) > 0 and not bool(values.nan_to_num().any()):
+        validate_attached(problem.flow(rows), sweeps.times[0, rows], solved.nodes[0, rows])
+    return solved, values
 
 
 def _refine(

@@ -550,6 +550,11 @@ MUTANTS = (
         "gradient = (torch.zeros_like(state[0]), share)",
         "budget::test_ode_error_grows_with_the_tolerance_and_weighs_with_the_score",
     ),
+    Mutant(
+        "a predictor without a gradient is no surprise to the quadrature", "likelihood.py",
+        "if len(rows) > 0 and not bool(values.nan_to_num().any()):", "if False:",
+        "errors::test_a_predictor_autograd_cannot_see_through_is_refused",
+    ),
     *(Mutant(*each) for each in SAMPLERS),
 )  # fmt: skip
 
