@@ -105,7 +105,7 @@ def choose(argument: str, name: object, options: Iterable[str]) -> str:
     if isinstance(name, str) and name in options:
         return name
     hint = nearest(name, options) if isinstance(name, str) else ""
-    raise ValueError(f"{argument}={name!r} is unknown{hint} Valid: {', '.join(map(repr, options))}.")
+    raise ValueError(f"{argument}={name!r} is unknown{hint or '.'} Valid: {', '.join(map(repr, options))}.")
 
 
 def validate_count(argument: str, value: Any) -> int:

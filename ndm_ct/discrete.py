@@ -244,7 +244,7 @@ class DDPM(_Frozen):
             return s.alpha * F_s + transform.diagonal(kappa, residual) + noise
         small = ancestral_std(t, s)
         mean = s.alpha * F_s + math.sqrt(s.sigma**2 - small**2) / t.sigma * residual
-        if self.variance == "small" or s.t == self._last_time:
+        if self.variance == "small" or s.t <= self._last_time:
             return mean + small * noise
         return mean + math.sqrt(t.sigma**2 - (t.alpha * s.sigma / s.alpha) ** 2) * noise
 

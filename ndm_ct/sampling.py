@@ -231,7 +231,7 @@ def _sampler_on_grid(
         )
     if steps is None:
         per_call = getattr(model.predictor, "evaluations_per_call", 1)
-        steps = steps_within(sampler, max(1, _shapes.validate_count("nfe", nfe) // per_call))
+        steps = steps_within(sampler, _shapes.validate_count("nfe", nfe), per_call)
     _shapes.validate_count("steps", steps)
     return sampler, time_grid(model.schedule, model.t_min, steps, "uniform" if grid is None else grid)
 

@@ -208,17 +208,23 @@ def walk(
     return z
 
 
-def steps_within(sampler: Sampler, nfe: int) -> int:
+def steps_within(sampler: Sampler, nfe: int, per_call: int = 1) -> int:
     """The most steps whose evaluations are at most ``nfe``.
+
+    Args:
+        sampler: the sampler.
+        nfe: network evaluations to spend.
+        per_call: network evaluations of one prediction; two if it is guided.
 
     Raises:
         ValueError: not even one step is.
     """
-    steps = nfe
-    while steps > 0 and sampler.cost(steps) > nfe:
+    steps = nfe // per_call
+    while steps > 0 and per_call * sampler.cost(steps) > nfe:
         steps -= 1
     if steps == 0:
         raise ValueError(
-            f"nfe={nfe} is less than one step of {type(sampler).__name__}, which takes {sampler.cost(1)} evaluations."
+            f"nfe={nfe} is less than one step of {type(sampler).__name__}, which takes {per_call * sampler.cost(1)} "
+            "evaluations."
         )
     return steps

@@ -32,8 +32,8 @@ SAMPLERS = (
     (
         "one step more than nfe pays for",
         "stepping.py",
-        "while steps > 0 and sampler.cost(steps) > nfe:",
-        "while steps > 0 and sampler.cost(steps - 1) > nfe:",
+        "while steps > 0 and per_call * sampler.cost(steps) > nfe:",
+        "while steps > 0 and per_call * sampler.cost(steps - 1) > nfe:",
         "samplers::test_nfe_buys_the_most_steps_that_fit",
     ),
     (

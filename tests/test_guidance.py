@@ -241,6 +241,14 @@ def test_scale_one_and_zero_are_the_model_bit_by_bit():
     assert not torch.equal(model.predict_x(x, t, label=label), model.predict_x(x, t))
 
 
+def test_nfe_pays_for_both_predictions():
+    for guidance, nfe, steps in ((2.0, 9, 4), (1.0, 9, 9), (None, 9, 9)):
+        _, info = ndm_ct.sample(labelled(), 7, method="ddim", nfe=nfe, guidance=guidance, label=LABEL, return_info=True)
+        assert (info.accepted, info.nfe) == (steps, steps * (2 if guidance == 2.0 else 1))
+    with pytest.raises(ValueError, match="nfe=1 is less than one step of DDIM, which takes 2 evaluations"):
+        ndm_ct.sample(labelled(), 7, method="ddim", nfe=1, guidance=2.0, label=LABEL)
+
+
 @pytest.mark.parametrize(("scale", "calls"), [(0.0, [5]), (1.0, [5]), (2.0, [10]), (-1.0, [10])])
 def test_both_predictions_are_one_call(scale, calls):
     seen = []

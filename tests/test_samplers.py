@@ -851,7 +851,7 @@ def test_any_number_of_steps_is_finite(name):
             assert bool(torch.isfinite(x).all())
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("langevin", "pc")])
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_that_end_without_noise(name):
     """At sigma = 0 the state is alpha F of the prediction; of "midpoint", churn and residuals whatever is finite."""
     model = small_model(schedules.Rectified())

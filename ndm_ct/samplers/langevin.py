@@ -114,7 +114,7 @@ class AnnealedLangevin(_Langevin):
                 f"step_ratio must lie in (0, 2), got {step_ratio!r}: steps of 2 sigma^2 and more are unstable."
             )
         self.step_ratio = step_ratio
-        self._first = DDPM(model, variance="small")
+        self._frozen = DDPM(model, variance="small")
 
     def cost(self, steps: int) -> int:
         """See :class:`Sampler`; one evaluation more per step where F moves, and for the step from alpha = 0."""
@@ -130,9 +130,9 @@ class AnnealedLangevin(_Langevin):
 
     def _carried(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         """The state at the level of s, not yet at home there."""
-        if t.alpha == 0.0:
+        if t.alpha == 0.0 or s.sigma == 0.0:
             self.evaluations += 1
-            return self._first.step(z, t.t, s.t, generator=generator, **cond)
+            return self._frozen.step(z, t.t, s.t, generator=generator, **cond)
         carried = s.alpha / t.alpha * z
         if self._plain:
             return carried
@@ -142,6 +142,8 @@ class AnnealedLangevin(_Langevin):
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         z = self._carried(z, t, s, generator, cond)
+        if s.sigma == 0.0:  # no noise, no steps
+            return z
         ratio = self.ratio(t, s)
         std = math.sqrt(2.0 * ratio) * s.sigma
         for _ in range(self.inner):
@@ -228,7 +230,7 @@ class PredictorCorrector(_Langevin):
         before = self.predictor.evaluations
         z = self.predictor.step(z, t.t, s.t, generator=generator, **cond)
         self.evaluations += self.predictor.evaluations - before
-        for _ in range(self.corrector_steps):
+        for _ in range(self.corrector_steps if s.sigma > 0.0 else 0):
             pull, noise = self.pull(z, s, cond), normal_like(z, generator)
             ratio = self._ratio(pull, noise, s)
             z = z + ratio * pull + (2.0 * ratio).sqrt() * s.sigma * noise
