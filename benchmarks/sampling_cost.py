@@ -1,11 +1,12 @@
 r"""What a sampler costs besides its network evaluations.
 
-    python benchmarks/sampling_cost.py                # about 3 minutes on one CPU core
+    python benchmarks/sampling_cost.py                # about 5 minutes on one CPU core
     python benchmarks/sampling_cost.py --repeats 3    # a look
 
 Every sampler walks the same grid on two models: the trained U-Net of the digits (``benchmarks/networks.py``) and a tiny
 perceptron, whose evaluation takes a fraction of a millisecond. Beside it, in the same run and alternating with it, the
-predictor alone is called as often on inputs of the same shape. The overhead is the difference, per evaluation;
+predictor alone is called as often on inputs of the same shape. The overhead is the difference, per evaluation, in
+seconds of the processor (one thread), which other processes do not lengthen;
 torchsde's own ``sdeint`` on the same reverse SDE is measured the same way. Writes ``sampling_cost.json`` and
 ``sampling_cost.md`` into ``benchmarks/results``.
 """
@@ -87,14 +88,14 @@ def torchsde_loop(model: ndm_ct.NDM, rows: int, steps: int) -> Callable[[], None
 
 
 def paired(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of both, alternating, after one call each that does not count."""
+    """Processor seconds of both, alternating, after one call each that does not count."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):
         for call, own in zip((first, second), seconds, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if repeat:
-                own.append(time.perf_counter() - start)
+                own.append(time.process_time() - start)
     return seconds
 
 
