@@ -21,11 +21,11 @@ def normal_like(z: Tensor, generator: Randomness) -> Tensor:
     return torch.stack(rows)
 
 
-def rows_of(generator: Randomness, rows: slice) -> Randomness:
-    """The randomness of some rows of the batch."""
+def rows_of(generator: Randomness, rows: Tensor) -> Randomness:
+    """The randomness of some rows of the batch, given by their numbers."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
-    return generator[rows]
+    return [generator[row] for row in rows.tolist()]
 
 
 def validate_randomness(generator: Randomness, n: int) -> Randomness:

@@ -1,13 +1,14 @@
-"""A state of several tensors as one matrix, and its norm row by row."""
+"""A state of several tensors as one matrix, its norm row by row, and rows that leave a batch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ndm_ct._shapes import event_size
 
-__all__ = ["Packing", "State"]
+__all__ = ["Packing", "Rows", "State"]
 
 State = tuple[Tensor, ...]
 
@@ -34,3 +35,12 @@ class Packing:
         """Root mean square of each part in each row, the larger of the parts: ``(B,)``. Carries no gradient."""
         parts = [part for part in y.detach().split(self.widths, 1) if part.shape[1] > 0]
         return torch.stack([part.square().mean(1) for part in parts] or [y.new_zeros(len(y))]).amax(0).sqrt()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch: tensors with one entry each."""
+
+    def take(self, which: Tensor) -> Self:
+        """Some of them, by position or mask."""
+        return type(self)(*(getattr(self, entry.name)[which] for entry in fields(self)))

@@ -222,6 +222,27 @@ def write(path: PathLike, tensors: Mapping[str, Any], description: dict[str, Any
     write_atomically(path, safetensors.torch.save(copies, {KEY: _signed(text, copies)}))
 
 
+def open_folder(path: PathLike, holds: str, what: str, leftovers: str, resume: bool) -> None:
+    """Make the folder of a run, and clear away what one that was killed while it wrote has left.
+
+    Args:
+        path: the folder.
+        holds: name of the file that a run continues from.
+        what: what that file is, for the message.
+        leftovers: pattern of the temporary files of :func:`write_atomically`.
+        resume: whether it may be there.
+
+    Raises:
+        ValueError: it is there, and ``resume`` is False.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume and (folder / holds).exists():
+        raise ValueError(f"run_dir={str(path)!r} holds {what} and resume=False; choose another folder, or delete it.")
+    for leftover in folder.glob(leftovers):
+        leftover.unlink()
+
+
 def write_atomically(path: PathLike, data: bytes) -> None:
     """Replace the file at ``path`` by ``data``; a failure or a crash leaves the old file as it was."""
     path = Path(path)

@@ -589,15 +589,8 @@ class _Folder:
         self.path, self.kind = Path("" if path is None else path), kind
         self.is_real = path is not None
         self.settings: Record = {}
-        if not self.is_real:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not resume and self.journal.exists():
-            raise ValueError(
-                f"run_dir={str(path)!r} holds scored rows and resume=False; choose another folder, or delete it."
-            )
-        for leftover in self.path.glob(".*.json*.tmp"):  # of a run killed while it wrote
-            leftover.unlink()
+        if path is not None:
+            checkpoint.open_folder(path, self.journal.name, "scored rows", ".*.json*.tmp", resume)
 
     @property
     def journal(self) -> Path:

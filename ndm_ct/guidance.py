@@ -39,7 +39,7 @@ from ndm_ct._shapes import keyword_names, nearest
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 
-__all__ = ["guided", "nulled"]
+__all__ = ["evaluations_per_call", "guided", "nulled"]
 
 
 def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> NDM:
@@ -98,6 +98,11 @@ def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> N
     result.has_custom_prior = model.has_custom_prior
     result.training = predictor.training = model.training
     return result
+
+
+def evaluations_per_call(predictor: Any) -> int:
+    """Network evaluations that one call of a predictor stands for: one, unless it is guided."""
+    return int(getattr(predictor, "evaluations_per_call", 1))
 
 
 def nulled(name: str, value: Tensor, null: Any) -> Tensor:
@@ -164,7 +169,7 @@ class _Guided(nn.Module):
         super().__init__()
         self.predictor, self.scale, self.null = predictor, scale, null
         own = 1 if scale in (0.0, 1.0) else 2
-        self.evaluations_per_call = own * getattr(predictor, "evaluations_per_call", 1)
+        self.evaluations_per_call = own * evaluations_per_call(predictor)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         """Those of the predictor."""

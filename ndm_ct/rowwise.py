@@ -29,14 +29,14 @@ References:
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ndm_ct import _shapes
 from ndm_ct._errors import SolverError
-from ndm_ct._packing import Packing, State
+from ndm_ct._packing import Packing, Rows, State
 
 __all__ = ["RowSolution", "odeint_rows"]
 
@@ -180,8 +180,8 @@ def _validate_nodes(nodes: Tensor, like: Tensor, low: float, high: float) -> Ten
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of the batch: one entry each in every tensor.
+class _Rows(Rows):
+    """Rows of the batch.
 
     Args:
         index: their numbers in the caller's batch.
@@ -206,10 +206,6 @@ class _Rows:
     finite: Tensor
     accepted: Tensor
     error: Tensor
-
-    def take(self, which: Tensor) -> "_Rows":
-        """Some of them, by position or mask."""
-        return _Rows(*(getattr(self, entry.name)[which] for entry in fields(self)))
 
 
 @dataclass(frozen=True)

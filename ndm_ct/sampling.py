@@ -26,7 +26,7 @@ from ndm_ct import _shapes
 from ndm_ct._noise import Randomness, rows_of, validate_randomness
 from ndm_ct.divergence import resolve
 from ndm_ct.grids import Grid, time_grid
-from ndm_ct.guidance import guided
+from ndm_ct.guidance import evaluations_per_call, guided
 from ndm_ct.likelihood import Trace, along, largest
 from ndm_ct.model import NDM
 from ndm_ct.samplers import NAMES
@@ -185,13 +185,13 @@ def sample(
             raise ValueError("trajectory=True needs return_info=True: the states are in info.trajectory.")
         sampler, times = _sampler_on_grid(model, method, steps, nfe, grid, stochasticity)
         draw = _OnGrid(sampler, times, callback, trajectory)
-    rows = [slice(start, min(n, start + (batch_size or n))) for start in range(0, n, batch_size or max(n, 1))]
+    batches = torch.arange(n).split(batch_size or max(n, 1))
     parts = []
-    with model.evaluating(), torch.no_grad(), _bar(progress, draw.ticks * max(1, len(rows))) as tick:
+    with model.evaluating(), torch.no_grad(), _bar(progress, draw.ticks * len(batches)) as tick:
         try:
-            for each in rows or [slice(0, 0)]:
-                source, own = rows_of(generator, each), _cond_rows(cond, each, n)
-                z1 = model.sample_prior(each.stop - each.start, generator=source, dtype=dtype, device=device)
+            for rows in batches:
+                source, own = rows_of(generator, rows), _shapes.take_rows(cond, rows, n)
+                z1 = model.sample_prior(len(rows), generator=source, dtype=dtype, device=device)
                 model.validate(z1, own, sample, name="z1")
                 parts.append(draw(z1, source, tick, own))
         except KeyboardInterrupt:
@@ -230,16 +230,10 @@ def _sampler_on_grid(
             f"method={method!r} takes a fixed number of steps; pass steps= or nfe= (got {came}), for example steps=100."
         )
     if steps is None:
-        per_call = getattr(model.predictor, "evaluations_per_call", 1)
+        per_call = evaluations_per_call(model.predictor)
         steps = steps_within(sampler, _shapes.validate_count("nfe", nfe), per_call)
     _shapes.validate_count("steps", steps)
     return sampler, time_grid(model.schedule, model.t_min, steps, "uniform" if grid is None else grid)
-
-
-def _cond_rows(cond: dict[str, Any], rows: slice, n: int) -> dict[str, Any]:
-    if rows == slice(0, n):
-        return cond
-    return _shapes.take_rows(cond, torch.arange(rows.start, rows.stop), n)
 
 
 @dataclass(frozen=True)
@@ -286,7 +280,7 @@ class _Adaptive:
             "rowwise" if self.method == "ode" else self.method, "raise", False, cond,
             _percent(tick, self.ticks, self.model.t_min),
         )  # fmt: skip
-        per_call = getattr(self.model.predictor, "evaluations_per_call", 1)
+        per_call = evaluations_per_call(self.model.predictor)
         if not self.with_density:
             solved = problem.transport()
             counts = (largest(each) for each in (solved.evaluations, solved.accepted, solved.rejected))
@@ -318,7 +312,7 @@ class _AdaptiveSDE:
             self.model, z1, rtol=self.rtol, atol=self.atol, generator=generator,
             callback=_percent(tick, self.ticks, self.model.t_min), **cond,
         )  # fmt: skip
-        per_call = getattr(self.model.predictor, "evaluations_per_call", 1)
+        per_call = evaluations_per_call(self.model.predictor)
         counts = (largest(each) for each in (drawn.evaluations, drawn.accepted, drawn.rejected))
         evaluations, accepted, rejected = counts
         return _Part(drawn.z, SampleInfo(per_call * evaluations, accepted, rejected, z1))
@@ -365,7 +359,7 @@ class _OnGrid:
 
         before, steps = self.sampler.evaluations, self.ticks
         x = walk(self.sampler, z1, self.grid.to(z1.device), generator=generator, callback=seen, **cond)
-        per_call = getattr(self.sampler.model.predictor, "evaluations_per_call", 1)
+        per_call = evaluations_per_call(self.sampler.model.predictor)
         spent = per_call * (self.sampler.evaluations - before)
         trajectory = torch.stack([*states, x]) if self.keep else None
         return _Part(x, SampleInfo(spent, steps, 0, z1, times=self.grid, trajectory=trajectory))

@@ -31,7 +31,7 @@ from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.schedules import Schedule
 from ndm_ct.transforms import Identity
 
-__all__ = ["Level", "Sampler", "steps_within", "walk"]
+__all__ = ["Level", "Sampler", "exponential_euler", "steps_within", "walk"]
 
 Callback = Callable[[float, Tensor], None]
 
@@ -176,6 +176,12 @@ class Sampler:
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         raise NotImplementedError
+
+
+def exponential_euler(z: Tensor, D: Tensor, t: Level, s: Level) -> Tensor:
+    r"""The flow with D held fixed, :math:`z_s = \frac{\sigma_s}{\sigma_t} z + \alpha_s (1 - e^{-h}) D`, where
+    :math:`h = \lambda_s - \lambda_t`: at alpha = 0 and at sigma = 0 too."""
+    return s.sigma / t.sigma * z - s.alpha * math.expm1(t.log_snr - s.log_snr) * D
 
 
 def walk(

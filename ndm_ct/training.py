@@ -273,15 +273,9 @@ class _Folder:
     def __init__(self, path: PathLike | None, resume: bool) -> None:
         self.path = None if path is None else Path(path)
         self.rows: list[Row] = []
-        if self.path is None:
+        if path is None:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not resume and self.checkpoint.exists():
-            raise ValueError(
-                f"run_dir={str(path)!r} holds a checkpoint and resume=False; choose another folder, or delete it."
-            )
-        for leftover in self.path.glob(".*.safetensors.*.tmp"):  # of a run killed while it wrote
-            leftover.unlink()
+        checkpoint.open_folder(path, self.checkpoint.name, "a checkpoint", ".*.safetensors.*.tmp", resume)
 
     @property
     def checkpoint(self) -> Path:

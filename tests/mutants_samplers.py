@@ -594,15 +594,15 @@ SAMPLERS = (
     (
         "generators of other rows after some have left",
         "samplers/adaptive.py",
-        "self.generator = [self.generator[row] for row in rows.tolist()]",
-        "self.generator = self.generator[: len(rows)]",
+        "self.generator = rows_of(self.generator, rows)",
+        "self.generator = rows_of(self.generator, torch.arange(len(rows)))",
         "adaptive_sde::test_rows_have_stacks_of_their_own adaptive_sde::test_a_row_does_not_depend_on_its_batch",
     ),
     (
         "noise from the generators of other rows",
         "samplers/adaptive.py",
-        "generator = [generator[row] for row in rows.tolist()]",
-        "generator = generator[: len(rows)]",
+        "normal_like(like[rows], rows_of(self.generator, rows))",
+        "normal_like(like[rows], rows_of(self.generator, torch.arange(len(rows))))",
         "adaptive_sde::test_a_row_does_not_depend_on_its_batch",
     ),
     (

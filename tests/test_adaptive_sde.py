@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, TRANSFORMS, gaussian, mixture, order
+from oracles import SCHEDULES, TRANSFORMS, blurred, gaussian, mixture, order
 
 import ndm_ct
 from ndm_ct import NDM, SolverError, schedules
 from ndm_ct.discrete import DDPM
 from ndm_ct.samplers import adaptive
 from ndm_ct.samplers.adaptive import Brownian, sde_rows
-from ndm_ct.transforms import Blur
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)
 
@@ -299,20 +298,11 @@ def test_a_mixture_is_sampled_with_the_weights_of_its_modes(generator):
 
 
 def test_a_volatility_per_frequency_is_followed_in_its_basis(generator):
-    blur = Blur((2, 2), blur=1.0, floor=0.2)
-
-    def eta(t):
-        value, rate = blur.attenuation(t)
-        return 1.0 - 2.0 * (rate / value) / 9.0
-
-    spectrum = torch.tensor([1.5, 0.8, 0.4, 0.2], dtype=torch.float64)
-    basis = blur.from_basis(torch.eye(4, dtype=torch.float64).reshape(4, 2, 2)).reshape(4, 4)
-    cov = basis.mT @ torch.diag(spectrum) @ basis
-    model = ndm_ct.reference.Gaussian(torch.zeros(2, 2), cov, schedule=SMOOTH, transform=blur, volatility=eta)
+    model, spectrum = blurred()
     x = ndm_ct.sample(
         model, 1500, method="sde_adaptive", rtol=0.03, atol=0.03, generator=generator, dtype=torch.float64
     )
-    measured = blur.to_basis(x).flatten(1).square().mean(0)
+    measured = model.transform.to_basis(x).flatten(1).square().mean(0)
     assert bool(((measured / spectrum - 1.0).abs() < 4.0 * math.sqrt(2.0 / 1500) + 0.03).all())
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, exact_flow, gaussian, mixture, order
+from oracles import SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, blurred, exact_flow, gaussian, mixture, order
 
 import ndm_ct
 from ndm_ct import NDM, schedules, solvers
@@ -189,23 +189,10 @@ def test_steps_are_exact_where_g_is_infinite():
 
 def test_volatility_per_frequency_samples_in_its_basis(generator):
     """Blurred Gaussian data with the optimal volatility of every frequency: SDE samples have the exact covariance."""
-    from ndm_ct.transforms import Blur
-
-    blur, schedule = Blur((2, 2), blur=1.0, floor=0.2), schedules.LinearLogSNR(-5, 4)
-
-    def eta(t):
-        value, rate = blur.attenuation(t)
-        return 1.0 - 2.0 * (rate / value) / 9.0
-
-    spectrum = torch.tensor([1.5, 0.8, 0.4, 0.2], dtype=torch.float64)
-    basis = blur.from_basis(torch.eye(4, dtype=torch.float64).reshape(4, 2, 2)).reshape(4, 4)
-    cov = basis.mT @ torch.diag(spectrum) @ basis
-    model = ndm_ct.reference.Gaussian(
-        torch.zeros(2, 2), cov, schedule=schedule, transform=blur, volatility=lambda t: eta(t)
-    )
+    model, spectrum = blurred()
     for method, steps in (("sde", 60), ("ddpm", 200)):
         x = ndm_ct.sample(model, 4000, method=method, steps=steps, generator=generator, dtype=torch.float64)
-        measured = blur.to_basis(x).flatten(1).square().mean(0)
+        measured = model.transform.to_basis(x).flatten(1).square().mean(0)
         assert bool(((measured / spectrum - 1).abs() < 4 * math.sqrt(2 / 4000) + 0.03).all())
 
 

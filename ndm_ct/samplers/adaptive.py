@@ -38,7 +38,7 @@ References:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ from torch import Tensor
 
 from ndm_ct import _shapes
 from ndm_ct._errors import SolverError
-from ndm_ct._noise import Randomness, normal_like
+from ndm_ct._noise import Randomness, normal_like, rows_of
+from ndm_ct._packing import Rows
 from ndm_ct._shapes import as_time, expand
 from ndm_ct.discrete import DDPM
 from ndm_ct.dynamics import ReverseSDE
@@ -192,26 +193,21 @@ class Brownian:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
         self.depth, self.lengths, self.pieces = self.depth[rows], self.lengths[rows], self.pieces[rows]
-        if isinstance(self.generator, torch.Generator) or self.generator is None:
-            return
-        self.generator = [self.generator[row] for row in rows.tolist()]
+        self.generator = rows_of(self.generator, rows)
 
     def _normal(self, which: Tensor) -> Tensor:
         """Standard normal numbers for some rows, zero for the others; only theirs are drawn."""
         like = self.pieces[:, 0]
         if bool(which.all()):
             return normal_like(like, self.generator)
-        rows, generator = torch.nonzero(which).flatten(), self.generator
-        if not (generator is None or isinstance(generator, torch.Generator)):
-            generator = [generator[row] for row in rows.tolist()]
-        noise = torch.zeros_like(like)
-        noise[rows] = normal_like(like[rows], generator)
+        rows, noise = torch.nonzero(which).flatten(), torch.zeros_like(like)
+        noise[rows] = normal_like(like[rows], rows_of(self.generator, rows))
         return noise
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of the batch: one entry each in every tensor.
+class _Rows(Rows):
+    """Rows of the batch.
 
     Args:
         index: their numbers in the caller's batch.
@@ -244,10 +240,6 @@ class _Rows:
     finite: Tensor
     accepted: Tensor
     rejected: Tensor
-
-    def take(self, rows: Tensor) -> "_Rows":
-        """Some of them, by position."""
-        return _Rows(*(getattr(self, entry.name)[rows] for entry in fields(self)))
 
 
 class _Solve:

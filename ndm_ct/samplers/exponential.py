@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ndm_ct._noise import Randomness, normal_like
 from ndm_ct.model import NDM
-from ndm_ct.stepping import Level, Sampler
+from ndm_ct.stepping import Level, Sampler, exponential_euler
 
 __all__ = ["DPMSolverPP", "DPMSolverPPSDE", "DPMSolverPPSingle", "Multistep"]
 
@@ -170,10 +170,10 @@ class DPMSolverPPSingle(Sampler):
             if (t.t, s.t) not in self._middles:
                 self.visited(torch.stack([t.time, s.time]))
             u = self.level(self._middles[t.t, s.t])
-            inside = u.sigma / t.sigma * z - u.alpha * math.expm1(t.log_snr - u.log_snr) * D
+            inside = exponential_euler(z, D, t, u)
             # The middle prediction stands for the whole step: D + (D_u - D) / (2 r) with r = 1/2.
             _, D = self.predict(inside, u, cond)
-        return s.sigma / t.sigma * z - s.alpha * math.expm1(-h) * D
+        return exponential_euler(z, D, t, s)
 
 
 def difference(known: Sequence[tuple[Level, Tensor]], h: float) -> Tensor | float:

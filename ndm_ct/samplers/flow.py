@@ -28,7 +28,7 @@ from torch import Tensor
 from ndm_ct._noise import Randomness, normal_like
 from ndm_ct._shapes import choose
 from ndm_ct.model import NDM, validate_prediction
-from ndm_ct.stepping import Level, Sampler
+from ndm_ct.stepping import Level, Sampler, exponential_euler
 from ndm_ct.transforms import Identity
 
 __all__ = ["EDM", "TABLEAUX", "RungeKutta"]
@@ -162,7 +162,7 @@ class EDM(Sampler):
         if t.t in self._raised:
             z, t = self._churned(z, t, self.level(self._raised[t.t]), generator)
         _, D = self.predict(z, t, cond)
-        euler = s.alpha * D + s.sigma / t.sigma * (z - t.alpha * D)
+        euler = exponential_euler(z, D, t, s)
         if t.alpha == 0.0 or s.sigma == 0.0:
             return euler
         _, D_s = self.predict(euler, s, cond)

@@ -35,7 +35,7 @@ from ndm_ct._noise import Randomness
 from ndm_ct._shapes import choose
 from ndm_ct.model import NDM
 from ndm_ct.samplers.exponential import Multistep
-from ndm_ct.stepping import Level
+from ndm_ct.stepping import Level, exponential_euler
 
 __all__ = ["DEIS", "PNDM", "UniPC"]
 
@@ -74,7 +74,7 @@ class _Noise(Multistep):
 
     def _ddim(self, z: Tensor, t: Level, s: Level, cond: dict[str, Any]) -> Tensor:
         _, D = self.predict(z, t, cond)
-        return s.alpha * D + s.sigma / t.sigma * (z - t.alpha * D)
+        return exponential_euler(z, D, t, s)
 
 
 class DEIS(_Noise):
@@ -217,8 +217,7 @@ class UniPC(Multistep):
     ) -> Tensor:
         """From t to s with the predictions known at t, and that at s if it has been evaluated."""
         h, D = s.log_snr - t.log_snr, known[0][1]
-        phi = math.expm1(-h)
-        out = s.sigma / t.sigma * z - s.alpha * phi * D
+        out = exponential_euler(z, D, t, s)
         others = [*known[1:], *([arrived] if arrived is not None else [])]
         if not others or not math.isfinite(h):
             return out
