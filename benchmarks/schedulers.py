@@ -22,7 +22,7 @@ Names are ``diffusers:NAME`` with options behind plus signs, ``diffusers:DPMSolv
 
 The number of steps is the largest whose evaluations stay within the budget: Heun takes 2k - 1 for k steps, PNDM k + 1.
 Most schedulers end at their last prediction of x (noise level zero), PNDM and DEIS at the table's lowest level, while
-``ndm_ct.sample`` returns a draw at :math:`t_{min}` with its noise.
+``ndm_ct.sample`` returns a draw at :math:`t_{min}` with its noise, or with ``denoise=True`` a prediction of x.
 
 References:
     https://github.com/huggingface/diffusers

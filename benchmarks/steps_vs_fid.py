@@ -15,8 +15,9 @@ the folder samples or scores.
 
 ``--models``    a network of ``benchmarks/networks.py`` by name, a checkpoint, ``LABEL=`` either, or ``train``: a DDPM
                 and Neural Diffusion Models with the heads "x" and "moments", trained in the output folder.
-``--samplers``  ``METHOD`` or ``METHOD@GRID`` of ``ndm_ct.sample`` ("ddpm", "ddim", "heun@karras", ...), or a scheduler
-                of diffusers (``benchmarks/schedulers.py``): ``diffusers:DPMSolverMultistep+karras``.
+``--samplers``  ``METHOD`` or ``METHOD@GRID`` of ``ndm_ct.sample`` ("ddpm", "ddim", "heun@karras", ...), with
+                ``+denoise`` behind it for the estimate of x in place of the last state; or a scheduler of diffusers
+                (``benchmarks/schedulers.py``): ``diffusers:DPMSolverMultistep+karras``.
 ``--steps``     network evaluations per sample. A method of two evaluations per step takes half as many steps, and the
                 number it really took is the column ``nfe``.
 ``--seeds``     of the initial noise, which is the same for all methods at the same seed (column ``noise``, a digest).
@@ -26,9 +27,9 @@ FID. ``fd`` is the plain value, too large by about a constant over the number of
 that removes it, ``kid`` unbiased by itself. The entry ``real`` compares the rest of the real images with the reference:
 what a perfect model would get.
 
-Our samplers return a draw at t_min, whose noise (standard deviation 0.011 to 0.018 for these networks, where grey
-levels span -1 to 1) the rounding to levels leaves in, while diffusers' schedulers end at a prediction of x or at the
-lowest noise level of their table. The two differ most where features see single levels.
+Without ``+denoise`` our samplers return a draw at t_min, whose noise (standard deviation 0.011 to 0.018 for these
+networks, where grey levels span -1 to 1) the rounding to levels leaves in, while most of diffusers' schedulers end at a
+prediction of x. The two differ most where features see single levels.
 
 Writes ``results.csv``, ``results.json`` (every setting, every cell, the means over seeds), ``plot.png`` and
 ``grids/*.png`` into ``--out``.
@@ -87,12 +88,14 @@ class Sampler:
         name: as on the command line.
         method: of ``ndm_ct.sample``; unused with a scheduler.
         grid: of ``ndm_ct.sample``.
+        denoise: of ``ndm_ct.sample``.
         scheduler: of diffusers, or None.
     """
 
     name: str
     method: str = ""
     grid: str = "uniform"
+    denoise: bool = False
     scheduler: schedulers.Scheduler | None = None
 
 
@@ -130,8 +133,11 @@ def parse_sampler(name: str) -> Sampler:
     """A sampler by its name on the command line."""
     if name.startswith(schedulers.PREFIX):
         return Sampler(name, scheduler=schedulers.parse(name))
-    method, _, grid = name.partition("@")
-    return Sampler(name, method, grid or "uniform")
+    place, plus, option = name.partition("+")
+    if plus and option != "denoise":
+        raise ValueError(f"--samplers: {name!r} has the option {option!r}; there is only denoise.")
+    method, _, grid = place.partition("@")
+    return Sampler(name, method, grid or "uniform", denoise=bool(plus))
 
 
 def draw(
@@ -145,7 +151,14 @@ def draw(
         drawn = sampler.scheduler.draw(model, n, budget, generator)
         return drawn.x, drawn.nfe, drawn.z
     x, info = ndm_ct.sample(
-        model, n, method=sampler.method, nfe=budget, grid=sampler.grid, generator=generator, return_info=True
+        model,
+        n,
+        method=sampler.method,
+        nfe=budget,
+        grid=sampler.grid,
+        denoise=sampler.denoise,
+        generator=generator,
+        return_info=True,
     )
     return x, info.nfe, info.z
 

@@ -1,7 +1,7 @@
 r"""Sampling: from :math:`z_1 \sim p_1` down to :math:`t_{min}` along one of the model's dynamics.
 
-A sample is a draw of :math:`z_{t_{min}}`, the variable whose density ``loglik`` reports; no last denoising step is
-taken. Methods are the adaptive solves of the probability flow,
+A sample is a draw of :math:`z_{t_{min}}`, the variable whose density ``loglik`` reports, or with ``denoise`` the
+model's last estimate of x. Methods are the adaptive solves of the probability flow,
 
 =======================================  ============================================================================
 ``"ode"``                                every row with steps of its own (:mod:`ndm_ct.rowwise`)
@@ -15,7 +15,7 @@ the adaptive solve of the reverse SDE, ``"sde_adaptive"``, every row with steps 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from ndm_ct.divergence import resolve
 from ndm_ct.grids import Grid, time_grid
 from ndm_ct.guidance import evaluations_per_call, guided
 from ndm_ct.likelihood import Trace, along, largest
-from ndm_ct.model import NDM
+from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.samplers import NAMES
 from ndm_ct.samplers.adaptive import sde_rows
 from ndm_ct.solvers import ADAPTIVE_METHODS
@@ -63,10 +63,11 @@ class SampleInfo:
         rejected: rejected steps, likewise.
         z: the prior draw :math:`z_1`, ``(n, *E)``.
         logp: log-density of each sample under the probability flow, nats, ``(n,)``, for its adaptive methods; None for
-            the others, which do not follow the flow exactly (``loglik`` scores their samples).
+            the others, which do not follow the flow exactly (``loglik`` scores their samples), and with ``denoise``.
         stderr: its standard error, ``(n,)``.
         times: the grid, ``(N + 1,)``; None for adaptive methods.
-        trajectory: with ``trajectory=True`` the states at these times, ``(N + 1, n, *E)``.
+        trajectory: with ``trajectory=True`` the states at these times, ``(N + 1, n, *E)``; the last is the sample, also
+            with ``denoise``.
     """
 
     nfe: int
@@ -91,6 +92,7 @@ def sample(
     atol: float | None = None,
     stochasticity: float | None = None,
     guidance: float | None = None,
+    denoise: bool = False,
     generator: Randomness = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -121,6 +123,10 @@ def sample(
             process: for F linear in x and for prediction "moments" trained on its regressions. For prediction "x" with
             a nonlinear F every value is a different model (:mod:`ndm_ct.dynamics`).
         guidance: scale w of classifier-free guidance; needs a conditional model, see :func:`ndm_ct.guided`.
+        denoise: return an estimate of x in place of :math:`z_{t_{min}}`, which still holds noise of standard deviation
+            :math:`\sigma(t_{min})`. On a grid the last step goes to sigma = 0: it is :math:`\hat x(z_t, t)` at its
+            start, for one evaluation. After adaptive steps it is :math:`\hat x` at :math:`t_{min}`, for one evaluation
+            more. Such samples have no density that the model could report.
         generator: source of all randomness; or a sequence of n, one per sample, which then does not depend on the
             batch it is drawn in.
         dtype: dtype of the samples; None is the model's.
@@ -140,7 +146,8 @@ def sample(
 
     Raises:
         TypeError: method is no sampler; generator is none.
-        ValueError: unknown method or grid; steps missing or below one; an option without effect for the method.
+        ValueError: unknown method or grid; steps missing or below one; an option without effect for the method;
+            ``denoise`` with prediction "moments", which does not estimate x.
 
     Example:
         >>> import ndm_ct
@@ -165,26 +172,29 @@ def sample(
     device = torch.device(device) if device is not None else model.device or torch.device("cpu")
     if guidance is not None:
         model = guided(model, guidance)
+    if denoise and model.prediction == "moments":
+        raise ValueError("denoise=True needs an estimate of x, prediction='moments' estimates F(x, t); drop it.")
     draw: _Adaptive | _AdaptiveSDE | _OnGrid
     if isinstance(method, str) and method in ADAPTIVE:
         unused = {"steps": steps, "nfe": nfe, "grid": grid, "stochasticity": stochasticity, "callback": callback}
         _refuse(method, unused | {"trajectory": trajectory or None}, "chooses its own steps along the probability flow")
-        if trace is not None and not return_info:
-            raise ValueError("trace has no effect without return_info=True; drop it.")
+        with_density = return_info and not denoise
+        if trace is not None and not with_density:
+            raise ValueError("trace has no effect without return_info=True, or with denoise=True; drop it.")
         tolerances = [TOLERANCE if value is None else value for value in (rtol, atol)]
-        draw = _Adaptive(model, method, tolerances[0], tolerances[1], trace, return_info)
+        draw = _Adaptive(model, method, tolerances[0], tolerances[1], trace, with_density, denoise)
     elif method == ADAPTIVE_SDE:
         unused = {"steps": steps, "nfe": nfe, "grid": grid, "callback": callback, "trajectory": trajectory or None}
         _refuse(method, unused | {"trace": trace}, "chooses its own steps along the reverse SDE")
         tolerances = [SDE_TOLERANCE if value is None else value for value in (rtol, atol)]
         own_model = model if stochasticity is None else model.with_volatility(scale=stochasticity)
-        draw = _AdaptiveSDE(own_model, tolerances[0], tolerances[1])
+        draw = _AdaptiveSDE(own_model, tolerances[0], tolerances[1], denoise)
     else:
         _refuse(method, {"rtol": rtol, "atol": atol, "trace": trace}, "takes fixed steps")
         if trajectory and not return_info:
             raise ValueError("trajectory=True needs return_info=True: the states are in info.trajectory.")
-        sampler, times = _sampler_on_grid(model, method, steps, nfe, grid, stochasticity)
-        draw = _OnGrid(sampler, times, callback, trajectory)
+        sampler, times = _sampler_on_grid(model, method, steps, nfe, grid, stochasticity, denoise)
+        draw = _OnGrid(sampler, times, callback, trajectory, denoise)
     batches = torch.arange(n).split(batch_size or max(n, 1))
     parts = []
     with model.evaluating(), torch.no_grad(), _bar(progress, draw.ticks * len(batches)) as tick:
@@ -210,7 +220,13 @@ def _refuse(method: Method, options: dict[str, Any], reason: str) -> None:
 
 
 def _sampler_on_grid(
-    model: NDM, method: Method, steps: int | None, nfe: int | None, grid: Grid | None, stochasticity: float | None
+    model: NDM,
+    method: Method,
+    steps: int | None,
+    nfe: int | None,
+    grid: Grid | None,
+    stochasticity: float | None,
+    denoise: bool,
 ) -> tuple[Sampler, Tensor]:
     if stochasticity is not None:
         model = model.with_volatility(scale=stochasticity)
@@ -231,7 +247,7 @@ def _sampler_on_grid(
         )
     if steps is None:
         per_call = evaluations_per_call(model.predictor)
-        steps = steps_within(sampler, _shapes.validate_count("nfe", nfe), per_call)
+        steps = steps_within(sampler, _shapes.validate_count("nfe", nfe), per_call, denoise)
     _shapes.validate_count("steps", steps)
     return sampler, time_grid(model.schedule, model.t_min, steps, "uniform" if grid is None else grid)
 
@@ -271,6 +287,7 @@ class _Adaptive:
     atol: float
     trace: Trace | None
     with_density: bool
+    denoise: bool
 
     ticks = 100
 
@@ -280,12 +297,10 @@ class _Adaptive:
             "rowwise" if self.method == "ode" else self.method, "raise", False, cond,
             _percent(tick, self.ticks, self.model.t_min),
         )  # fmt: skip
-        per_call = evaluations_per_call(self.model.predictor)
         if not self.with_density:
             solved = problem.transport()
-            counts = (largest(each) for each in (solved.evaluations, solved.accepted, solved.rejected))
-            evaluations, accepted, rejected = counts
-            return _Part(solved.z, SampleInfo(per_call * evaluations, accepted, rejected, z1))
+            nfe, accepted, rejected = (largest(each) for each in (solved.evaluations, solved.accepted, solved.rejected))
+            return _ended(self.model, solved.z, SampleInfo(nfe, accepted, rejected, z1), self.denoise, cond)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(
                 "info.logp takes its probes from one generator for the batch, got one per sample; pass one generator, "
@@ -293,7 +308,8 @@ class _Adaptive:
             )
         estimator = resolve("auto" if self.trace is None else self.trace, self.model.event_shape)
         info = along(problem, estimator, None, generator, budget=False)
-        own = SampleInfo(per_call * info.nfe, info.accepted, info.rejected, z1, info.loglik, info.stderr)
+        nfe = evaluations_per_call(self.model.predictor) * info.nfe
+        own = SampleInfo(nfe, info.accepted, info.rejected, z1, info.loglik, info.stderr)
         return _Part(info.z, own)
 
 
@@ -304,6 +320,7 @@ class _AdaptiveSDE:
     model: NDM
     rtol: float
     atol: float
+    denoise: bool
 
     ticks = 100
 
@@ -312,10 +329,18 @@ class _AdaptiveSDE:
             self.model, z1, rtol=self.rtol, atol=self.atol, generator=generator,
             callback=_percent(tick, self.ticks, self.model.t_min), **cond,
         )  # fmt: skip
-        per_call = evaluations_per_call(self.model.predictor)
-        counts = (largest(each) for each in (drawn.evaluations, drawn.accepted, drawn.rejected))
-        evaluations, accepted, rejected = counts
-        return _Part(drawn.z, SampleInfo(per_call * evaluations, accepted, rejected, z1))
+        nfe, accepted, rejected = (largest(each) for each in (drawn.evaluations, drawn.accepted, drawn.rejected))
+        return _ended(self.model, drawn.z, SampleInfo(nfe, accepted, rejected, z1), self.denoise, cond)
+
+
+def _ended(model: NDM, z: Tensor, predictions: SampleInfo, denoise: bool, cond: dict[str, Any]) -> _Part:
+    """What adaptive steps led to, or the estimate of x there; counts of predictions become those of evaluations."""
+    if denoise:
+        t = torch.tensor(model.t_min, dtype=torch.float64, device=z.device)
+        z = model.predict_x(z, t, **cond)
+        validate_prediction(z, t)
+    nfe = evaluations_per_call(model.predictor) * (predictions.nfe + denoise)
+    return _Part(z, replace(predictions, nfe=nfe))
 
 
 def _percent(tick: Tick | None, ticks: int, t_min: float) -> Tick | None:
@@ -341,6 +366,7 @@ class _OnGrid:
     grid: Tensor
     callback: Callable[[float, Tensor], None] | None
     keep: bool
+    denoise: bool
 
     @property
     def ticks(self) -> int:
@@ -358,7 +384,9 @@ class _OnGrid:
                 tick(1.0)
 
         before, steps = self.sampler.evaluations, self.ticks
-        x = walk(self.sampler, z1, self.grid.to(z1.device), generator=generator, callback=seen, **cond)
+        x = walk(
+            self.sampler, z1, self.grid.to(z1.device), generator=generator, callback=seen, denoise=self.denoise, **cond
+        )  # fmt: skip
         per_call = evaluations_per_call(self.sampler.model.predictor)
         spent = per_call * (self.sampler.evaluations - before)
         trajectory = torch.stack([*states, x]) if self.keep else None

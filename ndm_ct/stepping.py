@@ -151,6 +151,18 @@ class Sampler:
         validate_prediction(D, level.time)
         return F, D
 
+    def estimate(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        r""":math:`\hat x` at state z ``(B, *E)`` and time t, for one network evaluation.
+
+        Raises:
+            PredictorError: the prediction is NaN or infinite (with time and rows).
+        """
+        self.evaluations += 1
+        time = self.level(t).time
+        x = self.model.predict_x(z, time, **cond)
+        validate_prediction(x, time)
+        return x
+
     def step(
         self, z: Tensor, t: float | Tensor, s: float | Tensor, *, generator: Randomness = None, **cond: Any
     ) -> Tensor:
@@ -191,9 +203,10 @@ def walk(
     *,
     generator: Randomness = None,
     callback: Callback | None = None,
+    denoise: bool = False,
     **cond: Any,
 ) -> Tensor:
-    """Take one step per interval of a decreasing grid.
+    r"""Take one step per interval of a decreasing grid.
 
     Args:
         sampler: any :class:`Sampler`.
@@ -201,36 +214,47 @@ def walk(
         grid: float64 times, decreasing.
         generator: source of the noise, one or one per row.
         callback: called with time and state before every step.
+        denoise: in place of the last step return :math:`\hat x` at its start, the step to sigma = 0.
         cond: conditioning.
 
     Returns:
-        The state at ``grid[-1]``.
+        The state at ``grid[-1]``, or :math:`\hat x`.
     """
     sampler.prepare(grid)
-    for t, s in itertools.pairwise(grid.tolist()):
+    for step, (t, s) in enumerate(itertools.pairwise(grid.tolist()), start=2):
         if callback is not None:
             callback(t, z)
+        if denoise and step == len(grid):
+            return sampler.estimate(z, t, **cond)
         z = sampler.step(z, t, s, generator=generator, **cond)
     return z
 
 
-def steps_within(sampler: Sampler, nfe: int, per_call: int = 1) -> int:
+def steps_within(sampler: Sampler, nfe: int, per_call: int = 1, denoise: bool = False) -> int:
     """The most steps whose evaluations are at most ``nfe``.
 
     Args:
         sampler: the sampler.
         nfe: network evaluations to spend.
         per_call: network evaluations of one prediction; two if it is guided.
+        denoise: as in :func:`walk`.
 
     Raises:
         ValueError: not even one step is.
     """
     steps = nfe // per_call
-    while steps > 0 and per_call * sampler.cost(steps) > nfe:
+    while steps > 0 and per_call * evaluations(sampler, steps, denoise) > nfe:
         steps -= 1
     if steps == 0:
+        least = per_call * evaluations(sampler, 1, denoise)
         raise ValueError(
-            f"nfe={nfe} is less than one step of {type(sampler).__name__}, which takes {per_call * sampler.cost(1)} "
-            "evaluations."
+            f"nfe={nfe} is less than one step of {type(sampler).__name__}, which takes {least} evaluations."
         )
     return steps
+
+
+def evaluations(sampler: Sampler, steps: int, denoise: bool) -> int:
+    """Predictions of a :func:`walk` of so many steps."""
+    if not denoise:
+        return sampler.cost(steps)
+    return 1 + (sampler.cost(steps - 1) if steps > 1 else 0)

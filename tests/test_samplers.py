@@ -15,7 +15,7 @@ from oracles import order as slope
 from scipy.interpolate import CubicSpline, RectBivariateSpline
 
 import ndm_ct
-from ndm_ct import NDM, discrete, samplers, schedules, solvers, transforms
+from ndm_ct import NDM, discrete, reference, samplers, schedules, solvers, transforms
 from ndm_ct._errors import PredictorError
 from ndm_ct.grids import GRIDS, time_grid
 from ndm_ct.samplers import (
@@ -904,6 +904,40 @@ def test_trajectory_is_what_single_steps_give(name):
     for t, s, state in zip(info.times[:-1], info.times[1:], info.trajectory[1:], strict=True):
         z = sampler.step(z, t, s, generator=source)
         torch.testing.assert_close(z, state, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", BRIDGES.values(), ids=BRIDGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_denoise_ends_at_the_estimate_of_x(name, schedule):
+    """The walk is the same but for its last step, which costs one evaluation, of any method."""
+    model = small_model(schedule)
+    for steps in (1, 2, 3, 6):
+        model.predictor.calls = 0
+        options = {"method": name, "steps": steps, "dtype": torch.float64, "trajectory": True, "return_info": True}
+        x, info = ndm_ct.sample(model, 3, generator=seeded(), denoise=True, **options)
+        assert model.predictor.calls == info.nfe == 1 + (NAMES[name](model).cost(steps - 1) if steps > 1 else 0)
+        _, plain = ndm_ct.sample(model, 3, generator=seeded(), **options)
+        assert torch.equal(info.trajectory[:-1], plain.trajectory[:-1])
+        assert torch.equal(x, info.trajectory[-1])
+        assert torch.equal(x, model.predict_x(info.trajectory[-2], info.times[-2]))
+        assert not torch.equal(x, plain.trajectory[-1])
+    for nfe in range(info.nfe, info.nfe + 6):
+        bought = ndm_ct.sample(model, 3, method=name, nfe=nfe, denoise=True, return_info=True)[1]
+        assert bought.nfe <= nfe < 1 + NAMES[name](model).cost(bought.accepted)
+
+
+def test_denoise_leaves_no_noise_of_the_last_state():
+    """Exact for data at a point; the draw at t_min keeps sigma(t_min)."""
+    model = reference.Gaussian(torch.tensor([1.0, -2.0]), 1e-12 * torch.eye(2), schedule=SMOOTH)
+    for method in ("ddpm", "unipc", "heun"):
+        x = ndm_ct.sample(model, 50, method=method, steps=8, denoise=True, dtype=torch.float64)
+        torch.testing.assert_close(x, torch.tensor([1.0, -2.0], dtype=torch.float64).expand(50, 2), atol=1e-5, rtol=0.0)
+
+
+def test_denoise_needs_an_estimate_of_x():
+    model = NDM(Bounded(), (2,), prediction="moments")
+    with pytest.raises(ValueError, match="denoise=True needs an estimate of x, prediction='moments'"):
+        ndm_ct.sample(model, 3, method="ddim", steps=4, denoise=True)
 
 
 def test_trajectories_of_batches_are_joined():
