@@ -4,11 +4,12 @@ r"""What a sampler costs besides its network evaluations.
     python benchmarks/sampling_cost.py --repeats 3    # a look
 
 Every sampler walks the same grid on two models: the trained U-Net of the digits (``benchmarks/networks.py``) and a tiny
-perceptron, whose evaluation takes a fraction of a millisecond. Beside it, in the same run and alternating with it, the
-predictor alone is called as often on inputs of the same shape. The overhead is the difference, per evaluation, in
-seconds of the processor (one thread), which other processes do not lengthen;
-torchsde's own ``sdeint`` on the same reverse SDE is measured the same way. Writes ``sampling_cost.json`` and
-``sampling_cost.md`` into ``benchmarks/results``.
+perceptron, whose evaluation takes a fraction of a millisecond. Three things are timed, in turn, in seconds of the
+processor (one thread): the walk; the predictor alone, called as often on inputs of the same shape; and the walk of the
+same model with a predictor that returns its input. The last is all that the sampler does besides the network, the
+*overhead*, free of the scatter of the network's own time, of which it is a few percent; the first minus the second
+should agree with it. torchsde's own ``sdeint`` on the same reverse SDE is measured the same way. Writes
+``sampling_cost.json``, ``sampling_cost.md`` and ``sampling_cost.png`` into ``benchmarks/results``.
 """
 
 import argparse
@@ -34,6 +35,7 @@ except ImportError:  # run as a script
     import networks
 
 RESULTS = Path(__file__).parent / "results"
+TORCHSDE = "torchsde's own loop"
 
 
 def tiny() -> ndm_ct.NDM:
@@ -87,58 +89,79 @@ def torchsde_loop(model: ndm_ct.NDM, rows: int, steps: int) -> Callable[[], None
     return run
 
 
-def paired(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
-    """Processor seconds of both, alternating, after one call each that does not count."""
-    seconds: tuple[list[float], list[float]] = ([], [])
+def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Least processor seconds of each, called in turn, after one call each that does not count.
+
+    What other processes do to a run only ever adds to it.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
-        for call, own in zip((first, second), seconds, strict=True):
+        for name, call in calls.items():
             start = time.process_time()
             call()
             if repeat:
-                own.append(time.process_time() - start)
-    return seconds
+                seconds[name].append(time.process_time() - start)
+    return {name: min(own) for name, own in seconds.items()}
+
+
+class _Nothing(torch.nn.Module):
+    """A predictor that costs nothing."""
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        return z
 
 
 def measure(model: ndm_ct.NDM, rows: int, steps: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per sampler: milliseconds per evaluation of the loop and of the bare network, and their difference."""
+    """One row per sampler, in milliseconds per evaluation: walk, bare network, overhead."""
+    idle = ndm_ct.NDM(_Nothing(), model.event_shape, schedule=model.schedule)
+    for each in (model, idle):
+        estimate_residuals(each, torch.randn(64, *model.event_shape))
     results = []
-    estimate_residuals(model, torch.randn(64, *model.event_shape))
-    for name in [*NAMES, "torchsde's own loop"]:
-        if name in NAMES:
-            evaluations = NAMES[name](model).cost(steps)
+    for name in [*NAMES, TORCHSDE]:
+        evaluations = 2 * steps if name == TORCHSDE else NAMES[name](model).cost(steps)
 
-            def run(name: str = name) -> None:
-                ndm_ct.sample(model, rows, method=name, steps=steps)
+        def walk(own: ndm_ct.NDM, name: str = name) -> Callable[[], Any]:
+            if name == TORCHSDE:
+                return torchsde_loop(own, rows, steps)
+            return lambda: ndm_ct.sample(own, rows, method=name, steps=steps)
 
-        else:
-            evaluations, run = 2 * steps, torchsde_loop(model, rows, steps)
-        loop, alone = paired(run, bare(model, rows, evaluations), repeats)
-        # The fastest of each: what other processes do to a run only ever adds to it.
-        per_loop, per_bare = min(loop) / evaluations, min(alone) / evaluations
-        results.append(
-            {
-                "sampler": name,
-                "evaluations": evaluations,
-                "loop_ms": 1e3 * per_loop,
-                "bare_ms": 1e3 * per_bare,
-                "overhead_ms": 1e3 * (per_loop - per_bare),
-                "overhead_share": per_loop / per_bare - 1.0,
-                "median_share": statistics.median(loop) / statistics.median(alone) - 1.0,
-            }
-        )
+        calls = {"walk": walk(model), "network": bare(model, rows, evaluations), "overhead": walk(idle)}
+        times = {what: 1e3 * seconds / evaluations for what, seconds in fastest(calls, repeats).items()}
+        results.append({
+            "sampler": name, "evaluations": evaluations, **{f"{what}_ms": value for what, value in times.items()},
+            "overhead_share": times["overhead"] / times["network"],
+            "difference_ms": times["walk"] - times["network"],
+        })  # fmt: skip
     return results
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:
     """A Markdown table."""
-    lines = [f"### {name}", "", "| sampler | evaluations | loop, ms | network, ms | overhead, ms | overhead |"]
-    lines.append("|---|---|---|---|---|---|")
+    columns = "sampler | evaluations | walk, ms | network, ms | overhead, ms | of the network | walk - network, ms"
+    lines = [f"### {name}", "", f"| {columns} |"]
+    lines.append("|---|---|---|---|---|---|---|")
     lines += [
-        f"| {row['sampler']} | {row['evaluations']} | {row['loop_ms']:.3f} | {row['bare_ms']:.3f} | "
-        f"{row['overhead_ms']:.3f} | {row['overhead_share']:.1%} |"
+        f"| {row['sampler']} | {row['evaluations']} | {row['walk_ms']:.3f} | {row['network_ms']:.3f} | "
+        f"{row['overhead_ms']:.3f} | {row['overhead_share']:.1%} | {row['difference_ms']:.3f} |"
         for row in rows
     ]
     return "\n".join([*lines, ""])
+
+
+def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Overheads as bars, beside the network's time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    for axis, (name, rows) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
+        upwards = rows[::-1]
+        axis.barh([row["sampler"] for row in upwards], [row["overhead_ms"] for row in upwards])
+        network = statistics.median(row["network_ms"] for row in rows)
+        axis.axvline(network, color="black", label=f"the network, {network:.2g} ms")
+        axis.set(xscale="log", xlabel="ms per evaluation besides the network", title=name)
+        axis.legend(loc="lower right")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -161,6 +184,7 @@ def main() -> None:
     )
     text = "\n".join(table(name, rows) for name, rows in results.items())
     (arguments.out / "sampling_cost.md").write_text("# What a sampler costs besides its network\n\n" + text)
+    plot(results, arguments.out / "sampling_cost.png")
     print(text)
 
 

@@ -49,8 +49,8 @@ from ndm_ct._noise import Randomness, normal_like
 from ndm_ct._shapes import choose, expand, sum_event
 from ndm_ct.grids import time_grid
 from ndm_ct.model import NDM, validate_prediction
-from ndm_ct.schedules import SAFE_NOISE
-from ndm_ct.stepping import Level, Sampler, levels
+from ndm_ct.schedules import SAFE_NOISE, Level, levels
+from ndm_ct.stepping import Sampler
 
 __all__ = ["DDIM", "DDPM", "VARIANCES", "Residuals", "estimate_residuals"]
 

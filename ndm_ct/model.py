@@ -430,7 +430,7 @@ def validate_prediction(prediction: Tensor, t: Tensor) -> None:
     Raises:
         PredictorError: naming the rows and the time of the first.
     """
-    rows = _shapes.bad_rows(prediction.detach())
+    rows = _shapes.bad_rows(prediction)
     if rows:
         time = float(t.expand(prediction.shape[0])[rows[0]])
         raise PredictorError(

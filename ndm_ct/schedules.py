@@ -31,6 +31,7 @@ __all__ = [
     "Coefficients",
     "Cosine",
     "LearnedLogSNR",
+    "Level",
     "LinearLogSNR",
     "Rectified",
     "Schedule",
@@ -162,6 +163,45 @@ class Schedule(nn.Module, Configurable):
         if float(at_zero.sigma) > 0.0:
             return 0.0
         return float(self.time_at(torch.atan(zero + SAFE_NOISE)))
+
+
+@dataclass(frozen=True)
+class Level:
+    r"""The schedule at one time, in numbers.
+
+    Args:
+        t: the time.
+        alpha: :math:`\alpha`.
+        sigma: :math:`\sigma`.
+        log_snr: :math:`\lambda = \log\alpha/\sigma`, half the log-SNR; infinite where alpha or sigma is zero.
+        slope: :math:`dt/d\lambda`; zero where alpha is zero.
+        dalpha: :math:`\alpha'`.
+        dlog_sigma: :math:`\sigma'/\sigma`; infinite where sigma is zero.
+        time: t as a float64 tensor, for the network.
+    """
+
+    t: float
+    alpha: float
+    sigma: float
+    log_snr: float
+    slope: float
+    dalpha: float
+    dlog_sigma: float
+    time: Tensor
+
+    @property
+    def noise(self) -> float:
+        r""":math:`\rho = \sigma/\alpha`, infinite where alpha is zero."""
+        return self.sigma / self.alpha if self.alpha > 0.0 else math.inf
+
+
+def levels(schedule: Schedule, times: Tensor) -> list[Level]:
+    """The schedule at float64 times ``(N,)``, in one evaluation."""
+    with torch.no_grad():
+        c = schedule(times)
+        numbers = (times, c.alpha, c.sigma, -0.5 * c.gamma, -2.0 * c.inverse_dgamma, c.dalpha, c.dlog_sigma)
+        columns = [each.tolist() for each in numbers]
+    return [Level(*row) for row in zip(*columns, times, strict=True)]
 
 
 def _variance_preserving(gamma: Tensor, dgamma: Tensor) -> Coefficients:

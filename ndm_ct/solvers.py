@@ -17,6 +17,7 @@ References:
     Roessler, Runge-Kutta Methods for the Strong Approximation of Solutions of SDEs (2010)
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -42,6 +43,7 @@ with warnings.catch_warnings():
 __all__ = [
     "ADAPTIVE_METHODS",
     "SDE_METHODS",
+    "SDEStep",
     "Solution",
     "odeint",
     "sdeint",
@@ -97,7 +99,7 @@ class _Guarded:
         t = t.to(torch.float64).clamp(self.low, self.high)
         self.evaluations += 1
         derivative = self.packing.pack(self.function(t, self.packing.unpack(y)))
-        rows = _shapes.bad_rows(derivative.detach())
+        rows = _shapes.bad_rows(derivative)
         if rows:
             raise SolverError(
                 f"the field is NaN or infinite at t={float(t):.6g} in batch rows {_shapes.some(rows)}; look at the "
@@ -234,14 +236,17 @@ class GeneratorNoise(BaseBrownian):  # type: ignore[misc]
 
     Args:
         like: a tensor ``(B, D)`` whose shape, dtype and device the increments take.
+
+    Attributes:
         generator: source, one or one per row; None is torch's global one.
     """
 
-    __slots__ = ("_device", "_dtype", "_generator", "_like", "_shape")
+    __slots__ = ("_device", "_dtype", "_like", "_shape", "generator")
 
-    def __init__(self, like: Tensor, generator: Randomness) -> None:
+    def __init__(self, like: Tensor) -> None:
         self._shape, self._dtype, self._device = tuple(like.shape), like.dtype, like.device
-        self._like, self._generator = like, generator
+        self._like = like
+        self.generator: Randomness = None
 
     def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Any:
         step = tb - ta
@@ -252,7 +257,7 @@ class GeneratorNoise(BaseBrownian):  # type: ignore[misc]
         return increment, step * (0.5 * increment + self._normal() * (step / 12.0) ** 0.5)
 
     def _normal(self) -> Tensor:
-        return normal_like(self._like, self._generator)
+        return normal_like(self._like, self.generator)
 
     def __repr__(self) -> str:
         return f"GeneratorNoise(shape={self._shape})"
@@ -296,6 +301,63 @@ class _AdditiveSDE:
         return self.diffusion(t) * v
 
 
+class SDEStep:
+    r"""One torchsde step at a time of :math:`dy = f\,dt + g\,d\bar w`, see :func:`sdeint`.
+
+    Args:
+        drift: f(t, y).
+        diffusion: g(t, y); called with ``like``.
+        like: a state ``(B, *E)``, of the shape, dtype and device of all states.
+        interval: first and last time of all steps; says in which direction they go.
+        method: one of ``SDE_METHODS``.
+        noise: a Brownian path; None: every step draws its own.
+    """
+
+    def __init__(
+        self,
+        drift: Callable[[Tensor, Tensor], Tensor],
+        diffusion: Callable[[Tensor, Tensor], Tensor],
+        like: Tensor,
+        interval: tuple[float, float],
+        *,
+        method: str = "heun",
+        noise: Any = None,
+    ) -> None:
+        _shapes.choose("method", method, SDE_METHODS)
+        self._packing = Packing((like.shape,))
+        self._field = _Guarded(lambda t, state: (drift(t, state[0]),), self._packing, interval, None)
+        flat = self._packing.pack((like,))
+
+        def diagonal(t: Tensor) -> Tensor:
+            return diffusion(t, like).to(like.dtype).expand_as(like).reshape_as(flat)
+
+        self._direction = 1.0 if interval[1] > interval[0] else -1.0
+        self._draws = GeneratorNoise(flat)
+        sde_type = "stratonovich" if method in _STRATONOVICH else "ito"
+        self._stepper = torchsde_methods.select(method, sde_type)(
+            sde=ForwardSDE(_AdditiveSDE(self._field, diagonal, sde_type, self._direction)),
+            bm=self._draws if noise is None else noise, dt=None, adaptive=False, rtol=0.0, atol=0.0, dt_min=0.0,
+            options={},
+        )  # fmt: skip
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the drift so far."""
+        return self._field.evaluations
+
+    def __call__(self, t: Tensor, s: Tensor, y: Tensor, generator: Randomness = None) -> Tensor:
+        """The state at s from y at t (float64, ``()``).
+
+        Raises:
+            SolverError: the drift is not finite.
+        """
+        self._draws.generator = generator
+        start, end = self._direction * t, self._direction * s
+        self._field.dt = float(end - start)
+        out, _ = self._stepper.step(start, end, self._packing.pack((y,)), ())
+        return self._packing.unpack(out)[0]
+
+
 def sdeint(
     drift: Callable[[Tensor, Tensor], Tensor],
     diffusion: Callable[[Tensor, Tensor], Tensor],
@@ -329,24 +391,10 @@ def sdeint(
     grid = _validate_grid(grid, y0.device)
     if y0.shape[0] == 0:
         return Solution((y0,), 0, 0)
-    packing = Packing((y0.shape,))
-    guarded = _Guarded(lambda t, state: (drift(t, state[0]),), packing, (float(grid[0]), float(grid[-1])), None)
-    flat = packing.pack((y0,))
-    sde_type = "stratonovich" if method in _STRATONOVICH else "ito"
-    direction = 1.0 if grid[-1] > grid[0] else -1.0
-
-    def diagonal(t: Tensor) -> Tensor:
-        return diffusion(t, y0).to(y0.dtype).expand_as(y0).reshape_as(flat)
-
-    sde = _AdditiveSDE(guarded, diagonal, sde_type, direction)
-    noise = GeneratorNoise(flat, generator) if noise is None else noise
-    stepper = torchsde_methods.select(method, sde_type)(
-        sde=ForwardSDE(sde), bm=noise, dt=None, adaptive=False, rtol=0.0, atol=0.0, dt_min=0.0, options={}
-    )
-    y = flat
-    for start, end in zip(direction * grid[:-1], direction * grid[1:], strict=True):
+    step = SDEStep(drift, diffusion, y0, (float(grid[0]), float(grid[-1])), method=method, noise=noise)
+    y = y0
+    for t, s in itertools.pairwise(grid):
         if callback is not None:
-            callback(float(direction * start))
-        guarded.dt = float(end - start)
-        y, _ = stepper.step(start, end, y, ())
-    return Solution(packing.unpack(y), guarded.evaluations, len(grid) - 1)
+            callback(float(t))
+        y = step(t, s, y, generator)
+    return Solution((y,), step.evaluations, len(grid) - 1)

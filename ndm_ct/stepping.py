@@ -20,7 +20,6 @@ transform the same solvers apply to D as it is.
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,46 +27,12 @@ from torch import Tensor
 
 from ndm_ct._noise import Randomness
 from ndm_ct.model import NDM, validate_prediction
-from ndm_ct.schedules import Schedule
+from ndm_ct.schedules import Level, levels
 from ndm_ct.transforms import Identity
 
-__all__ = ["Level", "Sampler", "exponential_euler", "steps_within", "walk"]
+__all__ = ["Sampler", "exponential_euler", "steps_within", "walk"]
 
 Callback = Callable[[float, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Level:
-    r"""The schedule at one time, in numbers.
-
-    Args:
-        t: the time.
-        alpha: :math:`\alpha`.
-        sigma: :math:`\sigma`.
-        log_snr: :math:`\lambda = \log\alpha/\sigma`, half the log-SNR; infinite where alpha or sigma is zero.
-        slope: :math:`dt/d\lambda`; zero where alpha is zero.
-        time: t as a float64 tensor, for the network.
-    """
-
-    t: float
-    alpha: float
-    sigma: float
-    log_snr: float
-    slope: float
-    time: Tensor
-
-    @property
-    def noise(self) -> float:
-        r""":math:`\rho = \sigma/\alpha`, infinite where alpha is zero."""
-        return self.sigma / self.alpha if self.alpha > 0.0 else math.inf
-
-
-def levels(schedule: Schedule, times: Tensor) -> list[Level]:
-    """The schedule at float64 times ``(N,)``, in one evaluation."""
-    with torch.no_grad():
-        c = schedule(times)
-        columns = [each.tolist() for each in (times, c.alpha, c.sigma, -0.5 * c.gamma, -2.0 * c.inverse_dgamma)]
-    return [Level(*row) for row in zip(*columns, times, strict=True)]
 
 
 class Sampler:
@@ -135,21 +100,21 @@ class Sampler:
                 self._transitions[t.t, s.t] = self.model.process.transition(s.time, t.time)
         return self._transitions[t.t, s.t]
 
-    def predict(self, z: Tensor, level: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        r""":math:`\hat F` and D at state z ``(B, *E)``, for one network evaluation.
+    def moments(self, z: Tensor, level: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        r""":math:`\hat F` and :math:`\hat{\dot F}` at state z ``(B, *E)``, for one network evaluation.
 
         Raises:
             PredictorError: the prediction is NaN or infinite (with time and rows).
         """
         self.evaluations += 1
-        if self._plain:
-            F = self.model.predict_x(z, level.time, **cond)
-            D = F
-        else:
-            F, dF = self.model.moments(z, level.time, **cond)
-            D = F + level.slope * dF
-        validate_prediction(D, level.time)
-        return F, D
+        F, dF = self.model.moments(z, level.time, **cond)
+        validate_prediction(F if self._plain else F + dF, level.time)
+        return F, dF
+
+    def predict(self, z: Tensor, level: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        r""":math:`\hat F` and D, likewise."""
+        F, dF = self.moments(z, level, cond)
+        return F, F if self._plain else F + level.slope * dF
 
     def estimate(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r""":math:`\hat x` at state z ``(B, *E)`` and time t, for one network evaluation.
@@ -193,7 +158,7 @@ class Sampler:
 def exponential_euler(z: Tensor, D: Tensor, t: Level, s: Level) -> Tensor:
     r"""The flow with D held fixed, :math:`z_s = \frac{\sigma_s}{\sigma_t} z + \alpha_s (1 - e^{-h}) D`, where
     :math:`h = \lambda_s - \lambda_t`: at alpha = 0 and at sigma = 0 too."""
-    return s.sigma / t.sigma * z - s.alpha * math.expm1(t.log_snr - s.log_snr) * D
+    return torch.add(s.sigma / t.sigma * z, D, alpha=-s.alpha * math.expm1(t.log_snr - s.log_snr))
 
 
 def walk(

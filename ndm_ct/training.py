@@ -160,6 +160,8 @@ def fit(
 ) -> FitResult:
     """Train a model in place. Afterwards it holds the averaged weights (``ema > 0``), in the mode it had before.
 
+    Residuals that ``discrete.estimate_residuals`` has measured are dropped: they were those of other weights.
+
     With ``run_dir`` the folder receives ``log.jsonl``, ``checkpoint.safetensors`` (weights, averaged weights and
     optimiser state) and at the end ``model.safetensors`` for :func:`ndm_ct.load`. The same call continues a training
     that was killed. Ctrl-C finishes the step, writes a checkpoint and returns.
@@ -357,6 +359,7 @@ class _Training:
         self.model, self.settings, self.data, self.validation = model, settings, data, validation
         self.bins, self.folder = bins, folder
         self.validate_every, self.checkpoint_every, self.log_every = validate_every, checkpoint_every, log_every
+        self.model.residuals = None  # of weights that are about to change
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, settings)
         self.average = _average(model, settings.ema)

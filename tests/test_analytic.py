@@ -13,7 +13,7 @@ from ndm_ct import NDM, schedules
 from ndm_ct.discrete import DDPM, _Interpolant, estimate_residuals
 from ndm_ct.grids import time_grid
 from ndm_ct.samplers import NAMES
-from ndm_ct.stepping import levels
+from ndm_ct.schedules import levels
 from ndm_ct.transforms import Blur
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)

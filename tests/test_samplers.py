@@ -35,7 +35,8 @@ from ndm_ct.samplers import (
     exponential,
     flow,
 )
-from ndm_ct.stepping import levels, steps_within, walk
+from ndm_ct.schedules import levels
+from ndm_ct.stepping import steps_within, walk
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)
 

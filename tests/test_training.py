@@ -844,3 +844,11 @@ def test_a_user_network_with_buffers_trains_and_resumes(tmp_path):
     quick(rest, steps=6, run_dir=tmp_path)
     assert same(whole, rest)
     assert same(load(tmp_path / "model.safetensors", predictor=OwnNet()), whole)
+
+
+def test_training_drops_the_residuals_of_the_old_weights():
+    model = toy()
+    ndm_ct.discrete.estimate_residuals(model, mixture(50), times=4)
+    fit(model, mixture(64), steps=3, batch_size=16, progress=False)
+    assert model.residuals is None
+    assert model.state_dict().keys() == toy().state_dict().keys()

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ndm_ct._noise import Randomness, normal_like
 from ndm_ct.model import NDM
-from ndm_ct.stepping import Level, Sampler, exponential_euler
+from ndm_ct.schedules import Level
+from ndm_ct.stepping import Sampler, exponential_euler
 
 __all__ = ["DPMSolverPP", "DPMSolverPPSDE", "DPMSolverPPSingle", "Multistep"]
 

@@ -27,8 +27,10 @@ from torch import Tensor
 
 from ndm_ct._noise import Randomness, normal_like
 from ndm_ct._shapes import choose
-from ndm_ct.model import NDM, validate_prediction
-from ndm_ct.stepping import Level, Sampler, exponential_euler
+from ndm_ct.model import NDM
+from ndm_ct.process import drift
+from ndm_ct.schedules import Level
+from ndm_ct.stepping import Sampler, exponential_euler
 from ndm_ct.transforms import Identity
 
 __all__ = ["EDM", "TABLEAUX", "RungeKutta"]
@@ -86,16 +88,13 @@ class RungeKutta(Sampler):
         return _advance(z, h, self.tableau.weights, slopes)
 
     def _velocity(self, z: Tensor, at: Level, cond: dict[str, Any]) -> Tensor:
-        self.evaluations += 1
-        v = self.model.flow(z.dtype, **cond)(at.time, z)
-        validate_prediction(v, at.time)
-        return v
+        return drift(z, *self.moments(z, at, cond), at, self.model.transform)
 
 
 def _advance(z: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
     for weight, slope in zip(weights, slopes, strict=True):
         if weight != 0.0:
-            z = z + h * weight * slope
+            z = torch.add(z, slope, alpha=h * weight)
     return z
 
 

@@ -47,8 +47,8 @@ from ndm_ct.discrete import DDIM, DDPM
 from ndm_ct.model import NDM
 from ndm_ct.samplers.multistep import UniPC
 from ndm_ct.samplers.stochastic import SDE
-from ndm_ct.schedules import SAFE_NOISE
-from ndm_ct.stepping import Level, Sampler
+from ndm_ct.schedules import SAFE_NOISE, Level
+from ndm_ct.stepping import Sampler
 
 __all__ = ["PREDICTORS", "AnnealedLangevin", "PredictorCorrector"]
 

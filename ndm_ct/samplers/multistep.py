@@ -35,7 +35,8 @@ from ndm_ct._noise import Randomness
 from ndm_ct._shapes import choose
 from ndm_ct.model import NDM
 from ndm_ct.samplers.exponential import Multistep
-from ndm_ct.stepping import Level, exponential_euler
+from ndm_ct.schedules import Level
+from ndm_ct.stepping import exponential_euler
 
 __all__ = ["DEIS", "PNDM", "UniPC"]
 
@@ -44,18 +45,18 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 def lagrange(known: Sequence[float], at: np.ndarray) -> np.ndarray:
     """Lagrange polynomials of the nodes ``known`` at points ``at``: shape ``(len(known), len(at))``."""
-    rows = []
-    for j, own in enumerate(known):
-        others = [x for i, x in enumerate(known) if i != j]
-        rows.append(np.prod([(at - x) / (own - x) for x in others], axis=0) * np.ones_like(at))
-    return np.stack(rows)
+    nodes = np.asarray(known)
+    gaps = nodes[:, None] - nodes
+    factors = (at - nodes[:, None])[None] / (gaps + np.eye(len(nodes)))[:, :, None]
+    factors[np.diag_indices(len(nodes))] = 1.0
+    return factors.prod(axis=1)
 
 
 def combine(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     """Weighted sum."""
     out = weights[0] * values[0]
     for weight, value in zip(weights[1:], values[1:], strict=True):
-        out = out + weight * value
+        out = torch.add(out, value, alpha=weight)
     return out
 
 

@@ -14,7 +14,9 @@ from ndm_ct._noise import Randomness
 from ndm_ct._shapes import choose
 from ndm_ct.discrete import DDPM
 from ndm_ct.model import NDM
-from ndm_ct.stepping import Level, Sampler
+from ndm_ct.process import drift
+from ndm_ct.schedules import Level
+from ndm_ct.stepping import Sampler
 
 __all__ = ["SDE"]
 
@@ -35,19 +37,51 @@ class SDE(Sampler):
         self.method = choose("method", method, solvers.SDE_METHODS)
         self.stages = solvers.SDE_METHODS[method][1]
         self._first = DDPM(model)
+        self._rates: dict[float, tuple[Tensor, Tensor]] = {}
+        self._stepper: tuple[Tensor, solvers.SDEStep] | None = None
+        self._cond: dict[str, Any] = {}
 
     def cost(self, steps: int) -> int:
         """See :class:`Sampler`; the step from alpha = 0 takes one evaluation."""
         return self.stages * steps - (self.stages - 1 if self.level(1.0).alpha == 0.0 else 0)
 
+    def visited(self, grid: Tensor) -> Tensor:
+        """See :class:`Sampler`; the stages of "midpoint" and "srk" lie at these times, to the last bit."""
+        t, s = -grid[:-1], -grid[1:]
+        return torch.cat([grid, -(t + (s - t) / 2), -(t + 0.75 * (s - t)), -(t + (s - t))])
+
+    def remember(self, times: Tensor) -> None:
+        """See :class:`Sampler`; keeps volatility and diffusion, too."""
+        super().remember(times)
+        with torch.no_grad():
+            rates = self.model.process.half_rate(times), self.model.process.diffusion(times)
+        # Those that vary over the event keep the axis of the rows.
+        rows = zip(*(each if each.ndim == 1 else each.unsqueeze(1) for each in rates), strict=True)
+        self._rates.update(zip(times.tolist(), rows, strict=True))
+
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         if t.alpha == 0.0 or s.sigma == 0.0:
             self.evaluations += 1
             return self._first.step(z, t.t, s.t, generator=generator, **cond)
-        sde, transform = self.model.reverse_sde(z.dtype, **cond), self.model.transform
-        solution = solvers.sdeint(
-            sde.drift, sde.diffusion, transform.to_basis(z), torch.stack([t.time, s.time]), method=self.method,
-            generator=generator,
-        )  # fmt: skip
-        self.evaluations += solution.evaluations
-        return transform.from_basis(solution.state[0])
+        transform, self._cond = self.model.transform, cond
+        y = transform.to_basis(z)
+        return transform.from_basis(self._step_like(y)(t.time, s.time, y, generator))
+
+    def _step_like(self, y: Tensor) -> solvers.SDEStep:
+        """torchsde's step for states like this one, made once."""
+        if self._stepper is None or not _alike(self._stepper[0], y):
+            self._stepper = y, solvers.SDEStep(self._drift, self._diffusion, y, (1.0, 0.0), method=self.method)
+        return self._stepper[1]
+
+    def _drift(self, t: Tensor, y: Tensor) -> Tensor:
+        transform, level = self.model.transform, self.level(t)
+        z = transform.from_basis(y)
+        F, dF = self.moments(z, level, self._cond)
+        return transform.to_basis(drift(z, F, dF, level, transform, self._rates[level.t][0]))
+
+    def _diffusion(self, t: Tensor, y: Tensor) -> Tensor:
+        return self._rates[self.level(t).t][1]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
