@@ -112,7 +112,7 @@ MUTANTS = (
     # --- process, dynamics, model
     Mutant(
         "drift without dF", "process.py",
-        "+ alpha * dF + expand(c.dlog_sigma, z)", "+ expand(c.dlog_sigma, z)",
+        "+ alpha * dF + dlog_sigma", "+ dlog_sigma",
         "process::test_velocity_is_the_time_derivative_at_fixed_noise",
     ),
     Mutant(

@@ -223,8 +223,11 @@ class UniPC(Multistep):
         if not others or not math.isfinite(h):
             return out
         r = [(level.log_snr - t.log_snr) / h for level, _ in others]
-        slopes = [(value - D) / ratio for ratio, (_, value) in zip(r, others, strict=True)]
-        return out - s.alpha * combine(self._weights(r, h), slopes)
+        # A slope is (value - D) / r; the parts of D are summed as numbers.
+        shares = [-s.alpha * weight / ratio for weight, ratio in zip(self._weights(r, h), r, strict=True)]
+        for share, (_, value) in zip(shares, others, strict=True):
+            out = torch.add(out, value, alpha=share)
+        return torch.add(out, D, alpha=-sum(shares))
 
     def _weights(self, r: Sequence[float], h: float) -> list[float]:
         r""":math:`B(h) \rho` with :math:`\sum_j r_j^{k-1} \rho_j B(h) = k!\, \varphi_{k+1}`, for slopes at r_j h."""
