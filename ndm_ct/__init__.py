@@ -1,6 +1,18 @@
 """Continuous-time generative models with a learnable forward process: likelihoods with error bars, and samplers."""
 
-from ndm_ct import discrete, divergence, nn, objectives, quantisation, reference, schedules, solvers, transforms
+from ndm_ct import (
+    discrete,
+    divergence,
+    nn,
+    objectives,
+    presets,
+    quantisation,
+    reference,
+    samplers,
+    schedules,
+    solvers,
+    transforms,
+)  # fmt: skip
 from ndm_ct._errors import CheckpointError, PredictorError, SolverError
 from ndm_ct.bits import BitsInfo, bits_per_dim
 from ndm_ct.checkpoint import load, save
@@ -41,9 +53,11 @@ __all__ = [
     "loss",
     "nn",
     "objectives",
+    "presets",
     "quantisation",
     "reference",
     "sample",
+    "samplers",
     "save",
     "schedules",
     "solvers",

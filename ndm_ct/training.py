@@ -56,6 +56,7 @@ from ndm_ct.guidance import nulled
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 from ndm_ct.quantisation import Quantisation
+from ndm_ct.regression import Regression
 from ndm_ct.rows import DEQUANTISATIONS, Bins, Source
 
 __all__ = ["FitResult", "fit"]
@@ -66,9 +67,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW
 _EPOCH, _VALIDATION = 1, 2
 
 # Settings younger than some checkpoints, with the values that leave them out.
-_LATER = {"cond_dropout": 0.0}
+_LATER = {"cond_dropout": 0.0, "objective": None}
 
 Row = dict[str, Any]
+Objective = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def fit(
     seed: int = 0,
     progress: bool = True,
     time_limit: float | None = None,
+    objective: Objective | None = None,
 ) -> FitResult:
     """Train a model in place. Afterwards it holds the averaged weights (``ema > 0``), in the mode it had before.
 
@@ -196,6 +199,9 @@ def fit(
         seed: of everything random, dropout included; the global generator of torch is left as it was.
         progress: whether to show a progress bar.
         time_limit: seconds after which to stop with a checkpoint, as if interrupted.
+        objective: what is minimised, called as ``objective(model, x, generator=generator, **cond)`` for one value per
+            row, such as a :class:`~ndm_ct.regression.Regression` (:mod:`ndm_ct.presets` has the published ones);
+            None is minus the ELBO, :func:`ndm_ct.loss`. Validation is by the ELBO whatever it is.
 
     Returns:
         A :class:`FitResult`.
@@ -227,6 +233,7 @@ def fit(
         Source(data, cond or {}, bins, "data", fit),
         None if validation is None else Source(validation, validation_cond or {}, bins, "validation", fit),
         bins,
+        None if objective is objectives.loss else objective,
         _Folder(run_dir, resume),
         validate_count("validate_every", max(1, steps // 10) if validate_every is None else validate_every),
         validate_count("checkpoint_every", 1000 if checkpoint_every is None else checkpoint_every),
@@ -317,6 +324,13 @@ class _Folder:
                 file.write(json.dumps(row) + "\n")
 
 
+def _described(objective: Objective) -> str:
+    """Something that changes with the objective, for a checkpoint to compare."""
+    if isinstance(objective, Regression):
+        return objective.describe()
+    return str(getattr(objective, "__qualname__", type(objective).__qualname__))
+
+
 class _Interrupt:
     """Turns the first Ctrl-C into a request, so that a step is never left half done."""
 
@@ -351,13 +365,14 @@ class _Training:
         data: Source,
         validation: Source | None,
         bins: Bins,
+        objective: Objective | None,
         folder: _Folder,
         validate_every: int,
         checkpoint_every: int,
         log_every: int,
     ) -> None:
         self.model, self.settings, self.data, self.validation = model, settings, data, validation
-        self.bins, self.folder = bins, folder
+        self.bins, self.objective, self.folder = bins, objective, folder
         self.validate_every, self.checkpoint_every, self.log_every = validate_every, checkpoint_every, log_every
         self.model.residuals = None  # of weights that are about to change
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -382,7 +397,7 @@ class _Training:
                 while self.step < settings.steps and not interrupt.requested and time.monotonic() - start < time_limit:
                     loss = self._advance()
                     self.seconds = before + time.monotonic() - start
-                    bits = self.bins.bits_of_loss(loss)
+                    bits = self._bits(loss)
                     bar.set_postfix({"loss": loss} if bits is None else {"bits/dim": bits}, refresh=False)
                     bar.update()
                     self._report()
@@ -410,7 +425,8 @@ class _Training:
         x, cond = self.data.batch(self._rows(), generator)
         cond = self._dropped(cond, len(x), generator)
         try:
-            loss = objectives.loss(self.model, x, generator=generator, **cond).mean()
+            minimised = self.objective or objectives.loss
+            loss = minimised(self.model, x, generator=generator, **cond).mean()
         except PredictorError as error:
             raise PredictorError(f"at step {self.step}: {error}{self._kept()}") from error
         self._validate_finite("loss", loss)
@@ -477,12 +493,15 @@ class _Training:
     def _log(self) -> None:
         loss, norm, count = self.pending
         row: Row = {"step": self.step, "loss": loss / count}
-        bits = self.bins.bits_of_loss(loss / count)
+        bits = self._bits(loss / count)
         if bits is not None:
             row["bits_per_dim"] = bits
         lr = self.settings.lr_at(self.step - 1)
         self.folder.add(row | {"lr": lr, "grad_norm": norm / count, "seconds": self.seconds})
         self.pending = (0.0, 0.0, 0)
+
+    def _bits(self, loss: float) -> float | None:
+        return self.bins.bits_of_loss(loss) if self.objective is None else None
 
     def _validate(self, source: Source) -> None:
         """The ELBO of the averaged weights, every time with the same noise."""
@@ -509,6 +528,7 @@ class _Training:
         """All that determines the weights of every step."""
         bins = self.bins.quantisation
         return asdict(self.settings) | {
+            "objective": None if self.objective is None else _described(self.objective),
             "data": self.data.fingerprint(),
             "quantisation": None if bins is None else [bins.levels, *bins.range],
             "dequantisation": self.bins.dequantisation,

@@ -1,0 +1,187 @@
+r"""What a network's output means, and the scaling that makes it a good prediction at every noise level.
+
+:class:`Preconditioned` turns a network of any meaning into a prediction of x,
+
+.. math::
+    \hat x = c_{skip} z - c_{out}\, \mathrm{net}(c_{in} z, t), \qquad
+    c_{skip} = \frac{\alpha s^2}{\alpha^2 s^2 + \sigma^2}, \quad
+    c_{out} = \frac{\sigma s}{\sqrt{\alpha^2 s^2 + \sigma^2}}, \quad
+    c_{in} = \frac{1}{\sqrt{\alpha^2 s^2 + \sigma^2}},
+
+where s is the standard deviation of the data: input and target of the network have unit variance at every t, and
+the zero network is the exact denoiser of :math:`N(0, s^2 I)`. For s = 1 and a variance-preserving schedule this is
+:math:`\alpha z - \sigma\,\mathrm{net}(z, t)`. :class:`FromVelocity` and :class:`FromScore` take a network that
+estimates the velocity :math:`u = \alpha' x + \sigma' \epsilon` or the score
+:math:`s = (\alpha x - z)/\sigma^2`, and solve for x with :math:`z = \alpha x + \sigma \epsilon`:
+
+.. math::
+    \hat x = \frac{\sigma' z - \sigma \hat u}{\alpha \sigma' - \sigma \alpha'}, \qquad
+    \hat x = \frac{z + \sigma^2 \hat s}{\alpha} .
+
+References:
+    Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, section 5,
+    https://arxiv.org/abs/2206.00364
+    Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
+    Lipman et al., Flow Matching for Generative Modeling, https://arxiv.org/abs/2210.02747
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ndm_ct._config import Configurable, Unconfigurable, to_config
+from ndm_ct._shapes import choose, expand, keyword_names
+
+__all__ = ["FromScore", "FromVelocity", "Preconditioned", "null_of"]
+
+HEADS = ("x", "moments")
+
+
+class _Scheduled(nn.Module, Configurable):
+    """A predictor around a network that takes alpha and sigma from the model's schedule, which ``NDM`` binds.
+
+    Args:
+        net: ``net(z, t, **cond)``.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self._names, self._anything = keyword_names(net, 2)
+        # Kept out of the submodules: the schedule's parameters belong to the model's process. A copy of the model
+        # copies this reference along with the schedule it points at.
+        self.__dict__["_schedule"] = None
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        """Conditioning keywords the network accepts, and whether it accepts any."""
+        return self._names, self._anything
+
+    @property
+    def null(self) -> dict[str, Any]:
+        """The conditioning that means none to the network, by name; empty if it does not say."""
+        return null_of(self.net)
+
+    def bind_schedule(self, schedule: nn.Module) -> None:
+        """Take alpha and sigma from ``schedule``, a callable of float64 time.
+
+        Raises:
+            ValueError: it is bound to a different schedule already, which another model relies on.
+        """
+        bound = self.__dict__["_schedule"]
+        if bound is not None and bound is not schedule and not _interchangeable(bound, schedule):
+            raise ValueError(
+                f"this predictor is bound to the {type(bound).__name__} of another model, and one with "
+                f"{type(schedule).__name__} would change that model; take a copy.deepcopy(predictor) and unbind() it, "
+                "or unbind() this one if the other model is gone."
+            )
+        self.__dict__["_schedule"] = schedule
+
+    def unbind(self) -> None:
+        """Forget the schedule, so that another model can bind its own."""
+        self.__dict__["_schedule"] = None
+
+    def _at(self, t: Tensor) -> Any:
+        """The schedule's coefficients at times t ``(B,)``."""
+        schedule = self.__dict__["_schedule"]
+        if schedule is None:
+            raise RuntimeError(
+                f"{type(self).__name__} needs a noise schedule and has none; pass it as the predictor of an NDM, or "
+                "call bind_schedule(schedule)."
+            )
+        return schedule(t.double())
+
+
+class Preconditioned(_Scheduled):
+    r"""A network scaled to predict x (head "x"), or the pair of head "moments", at every noise level.
+
+    .. math::
+        \hat x = c_{skip} z - c_{out}\,\mathrm{net}(c_{in} z, t), \qquad
+        (\hat F, \hat{\dot F}) = (c_{skip} z - c_{out}\,\mathrm{net}_1(c_{in} z, t),\ \mathrm{net}_2(c_{in} z, t))
+
+    with the coefficients of this module's header. The schedule is the model's: ``NDM`` binds it.
+
+    Args:
+        net: ``net(z, t, **cond)``, returning ``(B, *E)`` for "x" and ``(B, 2, *E)`` for "moments".
+        head: "x" or "moments"; the ``prediction`` of the model.
+        data_std: s, standard deviation of the data over all coordinates.
+    """
+
+    def __init__(self, net: nn.Module, head: str = "x", data_std: float = 1.0) -> None:
+        super().__init__(net)
+        self.head = choose("head", head, HEADS)
+        if not (math.isfinite(data_std) and data_std > 0.0):
+            raise ValueError(f"data_std must be a positive number, got {data_std!r}.")
+        self.data_std = data_std
+
+    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The prediction at state z ``(B, *E)`` and time t ``(B,)``; a pair for head "moments".
+
+        Raises:
+            RuntimeError: no schedule is bound.
+            ValueError: the network's output does not fit the head.
+        """
+        skip, out, into = (expand(c, z) for c in self._coefficients(t))
+        output = self.net(into * z, t, **cond)
+        if self.head == "x":
+            return skip * z - out * output
+        expected = (z.shape[0], 2, *z.shape[1:])
+        if tuple(output.shape) != expected:
+            raise ValueError(
+                f"head='moments' needs two outputs of the network, shape {expected}, got {tuple(output.shape)}; build "
+                "it with outputs=2."
+            )
+        return skip * z - out * output[:, 0], output[:, 1]
+
+    def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c, s = self._at(t), self.data_std
+        spread = torch.sqrt((c.alpha * s) ** 2 + c.sigma**2)
+        return c.alpha * s**2 / spread**2, c.sigma * s / spread, 1.0 / spread
+
+
+class FromVelocity(_Scheduled):
+    r"""A network that estimates :math:`u = \alpha' x + \sigma' \epsilon`, as flow matching trains it.
+
+    For :math:`\alpha = 1 - t, \sigma = t` that is :math:`\epsilon - x`: our time runs from data to noise, so a
+    network trained with the opposite direction is passed as ``lambda z, t: -net(z, 1 - t)``.
+
+    Args:
+        net: ``net(z, t, **cond)``, returning u, ``(B, *E)``.
+    """
+
+    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)``."""
+        c = self._at(t)
+        u = self.net(z, t, **cond)
+        return expand(c.dsigma / c.wronskian, z) * z - expand(c.sigma / c.wronskian, z) * u
+
+
+class FromScore(_Scheduled):
+    r"""A network that estimates the score :math:`\nabla_z \log p_t(z)`.
+
+    Args:
+        net: ``net(z, t, **cond)``, returning s, ``(B, *E)``.
+    """
+
+    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)``; alpha must not be zero there."""
+        c = self._at(t)
+        return (z + expand(c.sigma**2, z) * self.net(z, t, **cond)) / expand(c.alpha, z)
+
+
+def null_of(predictor: Any) -> dict[str, Any]:
+    """The conditioning that means none to a predictor, by name: its attribute ``null``; empty if that is no mapping."""
+    null = getattr(predictor, "null", None)
+    return dict(null) if isinstance(null, Mapping) else {}
+
+
+def _interchangeable(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two schedules are the same function for good: equal configurations, nothing to learn."""
+    if any(True for module in (a, b) for _ in module.parameters()):
+        return False
+    try:
+        return bool(to_config(a) == to_config(b))
+    except Unconfigurable:
+        return False

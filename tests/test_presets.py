@@ -1,0 +1,327 @@
+"""Published objectives, written out anew, against the presets; and that each of them learns."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import fft
+from scipy.stats import norm
+
+import ndm_ct
+from ndm_ct import nn, objectives, presets, transforms
+from ndm_ct.regression import Regression
+
+ROWS = 7
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+class Net(torch.nn.Module):
+    """Something smooth that is not linear; keeps what it was asked."""
+
+    def __init__(self, size=2):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.a, self.b = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
+        self.asked = []
+
+    def forward(self, z, t):
+        self.asked.append((z, t))
+        flat = z.flatten(1)
+        return (torch.tanh(flat @ self.a + t[:, None]) @ self.b + 0.3 * flat).reshape(z.shape)
+
+
+def data(shape=(2,)):
+    return torch.randn(ROWS, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def seeded(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+def draws(x):
+    """The numbers u in [0, 1) and the noise that an objective takes from the generator."""
+    generator = seeded()
+    shift = torch.rand((), dtype=torch.float64, generator=generator)
+    u = (shift + torch.arange(len(x), dtype=torch.float64) / len(x)) % 1.0
+    return u, torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+
+def square(y):
+    return y.flatten(1).square().sum(1)
+
+
+def column(t):
+    return t[:, None]
+
+
+def published_ddpm(net, x, u, eps):
+    bar = torch.as_tensor(np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000)))
+    k = (1000 * u).floor().long()
+    root = bar[k].sqrt()
+    return square(eps - net(column(root) * x + column((1.0 - bar[k]).sqrt()) * eps, k.double() / 999.0))
+
+
+def published_score_sde(mean, std):
+    def loss(net, x, u, eps):
+        t = 1e-5 + (1.0 - 1e-5) * u
+        z = column(mean(t)) * x + column(std(t)) * eps
+        return square(net(z, t) * column(std(t)) + eps)
+
+    return loss
+
+
+def log_mean(t):
+    return -0.25 * t**2 * 19.9 - 0.05 * t
+
+
+def published_ncsn(net, x, u, eps):
+    k = (10 * u).floor()
+    sigma = column(torch.as_tensor(np.geomspace(0.01, 1.0, 10))[k.long()])
+    z = x + sigma * eps
+    return 0.5 * sigma[:, 0] ** 2 * square(net(z, k / 9.0) + (z - x) / sigma**2)
+
+
+def published_edm(net, x, u, eps):
+    sigma = column(torch.as_tensor(np.exp(-1.2 + 1.2 * norm.ppf(u.numpy()))))
+    z, total = x + sigma * eps, sigma**2 + 0.25
+    raw = -net(z / total.sqrt(), torch.log(sigma[:, 0] / 0.002) / math.log(80.0 / 0.002))
+    denoised = 0.25 / total * z + sigma * 0.5 / total.sqrt() * raw
+    return (total / (0.5 * sigma) ** 2)[:, 0] * square(denoised - x)
+
+
+def published_flow_matching(net, x, u, eps):
+    t_min = 1e-3 / 1.001  # where t / (1 - t) = 1e-3
+    t = t_min + (1.0 - t_min) * u
+    return square(net(column(1.0 - t) * x + column(t) * eps, t) - (eps - x))
+
+
+def published_interpolant(net, x, u, eps):
+    t_min = 2.0 / math.pi * math.atan(1e-3)
+    t = t_min + (1.0 - t_min) * u
+    cosine, sine = column(torch.cos(0.5 * math.pi * t)), column(torch.sin(0.5 * math.pi * t))
+    return square(net(cosine * x + sine * eps, t) - 0.5 * math.pi * (cosine * eps - sine * x))
+
+
+def published_blurring(net, x, u, eps):
+    """On images of 3 x 2 pixels; the network's prediction of x passes through the same blur."""
+    s = 0.008
+
+    def angle(t):
+        return 0.5 * math.pi * (t + s) / (1.0 + s)
+
+    def alpha_of(t):
+        return torch.cos(angle(t)) / math.cos(angle(0.0))
+
+    low, high = 0.0, 0.1  # t_min: sigma / alpha = 1e-3
+    for _ in range(80):
+        middle = 0.5 * (low + high)
+        a = float(alpha_of(torch.tensor(middle, dtype=torch.float64)))
+        low, high = (middle, high) if math.sqrt(1.0 - a**2) / a < 1e-3 else (low, middle)
+    t = low + (1.0 - low) * u
+    alpha = alpha_of(t)[:, None, None, None]
+    sigma = (1.0 - alpha**2).sqrt()
+    tau = 200.0 * torch.sin(0.5 * math.pi * t)[:, None, None] ** 4
+    rate = math.pi**2 * ((torch.arange(3.0) / 3.0)[:, None] ** 2 + (torch.arange(2.0) / 2.0)[None, :] ** 2).double()
+    keep = ((1.0 - 1e-3) * torch.exp(-rate * tau) + 1e-3)[:, None]
+
+    def blur(y):
+        frequencies = fft.dctn(y.numpy(), axes=(-2, -1), norm="ortho")
+        return torch.as_tensor(fft.idctn(keep.numpy() * frequencies, axes=(-2, -1), norm="ortho"))
+
+    z = alpha * blur(x) + sigma * eps
+    total = alpha**2 + sigma**2
+    x_hat = alpha / total * z - sigma / total.sqrt() * net(z / total.sqrt(), t)
+    return square(eps - (z - alpha * blur(x_hat)) / sigma)
+
+
+def vp_std(t):
+    return (1.0 - torch.exp(2.0 * log_mean(t))).sqrt()
+
+
+PUBLISHED = {
+    "ddpm": published_ddpm,
+    "ddim": published_ddpm,
+    "score_sde_vp": published_score_sde(lambda t: torch.exp(log_mean(t)), vp_std),
+    "score_sde_subvp": published_score_sde(lambda t: torch.exp(log_mean(t)), lambda t: vp_std(t) ** 2),
+    "score_sde_ve": published_score_sde(torch.ones_like, lambda t: 0.01 * 5000.0**t),
+    "ncsn": published_ncsn,
+    "edm": published_edm,
+    "flow_matching": published_flow_matching,
+    "rectified_flow": published_flow_matching,
+    "interpolant": published_interpolant,
+    "blurring": published_blurring,
+}
+
+
+def shape_of(name):
+    return (1, 3, 2) if name == "blurring" else (2,)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_objective_is_the_published_one(name):
+    """Weights, times, the meaning of the network and what it is asked."""
+    shape = shape_of(name)
+    net, x = Net(math.prod(shape)), data(shape)
+    model, objective, _ = presets.PRESETS[name](net, shape)
+    ours = objective(model, x, generator=seeded())
+    (z, t) = net.asked.pop()
+    theirs = PUBLISHED[name](net, x, *draws(x))
+    # The formulas lose digits in 1 - alpha^2 at small t, and blurring divides by sigma there.
+    close = {"rtol": 1e-6 if name == "blurring" else 1e-8, "atol": 1e-8}
+    torch.testing.assert_close(ours, theirs, **close)
+    torch.testing.assert_close(z, net.asked[-1][0], **close)
+    torch.testing.assert_close(t, net.asked[-1][1], **EXACT)
+
+
+def test_every_preset_has_its_formula():
+    assert {*PUBLISHED, "vdm"} == set(presets.PRESETS)
+
+
+def test_vdm_is_the_published_bound():
+    """Prior, diffusion and reconstruction with gamma(t) and its derivative by autograd."""
+    net, x = Net(), data()
+    model, objective, _ = presets.vdm(net, (2,), gamma_min=-8.0, gamma_max=4.0)
+    model.double()
+    with torch.no_grad():
+        for parameter in model.schedule.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=seeded(), dtype=torch.float64))
+    _, eps = draws(x)
+    t = torch.linspace(0.1, 0.9, ROWS, dtype=torch.float64, requires_grad=True)
+    gamma = model.schedule.gamma(t)
+    (slope,) = torch.autograd.grad(gamma.sum(), t, retain_graph=True)
+    alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+    predicted = net(column(alpha) * x + column(sigma) * eps, t)
+    diffusion = 0.5 * slope * square(eps - predicted)
+    ours = objectives.diffusion_integrand(model, x, t.detach(), eps)
+    torch.testing.assert_close(ours, diffusion.detach(), rtol=1e-7, atol=1e-7)
+    g0, g1 = -8.0, 4.0
+    a1, s1 = 1.0 / (1.0 + math.exp(g1)), 1.0 / (1.0 + math.exp(-g1))
+    prior = 0.5 * square(x) * a1 + 0.5 * 2 * (s1 - 1.0 - math.log(s1))
+    torch.testing.assert_close(objectives.prior_term(model, x), prior, **EXACT)
+    reconstruction = torch.full((ROWS,), 0.5 * 2 * (1.0 + math.log(2.0 * math.pi) + g0), dtype=torch.float64)
+    torch.testing.assert_close(objectives.reconstruction_term(model, x), reconstruction, **EXACT)
+    assert objective is objectives.loss
+
+
+@pytest.mark.parametrize("k", [1, 2, 400, 999])
+def test_discrete_bound_of_ddpm(k):
+    r""":math:`L_{k-1} = \frac{\beta^2}{2 \tilde\beta \alpha (1 - \bar\alpha)} \|\epsilon - \hat\epsilon\|^2`."""
+    net, x = Net(), data()
+    model, _, _ = presets.ddpm(net, (2,))
+    beta = np.linspace(1e-4, 0.02, 1000)
+    bar = np.cumprod(1.0 - beta)
+    _, eps = draws(x)
+    times = [torch.full((ROWS,), j / 999.0, dtype=torch.float64) for j in (k - 1, k)]
+    ours = objectives.transition_kl(model, x, *times, eps)
+    posterior = beta[k] * (1.0 - bar[k - 1]) / (1.0 - bar[k])
+    weight = beta[k] ** 2 / (2.0 * posterior * (1.0 - beta[k]) * (1.0 - bar[k]))
+    error = square(eps - net(math.sqrt(bar[k]) * x + math.sqrt(1.0 - bar[k]) * eps, times[1]))
+    torch.testing.assert_close(ours, weight * error, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["F", "eps", "velocity"])
+def test_regressions_vanish_at_the_truth_and_nowhere_else(name):
+    """With a moving F; the velocity is the derivative of the state along the path."""
+
+    class Truth(torch.nn.Module):
+        def forward(self, z, t):
+            return x + off
+
+    x, off = data(), 0.0
+    scale = transforms.TimeScaling(lambda t: 1.0 + t**2)
+    model = ndm_ct.NDM(Truth(), (2,), transform=scale, schedule=ndm_ct.schedules.LinearLogSNR(-5.0, 4.0))
+    regression = Regression(name)
+    assert float(regression(model, x, generator=seeded()).abs().max()) < 1e-18
+    off = torch.tensor([0.3, -0.1], dtype=torch.float64)
+    t = torch.linspace(0.1, 1.0, ROWS, dtype=torch.float64)
+    _, eps = draws(x)
+    found = regression.at(model, x, t, eps)
+    c, k = model.schedule(t), 1.0 + t**2
+    rate = {
+        "F": k,
+        "eps": c.alpha / c.sigma * k,
+        "velocity": (c.dalpha - c.alpha * c.dsigma / c.sigma) * k + c.alpha * 2.0 * t,
+    }[name]
+    torch.testing.assert_close(found, rate**2 * 0.1, **EXACT)
+
+
+def test_velocity_is_that_of_the_state():
+    """By a difference of two states with the same noise."""
+    model, _, _ = presets.interpolant(Net(), (2,))
+    x, h = data(), 1e-6
+    t = torch.linspace(0.1, 0.9, ROWS, dtype=torch.float64)
+    _, eps = draws(x)
+
+    def state(t):
+        c = model.schedule(t)
+        return column(c.alpha) * x + column(c.sigma) * eps
+
+    u = (state(t + h) - state(t - h)) / (2.0 * h)
+    exact = nn.FromVelocity(lambda z, t: u)
+    exact.bind_schedule(model.schedule)
+    torch.testing.assert_close(exact(state(t), t), x, rtol=1e-7, atol=1e-7)
+
+
+def test_score_is_that_of_the_kernel():
+    model, _, _ = presets.score_sde_subvp(Net(), (2,))
+    x, t = data(), torch.linspace(0.1, 0.9, ROWS, dtype=torch.float64)
+    c = model.schedule(t)
+    exact = nn.FromScore(lambda z, t: (column(c.alpha) * x - z) / column(c.sigma**2))
+    exact.bind_schedule(model.schedule)
+    z = data() + 0.5
+    torch.testing.assert_close(exact(z, t), x, **EXACT)
+
+
+def test_a_regression_leaves_no_transform_to_train():
+    learned = transforms.Neural(nn.MLP(2, width=8))
+    model = ndm_ct.NDM(nn.Preconditioned(nn.MLP(2, width=8)), (2,), transform=learned)
+    x = data().float()
+    with pytest.raises(ValueError, match=r"says nothing about F, but Neural has parameters.*objective=None|bound"):
+        Regression("eps")(model, x)
+    learned.requires_grad_(False)
+    assert Regression("eps")(model, x, generator=seeded()).shape == (ROWS,)
+
+
+def test_bad_regressions_and_presets():
+    with pytest.raises(ValueError, match="target='epsilon' is unknown; did you mean 'eps'"):
+        Regression("epsilon")
+    with pytest.raises(ValueError, match="levels must be at least 2"):
+        presets.ncsn(Net(), (2,), levels=1)
+    with pytest.raises(ValueError, match="event of at least two axes"):
+        presets.blurring(nn.MLP(2), (2,))
+
+
+def test_fit_takes_objectives(tmp_path):
+    """Its loss is the objective's, without bits per dimension; a resumed training must have the same."""
+    x = torch.randn(64, 2, generator=seeded())
+    options = {"steps": 4, "batch_size": 16, "progress": False, "log_every": 1, "warmup": 0}
+    model, objective, _ = presets.edm(nn.MLP(2, width=8), (2,))
+    seen = []
+
+    def watched(model, x, **kwargs):
+        seen.append(objective(model, x, **kwargs))
+        return seen[-1]
+
+    result = ndm_ct.fit(model, x, objective=watched, **options)
+    assert [row["loss"] for row in result.history] == [float(loss.detach().mean()) for loss in seen]
+    model, objective, _ = presets.edm(nn.MLP(2, width=8), (2,))
+    result = ndm_ct.fit(model, x, objective=objective, run_dir=tmp_path, **options)
+    assert "bits_per_dim" not in result.history[0]
+    again = ndm_ct.fit(model, x, objective=presets.edm(nn.MLP(2), (2,)).objective, run_dir=tmp_path, **options)
+    assert again.finished
+    for other in (objectives.loss, presets.edm(nn.MLP(2), (2,), data_std=0.6).objective, watched):
+        with pytest.raises(ValueError, match="objective was"):
+            ndm_ct.fit(model, x, objective=other, run_dir=tmp_path, **options)
+
+
+def test_heads_survive_a_file(tmp_path):
+    for constructor in (presets.flow_matching, presets.score_sde_vp):
+        model = constructor(nn.MLP(2, width=8), (2,)).model
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded()))
+        ndm_ct.save(model, tmp_path / "model.safetensors")
+        loaded = ndm_ct.load(tmp_path / "model.safetensors")
+        z, t = torch.randn(3, 2, generator=seeded()), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+        assert torch.equal(loaded.predict_x(z, t), model.predict_x(z, t))
