@@ -325,3 +325,13 @@ def test_heads_survive_a_file(tmp_path):
         loaded = ndm_ct.load(tmp_path / "model.safetensors")
         z, t = torch.randn(3, 2, generator=seeded()), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
         assert torch.equal(loaded.predict_x(z, t), model.predict_x(z, t))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_learns_eight_gaussians(name):
+    """A tenth of the steps of ``benchmarks/special_cases.py``; samples by the preset's own method."""
+    special_cases = pytest.importorskip("benchmarks.special_cases")
+    row, _ = special_cases.measure(name, 1000, special_cases.mixture(), 1000)
+    assert -3.0 * row["excess_nll_se"] < row["excess_nll"] < 0.3
+    assert row["energy_distance"] < 6.0 * row["energy_unit"]
