@@ -29,14 +29,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ndm_ct._shapes import as_time, expand, sum_event, validate_count
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.quantisation import Quantisation
+from ndm_ct.timesampling import TimeSampler
 from ndm_ct.transforms import Identity, Path
 
 __all__ = [
+    "Bound",
     "ElboInfo",
     "diffusion_integrand",
     "elbo",
@@ -342,7 +344,14 @@ def _stratified(points: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(means).mean(0), torch.stack(variances).detach().sum(0) / count**2
 
 
-def loss(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+def loss(
+    model: NDM,
+    x: Tensor,
+    *,
+    sampler: TimeSampler | None = None,
+    generator: torch.Generator | None = None,
+    **cond: Any,
+) -> Tensor:
     r"""The training objective: minus the ELBO, one time per row, times of low discrepancy over the batch.
 
     With prediction "moments" the regressions of :math:`\hat F` and :math:`\hat{\dot F}` are added, in the units of the
@@ -356,6 +365,7 @@ def loss(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **c
     Args:
         model: the model, in the mode the caller chose.
         x: data, shape ``(B, *E)``.
+        sampler: density of the times in the coordinate of :func:`times`, which learns from this batch; None: uniform.
         generator: source of times and noise.
         cond: conditioning.
 
@@ -363,7 +373,10 @@ def loss(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **c
         Shape ``(B,)``, nats; its mean is to be minimised.
     """
     _validate(model, x, cond, loss, None)
-    t, weight = times(model, low_discrepancy(x.shape[0], generator, x.device))
+    v, rarity = low_discrepancy(x.shape[0], generator, x.device), None
+    if sampler is not None:
+        v, rarity = sampler(v)
+    t, weight = times(model, v)
     eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     path = model.transform.along(x, **cond)
     F, dF = path.with_derivative(t)
@@ -374,11 +387,38 @@ def loss(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **c
             F, dF = F.detach(), dF.detach()
             F_hat, dF_hat = _predicted(model, F, t, eps, cond)
         rate = rate + _regressions(model, F, dF, F_hat, dF_hat, t)
-    return (
-        weight.to(x.dtype) * rate
-        + model.prior_divergence(path, x, generator)
-        + _reconstruction(model, path, x, None, None)
-    )
+    integrand = weight.to(x.dtype) * rate
+    if sampler is not None and rarity is not None:
+        sampler.observe(v, integrand)
+        integrand = rarity.to(x.dtype) * integrand
+    return integrand + model.prior_divergence(path, x, generator) + _reconstruction(model, path, x, None, None)
+
+
+class Bound(nn.Module):
+    """:func:`loss` as an object with a sampler of times, for ``fit(objective=Bound(LossHistory()))``.
+
+    Args:
+        sampler: a sampler of :mod:`ndm_ct.timesampling`; its state is saved in the checkpoints of a training.
+
+    Example:
+        >>> import ndm_ct
+        >>> from ndm_ct.timesampling import LossHistory
+        >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
+        >>> Bound(LossHistory())(model, model.sample_data(5)).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, sampler: TimeSampler) -> None:
+        super().__init__()
+        self.sampler = sampler
+
+    def forward(self, model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+        """See :func:`loss`."""
+        return loss(model, x, sampler=self.sampler, generator=generator, **cond)
+
+    def describe(self) -> str:
+        """Its settings, the same in every process, for a checkpoint to compare."""
+        return f"Bound({type(self.sampler).__name__}({self.sampler.describe()}))"
 
 
 def _regressions(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -201,7 +201,8 @@ def fit(
         time_limit: seconds after which to stop with a checkpoint, as if interrupted.
         objective: what is minimised, called as ``objective(model, x, generator=generator, **cond)`` for one value per
             row, such as a :class:`~ndm_ct.regression.Regression` (:mod:`ndm_ct.presets` has the published ones);
-            None is minus the ELBO, :func:`ndm_ct.loss`. Validation is by the ELBO whatever it is.
+            None is minus the ELBO, :func:`ndm_ct.loss`, and :class:`~ndm_ct.objectives.Bound` the same with importance
+            sampling of the times. Validation is by the ELBO whatever it is.
 
     Returns:
         A :class:`FitResult`.
@@ -326,7 +327,7 @@ class _Folder:
 
 def _described(objective: Objective) -> str:
     """Something that changes with the objective, for a checkpoint to compare."""
-    if isinstance(objective, Regression):
+    if isinstance(objective, Regression | objectives.Bound):
         return objective.describe()
     return str(getattr(objective, "__qualname__", type(objective).__qualname__))
 
@@ -425,7 +426,7 @@ class _Training:
         x, cond = self.data.batch(self._rows(), generator)
         cond = self._dropped(cond, len(x), generator)
         try:
-            minimised = self.objective or objectives.loss
+            minimised: Objective = self.objective or objectives.loss
             loss = minimised(self.model, x, generator=generator, **cond).mean()
         except PredictorError as error:
             raise PredictorError(f"at step {self.step}: {error}{self._kept()}") from error
@@ -501,7 +502,8 @@ class _Training:
         self.pending = (0.0, 0.0, 0)
 
     def _bits(self, loss: float) -> float | None:
-        return self.bins.bits_of_loss(loss) if self.objective is None else None
+        bound = self.objective is None or isinstance(self.objective, objectives.Bound)
+        return self.bins.bits_of_loss(loss) if bound else None
 
     def _validate(self, source: Source) -> None:
         """The ELBO of the averaged weights, every time with the same noise."""
@@ -542,6 +544,8 @@ class _Training:
             tensors |= {f"average.{name}": tensor for name, tensor in self._averaged().state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        if isinstance(self.objective, nn.Module):
+            tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         description = {"step": self.step, "seconds": self.seconds, "pending": self.pending, "settings": self.identity}
         checkpoint.write(self.folder.checkpoint, tensors, {"kind": "training"} | description)
 
@@ -559,6 +563,8 @@ class _Training:
                 index, key = name.split(".", 1)
                 state.setdefault(int(index), {})[key] = tensor
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+            if isinstance(self.objective, nn.Module):
+                self.objective.load_state_dict(_under("objective.", tensors))
             self.step, self.seconds = description["step"], description["seconds"]
             loss, norm, count = description["pending"]
             self.pending = (loss, norm, count)
