@@ -1,0 +1,386 @@
+r"""The claims of Neural Diffusion Models, put to the test: does a learned forward process improve the likelihood?
+
+    python benchmarks/paper_claims.py --preset smoke     # every cell in a minute or less, about an hour
+    python benchmarks/paper_claims.py --preset small     # about 8 hours on two CPU cores; stop and continue at will
+    python benchmarks/paper_claims.py --preset small --data digits,casp --models diffusion,matched,ndm-x --seeds 0
+
+A *cell* is a data set, a model and a seed: a training (``fit``, with checkpoints) and its evaluation on the test set.
+Cells are independent; two processes may work on different ``--data`` of one ``--out``. Run again, the same command
+continues where it was stopped and computes nothing twice.
+
+===============  ======================================================================================================
+diffusion        F the identity, the predictor of the NDMs
+matched          F the identity, a wider predictor: at least as many parameters as the NDMs have with their F
+ndm-x            :math:`F = x + \sum_k b_k(t) f_k(x)` with a network f, head "x"
+ndm-moments      the same F, head "moments"
+ndm-x-eta        as ndm-x with a learned volatility
+ndm-moments-eta  as ndm-moments with a learned volatility
+===============  ======================================================================================================
+
+Reported for each cell: the bound (NELBO, unbiased over times and noise) and the probability flow's negative
+log-likelihood, both on test rows, in bits per dimension for images and nats for vectors, with standard errors over
+rows; parameters; seconds per optimiser step; for images the Frechet distance of samples at several numbers of steps, by
+"ddpm" and by "ddim". Differences from the matched diffusion are paired, seed by seed, with their standard error over
+seeds; at equal training time they are read off the validation curves. Writes ``results.json``, ``results.md`` and
+``curves.png`` into ``--out``.
+
+References:
+    Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import ndm_ct
+from ndm_ct import schedules, transforms
+from ndm_ct.checkpoint import write_atomically
+from ndm_ct.nn import MLP, Preconditioned, UNet
+from ndm_ct.quantisation import Quantisation
+from ndm_ct.volatility import LearnedVolatility
+
+try:
+    from benchmarks import data, features, metrics
+except ImportError:  # run as a script
+    import data
+    import features
+    import metrics
+
+MODELS = ("diffusion", "matched", "ndm-x", "ndm-moments", "ndm-x-eta", "ndm-moments-eta")
+TERMS = 2
+"""Terms of the separable transform."""
+
+STEP_COUNTS = (100, 50, 10)
+"""Steps of samples, "ddpm" and "ddim"."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a data set is modelled; everything that may be tuned, on validation data.
+
+    Args:
+        load: training and test rows.
+        width: of the NDMs' predictor, and of the diffusion of the same predictor.
+        transform_width: of the network in F.
+        levels: resolutions of a U-Net; 0: a perceptron.
+        steps: optimiser steps.
+        batch_size: rows per step.
+        lr: peak learning rate.
+        gamma: ends of the log-SNR schedule.
+        test_rows: rows the flow's likelihood is measured on.
+    """
+
+    load: Callable[[], data.Split]
+    width: int
+    transform_width: int
+    levels: int
+    steps: int
+    batch_size: int
+    lr: float = 2e-3
+    gamma: tuple[float, float] = (-9.0, 5.0)
+    test_rows: int = 2000
+
+
+RECIPES = {
+    "digits": Recipe(data.digits, 16, 8, 2, 4000, 64, gamma=(-8.0, 5.0), test_rows=360),
+    "mnist": Recipe(lambda: data.images("mnist", 14), 16, 8, 2, 6000, 64, gamma=(-12.0, 5.0), test_rows=500),
+    "fashion-mnist": Recipe(
+        lambda: data.images("fashion-mnist", 16), 16, 8, 2, 6000, 64, gamma=(-12.0, 5.0), test_rows=500
+    ),
+    "casp": Recipe(data.casp, 96, 64, 0, 8000, 256),
+    "magic": Recipe(data.magic, 96, 64, 0, 8000, 256),
+    "moons": Recipe(data.moons, 48, 32, 0, 4000, 256),
+    "checkers": Recipe(data.checkers, 48, 32, 0, 4000, 256),
+}
+
+PRESETS = {
+    "smoke": {"steps": 0.05, "rows": 64, "seeds": [0]},
+    "small": {"steps": 1.0, "rows": None, "seeds": [0, 1, 2]},
+}
+"""Optimiser steps relative to the recipe, most test rows, seeds."""
+
+
+def network(recipe: Recipe, shape: tuple[int, ...], width: int, outputs: int | None, time: bool = True) -> nn.Module:
+    """A U-Net for images, a perceptron for vectors."""
+    if recipe.levels:
+        return UNet(shape[0], width=width, levels=recipe.levels, outputs=outputs, time=time)
+    return MLP(shape, width=width, outputs=outputs, time=time)
+
+
+def build(name: str, recipe: Recipe, shape: tuple[int, ...], std: float, seed: int) -> ndm_ct.NDM:
+    """An untrained model, one of ``MODELS``."""
+    schedule = schedules.LinearLogSNR(*recipe.gamma)
+    torch.manual_seed(seed)
+    if not name.startswith("ndm"):
+        width = recipe.width if name == "diffusion" else matched_width(recipe, shape)
+        net = network(recipe, shape, width, None)
+        return ndm_ct.NDM(Preconditioned(net, data_std=std), shape, schedule=schedule)
+    head = "moments" if "moments" in name else "x"
+    transform = transforms.Separable(
+        network(recipe, shape, recipe.transform_width, TERMS, time=False), transforms.PolynomialBasis(TERMS)
+    )
+    net = network(recipe, shape, recipe.width, 2 if head == "moments" else None)
+    return ndm_ct.NDM(
+        Preconditioned(net, head=head, data_std=std), shape, transform=transform, schedule=schedule, prediction=head,
+        volatility=LearnedVolatility() if name.endswith("eta") else 1.0,
+    )  # fmt: skip
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def matched_width(recipe: Recipe, shape: tuple[int, ...]) -> int:
+    """The least width at which a plain diffusion has as many parameters as the largest NDM."""
+    needed = max(parameters(build(name, recipe, shape, 1.0, 0)) for name in MODELS if name.startswith("ndm"))
+    width = recipe.width
+    while parameters(network(recipe, shape, width, None)) < needed:
+        width += 1
+    return width
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training with its evaluation."""
+
+    data: str
+    model: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.data}-{self.model}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set in the form the library takes it, and the last part of the training rows, held out."""
+
+    split: data.Split
+    validation: Tensor
+    bins: Quantisation | None
+    std: float
+
+
+def rows_of(recipe: Recipe) -> Rows:
+    """Training, validation (a tenth of the training rows, at most 2,000) and test rows."""
+    whole = recipe.load()
+    held_out = min(2000, len(whole.train) // 10)
+    labels = None if whole.train_labels is None else whole.train_labels[:-held_out]
+    split = replace(whole, train=whole.train[:-held_out], train_labels=labels)
+    bins = None if split.levels is None else Quantisation(split.levels)
+    std = 1.0 if bins is None else float(bins.centres(split.train[:5000], torch.float32).std())
+    return Rows(split, whole.train[-held_out:], bins, std)
+
+
+def unit(evaluation: ndm_ct.Evaluation) -> tuple[float, float]:
+    """A mean and its standard error, in bits per dimension for integers, in nats for vectors."""
+    if evaluation.bits_per_dim is None:
+        return evaluation.nll, evaluation.stderr
+    assert evaluation.bits_stderr is not None
+    return evaluation.bits_per_dim, evaluation.bits_stderr
+
+
+def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate one cell, or continue; returns its entry of the results."""
+    folder = options.out / "cells" / cell.name
+    done = folder / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    train, test = rows.split.train, rows.split.test
+    model = build(cell.model, recipe, tuple(train.shape[1:]), rows.std, cell.seed)
+    trained = ndm_ct.fit(
+        model, train, steps=recipe.steps, batch_size=recipe.batch_size, lr=recipe.lr, seed=cell.seed,
+        quantisation=rows.bins, validation=rows.validation, run_dir=folder, progress=not options.quiet,
+        log_every=max(1, recipe.steps // 40), validate_every=max(1, recipe.steps // 20),
+    )  # fmt: skip
+    if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
+        raise KeyboardInterrupt
+    model.requires_grad_(False)
+    common = {"quantisation": rows.bins, "progress": False, "max_rows": options.rows or recipe.test_rows}
+    bound = ndm_ct.evaluate(model, test, bound="elbo", run_dir=folder / "elbo", **common | {"max_rows": options.rows})
+    flow = ndm_ct.evaluate(model, test, run_dir=folder / "ode", on_failure="nan", **common)
+    last = trained.history[-1]
+    entry = asdict(cell) | {
+        "parameters": parameters(model), "steps": recipe.steps, "seconds_per_step": last["seconds"] / last["step"],
+        "nelbo": unit(bound), "nll": unit(flow), "nll_failed": flow.failed, "nll_nfe": flow.nfe,
+        "curve": [
+            [row["step"], row["seconds"], row.get("validation_bits_per_dim", -row["validation_elbo"])]
+            for row in trained.validation
+        ],
+        "fd": distances(model, rows, options) if rows.bins is not None and options.samples else {},
+    }  # fmt: skip
+    write_atomically(done, json.dumps(entry, indent=1).encode())
+    return entry
+
+
+def distances(model: ndm_ct.NDM, rows: Rows, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Extrapolated Frechet distances of samples by method and number of steps."""
+    assert rows.bins is not None
+    net = features.load("cnn", rows.split, options.cache)
+    real = rows.split.test if len(rows.split.test) >= 1000 else rows.split.train
+    reference = metrics.Reference(features.extract(net, real, options.cache))
+    found: dict[str, dict[str, float]] = {}
+    low, bins = rows.bins.range[0], rows.bins
+    for method in ("ddpm", "ddim"):
+        found[method] = {}
+        for steps in STEP_COUNTS:
+            x = ndm_ct.sample(
+                model, options.samples, method=method, steps=steps, batch_size=250,
+                generator=torch.Generator().manual_seed(0),
+            )  # fmt: skip
+            levels = ((x.double() - low) / (2.0 * bins.half_width)).floor().clamp(0, bins.levels - 1).to(torch.uint8)
+            found[method][str(steps)] = metrics.frechet_infinity(net(levels), reference).value
+    return found
+
+
+def paired(
+    entries: list[dict[str, Any]], key: str, baseline: str = "matched"
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Mean difference from the baseline over common seeds, and its standard error, by data set and model."""
+    table = {(e["data"], e["model"], e["seed"]): e[key][0] for e in entries}
+    found = {}
+    for name, model in dict.fromkeys((e["data"], e["model"]) for e in entries):
+        seeds = [s for d, m, s in table if (d, m) == (name, model) and (name, baseline, s) in table]
+        if not seeds or model == baseline:
+            continue
+        gaps = np.array([table[name, model, s] - table[name, baseline, s] for s in seeds])
+        error = float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+        found[name, model] = float(gaps.mean()), error
+    return found
+
+
+def at_equal_time(entries: list[dict[str, Any]], baseline: str = "matched") -> list[dict[str, Any]]:
+    """Validation bounds of every model when the baseline of its seed finished training, off the curves.
+
+    The learning rate had not come to its end for models that need longer: this favours the baseline.
+    """
+    ends = {(e["data"], e["seed"]): e["curve"][-1][1] for e in entries if e["model"] == baseline}
+    found = []
+    for entry in entries:
+        limit = ends.get((entry["data"], entry["seed"]))
+        reached = [value for _, seconds, value in entry["curve"] if limit is not None and seconds <= limit]
+        if reached:
+            found.append({**entry, "at_time": (reached[-1], math.nan)})
+    return found
+
+
+def markdown(entries: list[dict[str, Any]]) -> str:
+    """Tables: absolute values, and paired differences from the matched diffusion."""
+    lines = ["# Claims", "", "| data | model | seeds | parameters | NELBO | flow NLL | s / step |", "|" + "---|" * 7]
+    gaps = {key: paired(entries, key) for key in ("nelbo", "nll")}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault((entry["data"], entry["model"]), []).append(entry)
+    for (name, model), cells in groups.items():
+        means = [np.mean([cell[key][0] for cell in cells]) for key in ("nelbo", "nll")]
+        step = np.mean([cell["seconds_per_step"] for cell in cells])
+        numbers = f"{cells[0]['parameters']} | {means[0]:.4f} | {means[1]:.4f} | {step:.4f}"
+        lines.append(f"| {name} | {model} | {len(cells)} | {numbers} |")
+    lines += ["", "Differences from the matched diffusion, paired by seed (negative is better):", ""]
+    lines += ["| data | model | NELBO | flow NLL |", "|---|---|---|---|"]
+    for (name, model), (gap, error) in gaps["nelbo"].items():
+        other, other_error = gaps["nll"][name, model]
+        lines.append(f"| {name} | {model} | {gap:+.4f} ± {error:.4f} | {other:+.4f} ± {other_error:.4f} |")
+    timed = paired(at_equal_time(entries), "at_time") if entries else {}
+    lines += ["", "Validation bound at equal training time:", "", "| data | model | difference |", "|---|---|---|"]
+    lines += [f"| {name} | {model} | {gap:+.4f} ± {error:.4f} |" for (name, model), (gap, error) in timed.items()]
+    with_fd = [entry for entry in entries if entry["fd"]]
+    if with_fd:
+        head = [f"{method} {steps}" for method in ("ddpm", "ddim") for steps in STEP_COUNTS]
+        lines += ["", "FD(cnn), extrapolated:", "", f"| data | model | seed | {' | '.join(head)} |"]
+        lines.append("|" + "---|" * (3 + len(head)))
+        for entry in with_fd:
+            values = [f"{entry['fd'][m][str(s)]:.3f}" for m in ("ddpm", "ddim") for s in STEP_COUNTS]
+            lines.append(f"| {entry['data']} | {entry['model']} | {entry['seed']} | {' | '.join(values)} |")
+    return "\n".join([*lines, ""])
+
+
+def plot(entries: list[dict[str, Any]], path: Path) -> None:
+    """Validation bounds over steps and over seconds, a row of panels per data set."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(entry["data"] for entry in entries))
+    figure = Figure(figsize=(11, 3.2 * len(names)), layout="constrained")
+    for name, axes in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
+        for entry in (entry for entry in entries if entry["data"] == name):
+            curve = np.array(entry["curve"])
+            colour = f"C{MODELS.index(entry['model'])}"
+            label = entry["model"] if entry["seed"] == 0 else None
+            for axis, column in zip(axes, (0, 1), strict=True):
+                axis.plot(curve[1:, column], curve[1:, 2], color=colour, label=label, linewidth=0.9)
+        axes[0].set(title=name, xlabel="steps", ylabel="validation bound")
+        axes[1].set(xlabel="seconds of training")
+        axes[0].legend(fontsize=7)
+        for axis in axes:
+            axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    add("--preset", choices=PRESETS, default="smoke")
+    add("--data", type=names, default=list(RECIPES), help=f"of {', '.join(RECIPES)}; several by commas")
+    add("--models", type=names, default=list(MODELS), help=f"of {', '.join(MODELS)}; several by commas")
+    add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="default: those of the preset")
+    add("--samples", type=int, default=1000, help="samples for the Frechet distance of images (1000); 0: none")
+    add("--out", type=Path, help="default: runs/paper_claims/PRESET")
+    add("--cache", type=Path, help="classifiers and features; default: cache in the output folder")
+    add("--quiet", action="store_true", help="no progress bars")
+    options = parser.parse_args(arguments)
+    for option, known in (("data", RECIPES), ("models", MODELS)):
+        unknown = [name for name in getattr(options, option) if name not in known]
+        if unknown:
+            parser.error(f"--{option}: {', '.join(unknown)} unknown; there are {', '.join(known)}.")
+    preset = PRESETS[options.preset]
+    options.rows = preset["rows"]
+    options.out = options.out or Path("runs/paper_claims") / options.preset
+    options.cache = options.cache or options.out / "cache"
+    for name in options.data:
+        recipe = RECIPES[name]
+        recipe = replace(recipe, steps=max(1, int(recipe.steps * preset["steps"])))
+        rows = rows_of(recipe)
+        for seed in options.seeds or preset["seeds"]:
+            for model in options.models:
+                entry = run(Cell(name, model, seed), recipe, rows, options)
+                print(
+                    f"{name}, {model}, seed {seed}: NELBO {entry['nelbo'][0]:.4f}, NLL {entry['nll'][0]:.4f}",
+                    flush=True,
+                )
+                write(options.out)
+    return write(options.out)
+
+
+def write(out: Path) -> list[dict[str, Any]]:
+    """Results from all cells that are finished, those of other processes too."""
+    files = sorted((out / "cells").glob("*/result.json"))
+    entries = [json.loads(file.read_text()) for file in files]
+    order = {name: place for place, name in enumerate([*RECIPES, *MODELS])}
+    entries.sort(key=lambda e: (order[e["data"]], order[e["model"]], e["seed"]))
+    write_atomically(
+        out / "results.json", (json.dumps({"torch": torch.__version__, "cells": entries}, indent=1) + "\n").encode()
+    )
+    write_atomically(out / "results.md", markdown(entries).encode())
+    if entries:
+        plot(entries, out / "curves.png")
+    return entries
+
+
+if __name__ == "__main__":
+    main()
