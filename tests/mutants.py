@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutants_samplers import SAMPLERS
+from mutants_training import TRAINING
 
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "ndm_ct"
@@ -312,7 +313,7 @@ MUTANTS = (
     ),
     Mutant(
         "loss without the prior term", "objectives.py",
-        "        + model.prior_divergence(path, x, generator)\n", "",
+        "return integrand + model.prior_divergence(path, x, generator) + ", "return integrand + ",
         "objectives::test_bound_and_loss_are_the_sums_of_their_terms",
     ),
     Mutant(
@@ -555,7 +556,7 @@ MUTANTS = (
         "if len(rows) > 0 and not bool(values.nan_to_num().any()):", "if False:",
         "errors::test_a_predictor_autograd_cannot_see_through_is_refused",
     ),
-    *(Mutant(*each) for each in SAMPLERS),
+    *(Mutant(*each) for each in (*SAMPLERS, *TRAINING)),
 )  # fmt: skip
 
 

@@ -75,15 +75,20 @@ def test_command_line_explains_itself(tmp_path, capsys):
     assert caught.value.code == 2
 
 
-def test_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
+def test_code_of_the_readme_runs(tmp_path, monkeypatch):
+    """All of it, one part after the other, with less training."""
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert "steps=2000" in code
+    parts = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "steps=2000" in parts[0]
     names = {}
-    exec(code.replace("steps=2000", "steps=30, progress=False"), names)
-    assert names["logp"].shape == (8,)
-    assert bool((names["bound"] < 5.0).all())
-    assert load(tmp_path / "ring.safetensors").event_shape == (2,)
+    for place, code in enumerate(parts):
+        exec(code.replace("steps=2000", "steps=30, progress=False"), names)
+        assert names["logp"].shape == (8,)
+        if place == 0:
+            assert bool((names["bound"] < 5.0).all())
+            assert load(tmp_path / "ring.safetensors").event_shape == (2,)
+    assert len(parts) == 3
+    assert names["method"] == "ode"
 
 
 def test_readme_opens_with_the_two_commands():

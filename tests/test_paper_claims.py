@@ -1,0 +1,71 @@
+"""The benchmark of the claims: cells are resumed, differences are paired."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+import ndm_ct
+
+paper_claims = pytest.importorskip("benchmarks.paper_claims")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    recipe = replace(paper_claims.RECIPES["moons"], width=8, transform_width=8, steps=400, batch_size=32)
+    monkeypatch.setattr(paper_claims, "RECIPES", {"moons": recipe})
+    monkeypatch.setitem(paper_claims.PRESETS, "smoke", {"steps": 0.05, "rows": 16, "seeds": [0]})
+
+
+def options(tmp_path, **others):
+    given = {"preset": "smoke", "data": "moons", "models": "matched,ndm-x", "seeds": "0,1", "out": tmp_path} | others
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))] + ["--quiet"]
+
+
+def test_cells_are_computed_once_and_differences_paired(tmp_path, small, monkeypatch):
+    entries = paper_claims.main(options(tmp_path))
+    assert [(e["model"], e["seed"]) for e in entries] == [("matched", 0), ("matched", 1), ("ndm-x", 0), ("ndm-x", 1)]
+    monkeypatch.setattr(ndm_ct, "fit", None)
+    assert paper_claims.main(options(tmp_path)) == entries
+    assert json.loads((tmp_path / "results.json").read_text())["cells"] == entries
+    gap, error = paper_claims.paired(entries, "nelbo")["moons", "ndm-x"]
+    first, second = (entries[2 + k]["nelbo"][0] - entries[k]["nelbo"][0] for k in range(2))
+    assert gap == pytest.approx(0.5 * (first + second))
+    assert error == pytest.approx(0.5 * abs(first - second))
+    table = (tmp_path / "results.md").read_text()
+    assert f"| moons | ndm-x | {gap:+.4f} ± {error:.4f} |" in table
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_equal_time_is_read_off_the_curve():
+    def entry(model, curve):
+        return {"data": "moons", "model": model, "seed": 0, "curve": curve}
+
+    base = entry("matched", [[10, 1.0, 5.0], [20, 2.0, 4.0]])
+    slow = entry("ndm-x", [[10, 1.9, 4.5], [20, 3.8, 3.0]])
+    timed = paper_claims.at_equal_time([base, slow])
+    assert [e["at_time"][0] for e in timed] == [4.0, 4.5]
+    gap, error = paper_claims.paired(timed, "at_time")["moons", "ndm-x"]
+    assert gap == pytest.approx(0.5)
+    assert math.isnan(error)
+
+
+@pytest.mark.parametrize("name", ["digits", "casp"])
+def test_models_have_the_sizes_they_claim(name):
+    """The matched diffusion has at least as many parameters as every NDM, and not many more."""
+    recipe = paper_claims.RECIPES[name]
+    shape = (1, 8, 8) if recipe.levels else (10,)
+    sizes = {
+        model: paper_claims.parameters(paper_claims.build(model, recipe, shape, 1.0, 0))
+        for model in paper_claims.MODELS
+    }
+    largest = max(size for model, size in sizes.items() if model.startswith("ndm"))
+    assert largest <= sizes["matched"] < 1.15 * largest
+    assert sizes["diffusion"] < sizes["ndm-x"]
+
+
+def test_unknown_names_are_refused(tmp_path, small, capsys):
+    with pytest.raises(SystemExit):
+        paper_claims.main(options(tmp_path, models="ndm-y"))
+    assert "--models: ndm-y unknown" in capsys.readouterr().err
