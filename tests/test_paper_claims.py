@@ -13,7 +13,10 @@ paper_claims = pytest.importorskip("benchmarks.paper_claims")
 
 @pytest.fixture
 def small(monkeypatch):
-    recipe = replace(paper_claims.RECIPES["moons"], width=8, transform_width=8, steps=400, batch_size=32)
+    recipe = replace(
+        paper_claims.RECIPES["moons"], load=lambda: paper_claims.data.moons(400), width=8, transform_width=8, steps=400,
+        batch_size=32,
+    )  # fmt: skip
     monkeypatch.setattr(paper_claims, "RECIPES", {"moons": recipe})
     monkeypatch.setitem(paper_claims.PRESETS, "smoke", {"steps": 0.05, "rows": 16, "seeds": [0]})
 
