@@ -228,6 +228,15 @@ def test_the_bound_of_the_elbo():
     assert result.nfe == 2.0
 
 
+def test_more_samples_of_the_elbo():
+    """The estimator's part falls with their number; the bound is the same."""
+    model, x = wide(d=6), rows(200, d=6)
+    few, many = (evaluate(model, x, bound="elbo", samples=samples) for samples in (4, 256))
+    assert many.nfe == 256
+    assert 4.0 < few.estimator_stderr / many.estimator_stderr < 16.0
+    assert abs(few.nll - many.nll) < 4.0 * math.hypot(few.estimator_stderr, many.estimator_stderr)
+
+
 # ------------------------------------------------------------------------------------------------------ integer data
 
 LEVELS, STD = 17, torch.tensor([0.5, 0.3, 0.4, 0.2], dtype=torch.float64)
@@ -681,6 +690,8 @@ def test_what_it_prints(capsys, generator):
         ({"dequantisation": "truncated-normal"}, ValueError, "no effect without quantisation"),
         ({"dequantisation": "centres"}, ValueError, "dequantisation='centres' is unknown"),
         ({"bound": "elob"}, ValueError, "did you mean 'elbo'"),
+        ({"samples": 8}, ValueError, "samples=8 has no effect with bound='ode'"),
+        ({"bound": "elbo", "samples": 1}, ValueError, "samples=1 gives no standard error"),
         ({"bound": "elbo", "trace": "exact", "on_failure": "nan"}, ValueError, "trace, on_failure has no effect"),
         ({"bound": "elbo", "rtol": 1e-3}, ValueError, "rtol has no effect with bound='elbo'"),
         ({"stderr": 0.0}, ValueError, "stderr must be a positive number of nats, got 0.0"),
