@@ -3,8 +3,8 @@ r"""Network evaluations per sample against the distance of the samples from real
     python benchmarks/steps_vs_fid.py                                   # digits, the committed network, 5 to 100 steps
     python benchmarks/steps_vs_fid.py --steps 1000,250,100,50,25,10,5   # longer
     python benchmarks/steps_vs_fid.py --models train --samplers ddpm,ddim,heun   # DDPM and two NDMs, trained here
-    python benchmarks/steps_vs_fid.py --data mnist --samples 5000 --seeds 0,1,2 --features cnn,efficientnet-lite0 \
-        --samplers ddim,heun,diffusers:DPMSolverMultistep --steps 5,10,20,50 --reference-steps 250
+    python benchmarks/steps_vs_fid.py --data mnist --samples 5000 --batch 100 --seeds 0,1,2 --steps 5,10,20,50 \
+        --samplers unipc@karras+denoise,diffusers:UniPCMultistep+karras --features cnn,efficientnet-lite0
     python benchmarks/steps_vs_fid.py --data my_images/ --size 32 --models my.safetensors --features inception
 
 A *cell* is a model, a sampler, a number of network evaluations and a seed. Its samples are drawn, rounded to integer
@@ -68,7 +68,7 @@ except ImportError:  # run as a script
     import schedulers
 
 STEPS = "100,50,25,10,5"
-SAMPLERS = "ddpm,ddim,heun,dpmpp_2m"
+SAMPLERS = "ddpm,ddim,dpmpp_2m,unipc@karras+denoise"
 FEW_IMAGES = 1000
 """A test set smaller than this is no reference of its own."""
 

@@ -33,6 +33,7 @@ def load(name):
 
 solvers, outliers = load("likelihood_solvers"), load("out_of_distribution")
 drawing, noise, grids = load("sampling_solvers"), load("sde_against_ode"), load("time_grids")
+compression, interpolation = load("compression"), load("interpolation")
 
 
 def assert_picture(path, height, width):
@@ -545,3 +546,78 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         outliers.main(["--rows", "1"])
     assert "--rows must be at least 2" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- compression, interpolation
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compression") / "new"
+    return made(compression, "compression", "--rows 32 --steps 20 200 --samples 16", out)
+
+
+def test_codes_get_shorter_with_steps_and_the_progress_adds_up(packed):
+    folder, report = packed
+    few, many, limit = report["codes"]
+    error = math.hypot(few["stderr"], limit["stderr"])
+    assert few["bits_per_dim"] > many["bits_per_dim"] + 3.0 * error
+    assert many["bits_per_dim"] > limit["bits_per_dim"] - 3.0 * error
+    assert limit["bits_per_dim"] < report["existing"]["independent pixels"] < report["existing"]["LZMA"]
+    rates, distortions = report["rates"], report["distortions"]
+    assert len(rates) == 100
+    assert all(b > a for a, b in itertools.pairwise(rates))
+    assert distortions[-1] < 0.1 * distortions[0]
+    # What the rate lacks: the last transition, the decoder, and the bits of the noise in the bins.
+    model, bins = compression.networks.load("digits"), compression.networks.NETWORKS["digits"].bins
+    gamma = float(model.schedule.gamma(torch.tensor(model.t_min, dtype=torch.float64)).detach())
+    decoder = 0.5 * (1.0 + math.log(2.0 * math.pi) + gamma) - bins.uniform_offset
+    last = rates[-1] - rates[-2]
+    assert rates[-1] + last + decoder / math.log(2.0) == pytest.approx(limit["bits_per_dim"], rel=0.2)
+    assert_picture(folder / "compression.png", 300, 800)
+    assert_picture(folder / "compression_progress.png", 300, 500)
+
+
+def test_code_of_independent_pixels():
+    """Two pixels, of which one never changes."""
+    train = torch.tensor([[[[0, 3]]], [[[0, 5]]]] * 500, dtype=torch.uint8)
+    split = compression.data.Split(train, train[:2], levels=6)
+    assert compression.existing(split)["independent pixels"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    out = tmp_path_factory.mktemp("interpolation") / "new"
+    return made(interpolation, "interpolation", "--pairs 2 --points 5 --samples 40", out)
+
+
+def test_what_lies_between_is_likelier_than_a_double_exposure(joined):
+    folder, report = joined
+    assert min(report["middle_gap"]) > 5.0
+    assert report["distance_samples"] > 0.8 * report["distance_test"] > 0.0
+    assert_picture(folder / "interpolation.png", 250, 500)
+    assert (folder / "interpolation_neighbours.png").stat().st_size > 10_000
+
+
+def test_arc_keeps_the_length_and_meets_its_ends():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1, 8, 8, generator=generator)
+    u = torch.linspace(0.0, 1.0, 7)
+    points = interpolation.arc(a, b * a.norm() / b.norm(), u)
+    torch.testing.assert_close(points[0], a)
+    torch.testing.assert_close(points[-1], b * a.norm() / b.norm())
+    torch.testing.assert_close(points.flatten(1).norm(dim=1), a.norm().expand(7))
+    angles = [float(torch.arccos((p * q).sum() / a.norm() ** 2)) for p, q in itertools.pairwise(points)]
+    assert max(angles) - min(angles) < 1e-3
+    torch.testing.assert_close(interpolation.arc(a, a, u), a.expand(7, 1, 8, 8))
+
+
+def test_nearest_image_and_statistic():
+    train = torch.tensor([0.0, 1.0, 5.0]).reshape(3, 1, 1, 1)
+    distances, indices = interpolation.nearest(torch.tensor([0.9, 4.0]).reshape(2, 1, 1, 1), train)
+    torch.testing.assert_close(distances, torch.tensor([0.1, 1.0]))
+    assert indices.tolist() == [1, 2]
+    same, bound = interpolation.statistic(torch.arange(100.0), torch.arange(100.0))
+    assert same == 0.0
+    assert bound == pytest.approx(1.358 * math.sqrt(0.02))
+    assert interpolation.statistic(torch.arange(100.0), torch.arange(50.0, 150.0))[0] == pytest.approx(0.5, abs=0.02)
