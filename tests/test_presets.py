@@ -288,6 +288,8 @@ def test_bad_regressions_and_presets():
         Regression("epsilon")
     with pytest.raises(ValueError, match="levels must be at least 2"):
         presets.ncsn(Net(), (2,), levels=1)
+    with pytest.raises(ValueError, match=r"FromScore finds x.*Cosine has alpha\(1\) = 0; use FromVelocity"):
+        ndm_ct.NDM(nn.FromScore(Net()), (2,), schedule=ndm_ct.schedules.Cosine())
     with pytest.raises(ValueError, match="event of at least two axes"):
         presets.blurring(nn.MLP(2), (2,))
 

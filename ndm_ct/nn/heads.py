@@ -165,6 +165,21 @@ class FromScore(_Scheduled):
         net: ``net(z, t, **cond)``, returning s, ``(B, *E)``.
     """
 
+    def bind_schedule(self, schedule: nn.Module) -> None:
+        """See :class:`Preconditioned`.
+
+        Raises:
+            ValueError: also if alpha(1) = 0, where no score says anything about x.
+        """
+        with torch.no_grad():
+            end = schedule(torch.ones((), dtype=torch.float64, device=getattr(schedule, "device", None)))
+        if float(end.alpha) == 0.0:
+            raise ValueError(
+                f"FromScore finds x from a score where alpha > 0, but {type(schedule).__name__} has alpha(1) = 0; use "
+                "FromVelocity or Preconditioned, or a schedule that ends before."
+            )
+        super().bind_schedule(schedule)
+
     def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)``; alpha must not be zero there."""
         c = self._at(t)
