@@ -308,14 +308,6 @@ def test_a_model_without_it_is_as_before(tmp_path):
     assert other.residuals is None
 
 
-def test_training_goes_on_with_it(tmp_path):
-    model = measured()
-    before = model.residuals.clone()
-    ndm_ct.fit(model, torch.randn(16, 2), steps=3, batch_size=8, run_dir=tmp_path)
-    assert torch.equal(model.residuals, before)
-    assert torch.equal(ndm_ct.load(tmp_path / "model.safetensors").residuals, before)
-
-
 def test_a_damaged_table_is_refused(tmp_path):
     model = measured()
     model.residuals = model.residuals[:5]

@@ -759,8 +759,15 @@ def test_a_finished_training_is_not_repeated(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_ctrl_c_finishes_the_step_and_returns(tmp_path):
-    handler = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interruptible():
+    """Python's own handler, also in a process that was started to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_finishes_the_step_and_returns(tmp_path, interruptible):
     pressed = []
 
     def press(*_):
@@ -773,7 +780,7 @@ def test_ctrl_c_finishes_the_step_and_returns(tmp_path):
     result = quick(model, steps=9, run_dir=tmp_path / "pressed")
     hook.remove()
     assert (result.step, result.finished) == (1, False)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is interruptible
     assert not (tmp_path / "pressed" / "model.safetensors").exists()
     assert quick(model, steps=9, run_dir=tmp_path / "pressed").finished
 
