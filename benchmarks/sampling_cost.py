@@ -8,7 +8,7 @@ perceptron, whose evaluation takes a fraction of a millisecond. Three things are
 processor (one thread): the walk; the predictor alone, called as often on inputs of the same shape; and the walk of the
 same model with a predictor that returns its input. The last is all that the sampler itself does, the *overhead*, free
 of the scatter of the network's own time, of which it is a few percent. The first minus the second is larger, on the
-perceptron about twice: between the sampler's operations the network finds less of its own in the caches.
+perceptron about twice: presumably the network finds less of its own in the caches between the operations of a sampler.
 torchsde's own ``sdeint`` on the same reverse SDE is measured the same way. Writes
 ``sampling_cost.json``, ``sampling_cost.md`` and ``sampling_cost.png`` into ``benchmarks/results``.
 """
