@@ -49,10 +49,12 @@ from ndm_ct.volatility import LearnedVolatility
 
 try:
     from benchmarks import data, features, metrics
+    from benchmarks.steps_vs_fid import levels_of
 except ImportError:  # run as a script
     import data
     import features
     import metrics
+    from steps_vs_fid import levels_of
 
 MODELS = ("diffusion", "matched", "ndm-x", "ndm-moments", "ndm-x-eta", "ndm-moments-eta")
 TERMS = 2
@@ -240,7 +242,6 @@ def distances(model: ndm_ct.NDM, rows: Rows, options: argparse.Namespace) -> dic
     real = rows.split.test if len(rows.split.test) >= 1000 else rows.split.train
     reference = metrics.Reference(features.extract(net, real, options.cache))
     found: dict[str, dict[str, float]] = {}
-    low, bins = rows.bins.range[0], rows.bins
     for method in ("ddpm", "ddim"):
         found[method] = {}
         for steps in STEP_COUNTS:
@@ -248,8 +249,7 @@ def distances(model: ndm_ct.NDM, rows: Rows, options: argparse.Namespace) -> dic
                 model, options.samples, method=method, steps=steps, batch_size=250,
                 generator=torch.Generator().manual_seed(0),
             )  # fmt: skip
-            levels = ((x.double() - low) / (2.0 * bins.half_width)).floor().clamp(0, bins.levels - 1).to(torch.uint8)
-            found[method][str(steps)] = metrics.frechet_infinity(net(levels), reference).value
+            found[method][str(steps)] = metrics.frechet_infinity(net(levels_of(x, rows.bins)), reference).value
     return found
 
 

@@ -61,9 +61,9 @@ class OverSigma(nn.Module):
 def build(name: str) -> Preset:
     """A preset with a perceptron of 64 units, on vectors, or on images of one row for blurring."""
     torch.manual_seed(0)
-    net: nn.Module = ndm_ct.nn.MLP(2, width=64)
     if name == "blurring":
-        return PRESETS[name](AsImage(net), (1, 2), blur=1.0, floor=0.1)
+        return PRESETS[name](ndm_ct.nn.MLP((1, 2), width=64), (1, 2), blur=1.0, floor=0.1)
+    net = ndm_ct.nn.MLP(2, width=64)
     if name == "ncsn":
         return PRESETS[name](OverSigma(net, lambda t: 0.01 * 1000.0**t), (2,), sigma_max=10.0)
     if name == "edm":
@@ -78,18 +78,6 @@ def build(name: str) -> Preset:
 
         return PRESETS[name](OverSigma(net, sigma), (2,))
     return PRESETS[name](net, (2,))
-
-
-class AsImage(nn.Module):
-    """A network of vectors for images ``(B, 1, 2)``."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """Shape of z."""
-        return self.net(z.flatten(1), t).reshape(z.shape)
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:

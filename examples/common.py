@@ -1,4 +1,4 @@
-"""What the examples of sampling share: a model whose flow is smooth and known, counted draws, files."""
+"""What examples share: a model whose flow is smooth and known, trained networks, counted draws, files, pictures."""
 
 import json
 import math
@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import ndm_ct
+from benchmarks import data, networks
 from ndm_ct import schedules
+from ndm_ct.quantisation import Quantisation
 from ndm_ct.reference import GaussianMixture
 
-__all__ = ["ORDERS", "counted", "mixture", "rms", "save", "slope"]
+__all__ = ["IMAGE_NETWORKS", "ORDERS", "counted", "image_network", "mixture", "rms", "save", "show", "slope"]
+
+IMAGE_NETWORKS = ("digits", "fashion", "mnist-28", "fashion-28")
+"""Names of :func:`image_network`."""
 
 ORDERS = {
     "euler": 1, "ddim": 1,
@@ -31,6 +37,20 @@ def mixture(schedule: schedules.Schedule) -> GaussianMixture:
     covs = factors @ factors.mT + 0.04 * torch.eye(4, dtype=torch.float64)
     means = torch.randn(5, 4, dtype=torch.float64, generator=generator)
     return GaussianMixture(torch.arange(1.0, 6.0) / 15.0, means, covs, schedule=schedule)
+
+
+def image_network(name: str) -> tuple[ndm_ct.NDM, data.Split, Quantisation]:
+    """A trained network of images, its data and their bins."""
+    model, recipe = networks.load(name).requires_grad_(False), networks.NETWORKS[name]
+    assert recipe.bins is not None
+    return model, recipe.data(), recipe.bins
+
+
+def show(axis: Axes, image: Tensor) -> None:
+    """Draw an image ``(1, H, W)`` with grey levels from -1 to 1, without ticks."""
+    axis.imshow(image[0].numpy(), cmap="gray", vmin=-1.0, vmax=1.0)
+    axis.set_xticks([])
+    axis.set_yticks([])
 
 
 class _Counting(torch.nn.Module):

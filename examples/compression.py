@@ -43,12 +43,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ndm_ct
-from benchmarks import data, networks
-from examples.common import save
+from benchmarks import data
+from examples.common import IMAGE_NETWORKS, image_network, save, show
 from ndm_ct import objectives
 from ndm_ct.quantisation import Quantisation
 
-NETWORKS = ("digits", "fashion", "mnist-28", "fashion-28")
 SHOWN = 8
 
 
@@ -131,9 +130,7 @@ def pictures(x: Tensor, guesses: dict[float, Tensor], path: Path) -> None:
     axes = figure.subplots(len(rows), SHOWN, squeeze=False)
     for line, (bits, images) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=True):
-            axis.imshow(image[0].numpy(), cmap="gray", vmin=-1.0, vmax=1.0)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            show(axis, image)
         line[0].set_ylabel("image" if math.isnan(bits) else f"{bits:.2f}", rotation=0, ha="right", va="center")
     figure.suptitle("guesses after so many bits per dimension", fontsize=9)
     figure.savefig(path, dpi=110)
@@ -142,7 +139,7 @@ def pictures(x: Tensor, guesses: dict[float, Tensor], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=NETWORKS, default="digits")
+    parser.add_argument("--network", choices=IMAGE_NETWORKS, default="digits")
     parser.add_argument("--rows", type=int, default=128, help="test images (128)")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 30, 100, 300, 1000])
     parser.add_argument("--samples", type=int, default=16, help="transitions drawn per image and T (16)")
@@ -150,9 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    model, recipe = networks.load(options.network).requires_grad_(False), networks.NETWORKS[options.network]
-    split, bins = recipe.data(), recipe.bins
-    assert bins is not None
+    model, split, bins = image_network(options.network)
     x = bins.uniform(split.test[: options.rows], torch.float32, torch.Generator().manual_seed(2))
     with torch.no_grad():
         codes = lengths(model, x, bins, options.steps, options.samples)

@@ -37,10 +37,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ndm_ct
-from benchmarks import networks
-from examples.common import save
-
-NETWORKS = ("digits", "fashion", "mnist-28", "fashion-28")
+from examples.common import IMAGE_NETWORKS, image_network, save, show
 
 
 def arc(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
@@ -92,9 +89,7 @@ def paths(found: dict[str, Tensor]) -> Figure:
     for row in range(2 * pairs):
         name = ("flow", "pixels")[row % 2]
         for axis, image in zip(axes[row], found[name][row // 2], strict=True):
-            axis.imshow(image[0].numpy(), cmap="gray", vmin=-1.0, vmax=1.0)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            show(axis, image)
         axes[row, 0].set_ylabel(name, fontsize=7)
     for pair, axis in enumerate(numbers.subplots(pairs, 1, squeeze=False)[:, 0]):
         for name, colour in (("flow", "tab:blue"), ("pixels", "tab:orange")):
@@ -115,9 +110,7 @@ def neighbours(samples: Tensor, train: Tensor, indices: Tensor, ours: Tensor, th
     axes = images.subplots(2, shown, squeeze=False)
     for row, part in enumerate((samples, train[indices])):
         for axis, image in zip(axes[row], part, strict=False):
-            axis.imshow(image[0].numpy(), cmap="gray", vmin=-1.0, vmax=1.0)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            show(axis, image)
     axes[0, 0].set_ylabel("sample")
     axes[1, 0].set_ylabel("nearest")
     axis = numbers.subplots()
@@ -132,7 +125,7 @@ def neighbours(samples: Tensor, train: Tensor, indices: Tensor, ours: Tensor, th
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=NETWORKS, default="digits")
+    parser.add_argument("--network", choices=IMAGE_NETWORKS, default="digits")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--points", type=int, default=9, help="points of a path, its ends included (9)")
     parser.add_argument("--samples", type=int, default=300)
@@ -140,9 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    model, recipe = networks.load(options.network).requires_grad_(False), networks.NETWORKS[options.network]
-    split, bins = recipe.data(), recipe.bins
-    assert bins is not None
+    model, split, bins = image_network(options.network)
     generator = torch.Generator().manual_seed(3)
     test = bins.uniform(split.test, torch.float32, generator)
     found = between(model, test[: 2 * options.pairs], options.points)

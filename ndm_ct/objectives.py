@@ -373,9 +373,8 @@ def loss(
         Shape ``(B,)``, nats; its mean is to be minimised.
     """
     _validate(model, x, cond, loss, None)
-    v, rarity = low_discrepancy(x.shape[0], generator, x.device), None
-    if sampler is not None:
-        v, rarity = sampler(v)
+    u = low_discrepancy(x.shape[0], generator, x.device)
+    v, rarity = (u, torch.ones_like(u)) if sampler is None else sampler(u)
     t, weight = times(model, v)
     eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     path = model.transform.along(x, **cond)
@@ -388,9 +387,9 @@ def loss(
             F_hat, dF_hat = _predicted(model, F, t, eps, cond)
         rate = rate + _regressions(model, F, dF, F_hat, dF_hat, t)
     integrand = weight.to(x.dtype) * rate
-    if sampler is not None and rarity is not None:
+    if sampler is not None:
         sampler.observe(v, integrand)
-        integrand = rarity.to(x.dtype) * integrand
+    integrand = rarity.to(x.dtype) * integrand
     return integrand + model.prior_divergence(path, x, generator) + _reconstruction(model, path, x, None, None)
 
 

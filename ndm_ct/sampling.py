@@ -15,7 +15,7 @@ the adaptive solve of the reverse SDE, ``"sde_adaptive"``, every row with steps 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -30,10 +30,10 @@ from ndm_ct.guidance import evaluations_per_call, guided
 from ndm_ct.likelihood import Trace, along, largest
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.samplers import NAMES
-from ndm_ct.samplers.adaptive import sde_rows
+from ndm_ct.samplers.adaptive import Drawn, sde_rows
 from ndm_ct.solvers import ADAPTIVE_METHODS
 from ndm_ct.stepping import Sampler, steps_within, walk
-from ndm_ct.trajectory import Problem
+from ndm_ct.trajectory import Problem, Solved
 
 __all__ = ["ADAPTIVE", "METHODS", "SampleInfo", "sample"]
 
@@ -299,8 +299,7 @@ class _Adaptive:
         )  # fmt: skip
         if not self.with_density:
             solved = problem.transport()
-            nfe, accepted, rejected = (largest(each) for each in (solved.evaluations, solved.accepted, solved.rejected))
-            return _ended(self.model, solved.z, SampleInfo(nfe, accepted, rejected, z1), self.denoise, cond)
+            return _ended(self.model, solved, z1, self.denoise, cond)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(
                 "info.logp takes its probes from one generator for the batch, got one per sample; pass one generator, "
@@ -329,18 +328,18 @@ class _AdaptiveSDE:
             self.model, z1, rtol=self.rtol, atol=self.atol, generator=generator,
             callback=_percent(tick, self.ticks, self.model.t_min), **cond,
         )  # fmt: skip
-        nfe, accepted, rejected = (largest(each) for each in (drawn.evaluations, drawn.accepted, drawn.rejected))
-        return _ended(self.model, drawn.z, SampleInfo(nfe, accepted, rejected, z1), self.denoise, cond)
+        return _ended(self.model, drawn, z1, self.denoise, cond)
 
 
-def _ended(model: NDM, z: Tensor, predictions: SampleInfo, denoise: bool, cond: dict[str, Any]) -> _Part:
+def _ended(model: NDM, solved: Solved | Drawn, z1: Tensor, denoise: bool, cond: dict[str, Any]) -> _Part:
     """What adaptive steps led to, or the estimate of x there; counts of predictions become those of evaluations."""
+    z, (nfe, accepted, rejected) = solved.z, map(largest, (solved.evaluations, solved.accepted, solved.rejected))
     if denoise:
         t = torch.tensor(model.t_min, dtype=torch.float64, device=z.device)
         z = model.predict_x(z, t, **cond)
         validate_prediction(z, t)
-    nfe = evaluations_per_call(model.predictor) * (predictions.nfe + denoise)
-    return _Part(z, replace(predictions, nfe=nfe))
+    per_call = evaluations_per_call(model.predictor)
+    return _Part(z, SampleInfo(per_call * (nfe + denoise), accepted, rejected, z1))
 
 
 def _percent(tick: Tick | None, ticks: int, t_min: float) -> Tick | None:

@@ -19,7 +19,7 @@ transform the same solvers apply to D as it is.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.schedules import Level, levels
 from ndm_ct.transforms import Identity
 
-__all__ = ["Sampler", "exponential_euler", "steps_within", "walk"]
+__all__ = ["Sampler", "by_time", "exponential_euler", "steps_within", "walk"]
 
 Callback = Callable[[float, Tensor], None]
 
@@ -74,9 +74,7 @@ class Sampler:
         if self.uses_volatility:
             with torch.no_grad():
                 columns = self.model.process.transition(grid[1:], grid[:-1])
-            # One that varies over the event keeps the axis of the rows.
-            rows = zip(*(each if each.ndim == 1 else each.unsqueeze(1) for each in columns), strict=True)
-            self._transitions.update(zip(itertools.pairwise(grid.tolist()), rows, strict=True))
+            self._transitions.update(zip(itertools.pairwise(grid.tolist()), by_time(*columns), strict=True))
 
     def visited(self, grid: Tensor) -> Tensor:
         """All times at which a walk down the grid needs the schedule."""
@@ -155,6 +153,11 @@ class Sampler:
         raise NotImplementedError
 
 
+def by_time(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two coefficients at N times, time by time; those that vary over the event keep the axis of the rows."""
+    return zip(*(each if each.ndim == 1 else each.unsqueeze(1) for each in (first, second)), strict=True)
+
+
 def exponential_euler(z: Tensor, D: Tensor, t: Level, s: Level) -> Tensor:
     r"""The flow with D held fixed, :math:`z_s = \frac{\sigma_s}{\sigma_t} z + \alpha_s (1 - e^{-h}) D`, where
     :math:`h = \lambda_s - \lambda_t`: at alpha = 0 and at sigma = 0 too."""
@@ -186,10 +189,11 @@ def walk(
         The state at ``grid[-1]``, or :math:`\hat x`.
     """
     sampler.prepare(grid)
-    for step, (t, s) in enumerate(itertools.pairwise(grid.tolist()), start=2):
+    times = grid.tolist()
+    for t, s in itertools.pairwise(times):
         if callback is not None:
             callback(t, z)
-        if denoise and step == len(grid):
+        if denoise and s == times[-1]:
             return sampler.estimate(z, t, **cond)
         z = sampler.step(z, t, s, generator=generator, **cond)
     return z

@@ -56,7 +56,6 @@ from ndm_ct.guidance import nulled
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 from ndm_ct.quantisation import Quantisation
-from ndm_ct.regression import Regression
 from ndm_ct.rows import DEQUANTISATIONS, Bins, Source
 
 __all__ = ["FitResult", "fit"]
@@ -327,8 +326,8 @@ class _Folder:
 
 def _described(objective: Objective) -> str:
     """Something that changes with the objective, for a checkpoint to compare."""
-    if isinstance(objective, Regression | objectives.Bound):
-        return objective.describe()
+    if hasattr(objective, "describe"):
+        return str(objective.describe())
     return str(getattr(objective, "__qualname__", type(objective).__qualname__))
 
 

@@ -569,7 +569,7 @@ def test_codes_get_shorter_with_steps_and_the_progress_adds_up(packed):
     assert all(b > a for a, b in itertools.pairwise(rates))
     assert distortions[-1] < 0.1 * distortions[0]
     # What the rate lacks: the last transition, the decoder, and the bits of the noise in the bins.
-    model, bins = compression.networks.load("digits"), compression.networks.NETWORKS["digits"].bins
+    model, _, bins = compression.image_network("digits")
     gamma = float(model.schedule.gamma(torch.tensor(model.t_min, dtype=torch.float64)).detach())
     decoder = 0.5 * (1.0 + math.log(2.0 * math.pi) + gamma) - bins.uniform_offset
     last = rates[-1] - rates[-2]

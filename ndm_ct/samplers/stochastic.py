@@ -16,7 +16,7 @@ from ndm_ct.discrete import DDPM
 from ndm_ct.model import NDM
 from ndm_ct.process import drift
 from ndm_ct.schedules import Level
-from ndm_ct.stepping import Sampler
+from ndm_ct.stepping import Sampler, by_time
 
 __all__ = ["SDE"]
 
@@ -55,9 +55,7 @@ class SDE(Sampler):
         super().remember(times)
         with torch.no_grad():
             rates = self.model.process.half_rate(times), self.model.process.diffusion(times)
-        # Those that vary over the event keep the axis of the rows.
-        rows = zip(*(each if each.ndim == 1 else each.unsqueeze(1) for each in rates), strict=True)
-        self._rates.update(zip(times.tolist(), rows, strict=True))
+        self._rates.update(zip(times.tolist(), by_time(*rates), strict=True))
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         if t.alpha == 0.0 or s.sigma == 0.0:
