@@ -107,7 +107,7 @@ def bits_per_dim(
     ode_options = {"stderr": stderr, "trace": trace, "rtol": rtol, "atol": atol, "method": method}
     _refuse_ineffective(bound, dequantisation, ode_options)
     count = validate_count("samples", 1 if samples is None else samples)
-    scale = event_size(model.event_shape) * math.log(2.0)
+    scale = event_size(model.data_shape) * math.log(2.0)
     with torch.no_grad():
         if bound == "elbo":
             centres = bins.centres(x, model.dtype or torch.get_default_dtype())
@@ -149,7 +149,7 @@ def dequantised(
         The points, ``(B K, *E)``, those of a row together, and :math:`\log q`, nats, ``(B K,)`` (for a single
         truncated-normal point its expectation, minus the entropy).
     """
-    dtype, d = model.dtype or torch.get_default_dtype(), event_size(model.event_shape)
+    dtype, d = model.dtype or torch.get_default_dtype(), event_size(model.data_shape)
     x = x.repeat_interleave(samples, 0)
     constant = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     if dequantisation == "uniform":

@@ -120,11 +120,12 @@ def estimate_residuals(
     with model.evaluating(), torch.no_grad():
         for start in range(0, n, batch_size):
             rows = torch.arange(start, min(n, start + batch_size), device=data.device)
-            x, own = data[rows], _shapes.take_rows(cond, rows, n)
-            path = model.transform.along(x, **own)
+            own = _shapes.take_rows(cond, rows, n)
+            y, _ = model.to_latent(data[rows], generator=generator, **own)
+            path = model.transform.along(y, **own)
             for k, level in enumerate(points):
                 F, dF = path.with_derivative(level.time)
-                noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+                noise = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
                 predicted, slope = model.moments(level.alpha * F + level.sigma * noise, level.time, **own)
                 validate_prediction(predicted + slope, level.time)
                 a, b = (F - predicted).double(), (dF - slope).double()

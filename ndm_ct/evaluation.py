@@ -867,7 +867,7 @@ def _validate_models(models: Mapping[str, NDM], settings: _Settings) -> None:
     for name, model in models.items():
         if not isinstance(model, NDM):
             raise TypeError(f"{name} must be an ndm_ct.NDM, got {type(model).__name__}.")
-    for attribute in ("event_shape", "dtype", "device"):
+    for attribute in ("data_shape", "dtype", "device"):
         values = [getattr(model, attribute) for model in models.values()]
         if attribute == "dtype" and settings.quantisation is not None:
             values = [value or torch.get_default_dtype() for value in values]

@@ -31,7 +31,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ndm_ct._shapes import as_time, event_size, sum_event
+from ndm_ct._shapes import as_time, event_size, sum_event, take_rows
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.model import NDM
 from ndm_ct.quadrature import Sweeps, Totals, linear_logdet
@@ -139,7 +139,8 @@ def loglik(
     r""":math:`\log p_{t_{min}}` of the probability flow at z = x, in nats per event.
 
     No rescaling by :math:`\alpha` is made, and none of your own preprocessing is undone: if you scaled the data, add
-    the log-determinant of that scaling.
+    the log-determinant of that scaling. Behind a Flow, which is part of the model, it is that at z = h(x), plus
+    :math:`\log|\det \partial h/\partial x|`; behind an Encoder there is only a bound (:func:`ndm_ct.elbo`).
 
     Args:
         model: the model.
@@ -208,7 +209,7 @@ def encode(
         method: as in :func:`loglik`.
         on_failure: as in :func:`loglik`.
         differentiable: as in :func:`loglik`.
-        generator: source of nodes and probes. Only with ``return_info``.
+        generator: source of nodes and probes, only with ``return_info``; or of an Encoder's noise.
         return_info: also return a :class:`LikelihoodInfo`, which costs the divergence.
         cond: conditioning.
 
@@ -254,7 +255,7 @@ def decode(
     Returns:
         x, shape ``(B, *E)``; with ``return_info`` a pair.
     """
-    model.validate(z1, cond, decode, name="z1")
+    model.validate_state(z1, cond, decode, name="z1")
     options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
     return options.transport(model, z1, (1.0, model.t_min), cond, generator, return_info)
 
@@ -279,14 +280,19 @@ class Options:
         if return_info:
             info = self.likelihood(model, start, interval, cond, generator, budget=True)
             return info.z, info
-        for name, value in (("trace", self.trace), ("stderr", self.stderr), ("generator", generator)):
+        noise = generator if model.transform.bijective else None
+        for name, value in (("trace", self.trace), ("stderr", self.stderr), ("generator", noise)):
             if value is not None:
                 raise ValueError(
                     f"{name} has no effect without a log-determinant; pass return_info=True or drop {name}."
                 )
-        problem = self._problem(model, start, interval, cond, TOLERANCE)
-        with problem.prepared():
-            return problem.transport().z.to(start.dtype)
+        upwards = interval[1] > interval[0]
+        with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
+            y = model.to_latent(start, generator=generator, **cond)[0] if upwards else start
+            problem = self._problem(model, y, interval, cond, TOLERANCE)
+            with problem.prepared():
+                end = problem.transport().z.to(start.dtype)
+            return end if upwards else model.transform.from_latent(end, **cond)
 
     def likelihood(
         self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
@@ -296,6 +302,27 @@ class Options:
 
         ``origin`` says which rows of which batch, if another one, the conditioning of ``start`` belongs to.
         """
+        if not model.transform.bijective:
+            raise ValueError(
+                f"{type(model.transform).__name__} is stochastic, so that log p(x) has only a bound; use ndm_ct.elbo, "
+                "or bound='elbo'."
+            )
+        own = cond if origin is None else take_rows(cond, *origin)
+        with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
+            if interval[1] > interval[0]:
+                y, weight = model.to_latent(start, **own)
+                info = self._of_latents(model, y, interval, cond, generator, budget, origin)
+                return info if weight is None else _of_data(info, weight, info.z)
+            info = self._of_latents(model, start, interval, cond, generator, budget, origin)
+            x = model.transform.from_latent(info.z, **own)
+            weight = model.transform.to_latent(x, **own)[1]
+            return info if weight is None else _of_data(info, weight, x, downwards=True)
+
+    def _of_latents(
+        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
+        generator: torch.Generator | None, budget: bool, origin: tuple[Tensor, int] | None,
+    ) -> LikelihoodInfo:  # fmt: skip
+        """The same between latents and noise."""
         estimator = resolve("auto" if self.trace is None else self.trace, model.event_shape)
         self._validate_stderr(estimator)
         quadrature = isinstance(estimator, Quadrature)
@@ -333,6 +360,13 @@ class Options:
             raise ValueError(
                 f"stderr needs at least 4 sweeps to estimate an error from, got Quadrature(sweeps={estimator.sweeps})."
             )
+
+
+def _of_data(info: LikelihoodInfo, weight: Tensor, z: Tensor, *, downwards: bool = False) -> LikelihoodInfo:
+    """Information about latents made one about data, with ``weight`` the log-determinant from data to latents."""
+    weight = torch.where(info.failed, torch.nan, weight.to(info.loglik.dtype))
+    logdet = info.logdet - weight if downwards else info.logdet + weight
+    return replace(info, logdet=logdet, loglik=info.loglik + weight, z=z)
 
 
 def along(

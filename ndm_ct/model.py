@@ -32,6 +32,7 @@ from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
 from ndm_ct.process import ForwardProcess, Volatility
 from ndm_ct.schedules import LinearLogSNR, Schedule, VarianceExploding
 from ndm_ct.transforms import Identity, Path, Transform
+from ndm_ct.volatility import Matched
 
 __all__ = ["NDM", "IsotropicNormal", "NormalKL", "Prior", "validate_prediction"]
 
@@ -96,7 +97,7 @@ class NDM(nn.Module):
     Args:
         predictor: callable ``(z (B, *E), t (B,), **cond) -> (B, *E)`` (a pair of these for ``"moments"``); an
             ``nn.Module`` or a function. Modules that a function merely closes over are not part of the model.
-        event_shape: E, the shape of one data point.
+        event_shape: E, the shape of one state z, and of one data point unless the transform is an Encoder.
         transform: :math:`F`; None is the identity, an ordinary diffusion.
         schedule: :math:`\alpha, \sigma`; None is ``LinearLogSNR(gamma_min=-13.3, gamma_max=5.0)``.
         volatility: :math:`\eta` in :math:`g^2 = \eta\sigma^2\gamma'`, a float or a callable of t.
@@ -157,6 +158,8 @@ class NDM(nn.Module):
         self.register_buffer("residuals", None)
         if hasattr(predictor, "bind_schedule"):
             predictor.bind_schedule(schedule)
+        if isinstance(volatility, Matched):
+            volatility.bind(transform, schedule)
         names, anything = _shapes.keyword_names(predictor, 2)
         transform_names, transform_anything = transform.cond_names()
         self._predictor_names, self._predictor_anything = names, anything
@@ -193,6 +196,11 @@ class NDM(nn.Module):
     def schedule(self) -> Schedule:
         """The noise schedule."""
         return self.process.schedule
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of one data point."""
+        return self.event_shape if self.transform.data_shape is None else self.transform.data_shape
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -333,13 +341,54 @@ class NDM(nn.Module):
     def _validated_state(
         self, z: Tensor, t: float | Tensor, cond: dict[str, Any], caller: Callable[..., Any]
     ) -> Tensor:
-        self.validate(z, cond, caller, name="z")
+        self.validate_state(z, cond, caller)
         return _shapes.validate_time(t, self.t_min, z)
 
     def validate(self, x: Tensor, cond: dict[str, Any], caller: Callable[..., Any], *, name: str = "x") -> None:
         """Check data and conditioning keywords before any work; ``caller`` is the public function asked."""
         _shapes.validate_cond(cond, self._cond_names, self._cond_anything, caller)
-        _shapes.validate_data(x, self.event_shape, name=name, dtype=self.dtype, device=self.device)
+        _shapes.validate_data(x, self.data_shape, name=name, dtype=self.dtype, device=self.device)
+
+    def validate_state(self, z: Tensor, cond: dict[str, Any], caller: Callable[..., Any], *, name: str = "z") -> None:
+        """The same for states."""
+        _shapes.validate_cond(cond, self._cond_names, self._cond_anything, caller)
+        _shapes.validate_data(z, self.event_shape, name=name, dtype=self.dtype, device=self.device)
+
+    def to_latent(
+        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        r"""Where the path of data begins: y with :math:`F(x, t) = G(y, t)`, and :math:`\log p(x) - \log p(y)`.
+
+        Args:
+            x: data, shape ``(B, *data_shape)``.
+            generator: source of an Encoder's noise.
+            cond: conditioning.
+
+        Returns:
+            y, ``(B, *E)``, and its log-weight in nats, ``(B,)`` (:meth:`ndm_ct.transforms.Transform.to_latent`); x
+            itself and None without a Flow or Encoder.
+
+        Raises:
+            PredictorError: the Flow or Encoder returned something else, NaN or inf.
+        """
+        y, weight = self.transform.to_latent(x, generator=generator, **cond)
+        if weight is not None:
+            self._validate_latent(y, weight, x)
+        return y, weight
+
+    def _validate_latent(self, y: Tensor, weight: Tensor, x: Tensor) -> None:
+        shapes, expected = (tuple(y.shape), tuple(weight.shape)), ((x.shape[0], *self.event_shape), (x.shape[0],))
+        kind = type(self.transform).__name__
+        if shapes != expected or y.dtype != x.dtype:
+            raise PredictorError(
+                f"{kind} returned latents and log-weights of shapes {shapes[0]} and {shapes[1]}, {y.dtype}, expected "
+                f"{expected[0]} and {expected[1]}, {x.dtype}."
+            )
+        rows = _shapes.bad_rows(torch.cat([y.flatten(1), weight[:, None].to(y.dtype)], 1))
+        if rows:
+            raise PredictorError(
+                f"{kind} returned NaN or inf in batch rows {_shapes.some(rows)}; check its weights and the scale of x."
+            )
 
     def log_prior(self, z: Tensor) -> Tensor:
         r""":math:`\log p_1(z)`, nats, ``(B, *E)`` to ``(B,)``, in the dtype of z.

@@ -15,6 +15,9 @@ sum tends to the integral at order 1/T. For F the identity and :math:`\eta = 1` 
 Real-valued data are decoded by :math:`N(z_0/\alpha_0, e^{\gamma_0} I)`, so the bound is on the density smoothed by that
 kernel; integer data by the softmax of the same exponent over the levels.
 
+Behind a Flow or Encoder all of this is about its latents y, and the bound is
+:math:`E[\mathrm{ELBO}(y) + w]` (:mod:`ndm_ct.transforms.latent`); functions of a single term take y for x.
+
 Times are drawn uniformly in :math:`\gamma`, or, where the schedule has :math:`\gamma(1) = \infty`, uniformly in
 :math:`\arctan(\sigma/\alpha)`.
 
@@ -58,7 +61,7 @@ class ElboInfo:
     Args:
         prior: KL(q(z_1|x) || p(z_1)).
         diffusion: estimate of L_diff.
-        reconstruction: E[-log p(x|z_0)].
+        reconstruction: E[-log p(x|z_0)]; behind a Flow or Encoder less the log-weight of its latents.
         stderr: standard error of the bound from the random times and noise; NaN for one sample.
         nfe: network evaluations of the whole batch.
     """
@@ -227,10 +230,10 @@ def elbo(
     """
     _validate(model, x, cond, elbo, quantisation)
 
-    def draw(path: Path, u: Tensor) -> Tensor:
+    def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
         t, weight = times(model, u)
-        eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return weight.to(x.dtype) * _integrand_along(model, path, t, eps, cond)
+        eps = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+        return weight.to(y.dtype) * _integrand_along(model, path, t, eps, cond)
 
     return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
 
@@ -265,9 +268,9 @@ def elbo_discrete(
     uniform = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
     grid, _ = times(model, uniform)
 
-    def draw(path: Path, u: Tensor) -> Tensor:
+    def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
         index = (u * steps).long().clamp(max=steps - 1)
-        eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        eps = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
         return steps * _transition_kl(model, path, grid[index], grid[index + 1], eps, cond)
 
     return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
@@ -301,7 +304,7 @@ def _transition_kl(model: NDM, path: Path, s: Tensor, t: Tensor, eps: Tensor, co
 def _bound(
     model: NDM,
     x: Tensor,
-    draw: Callable[[Path, Tensor], Tensor],
+    draw: Callable[[Path, Tensor, Tensor], Tensor],
     samples: int,
     quantisation: Quantisation | None,
     generator: torch.Generator | None,
@@ -313,19 +316,19 @@ def _bound(
     strata = max(1, samples // 2)
     points: list[list[Tensor]] = [[] for _ in range(strata)]
     with model.evaluating():
-        path = model.transform.along(x, **cond)
         for sample in range(samples):
             k = sample % strata
             uniform = torch.rand(x.shape[0], dtype=torch.float64, device=x.device, generator=generator)
-            points[k].append(draw(path, (k + uniform) / strata))
-        diffusion, variance = _stratified(points)
-        prior = model.prior_divergence(path, x, generator)
-        if quantisation is None:
-            reconstruction = _reconstruction(model, path, x, None, generator)
-        else:
-            drawn = [_reconstruction(model, path, x, quantisation, generator) for _ in range(samples)]
-            reconstruction, extra = _stratified([drawn])
-            variance = variance + extra
+            fresh = sample == 0 or not model.transform.bijective  # an Encoder's latents differ between samples
+            if fresh:
+                y, weight = model.to_latent(x, generator=generator, **cond)
+                path = model.transform.along(y, **cond)
+                prior = model.prior_divergence(path, y, generator)
+            if fresh or quantisation is not None:
+                reconstruction = _reconstruction(model, path, y, quantisation, generator)
+                reconstruction = reconstruction if weight is None else reconstruction - weight
+            points[k].append(torch.stack([prior, draw(path, y, (k + uniform) / strata), reconstruction]))
+    (prior, diffusion, reconstruction), variance = _stratified(points)
     bound = -(prior + diffusion + reconstruction)
     if not return_info:
         return bound
@@ -333,13 +336,13 @@ def _bound(
 
 
 def _stratified(points: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean over equal strata, and the variance of that mean (NaN where a stratum has a single point)."""
+    """Means of terms ``(3, B)`` over equal strata, and the variance of their sum (NaN if a stratum has one)."""
     means, variances = [], []
     for stratum in points:
         values = torch.stack(stratum)
         means.append(values.mean(0))
-        single = len(stratum) == 1
-        variances.append(torch.full_like(values[0], math.nan) if single else values.var(0) / len(stratum))
+        total, single = values.sum(1), len(stratum) == 1
+        variances.append(torch.full_like(total[0], math.nan) if single else total.var(0) / len(stratum))
     count = len(points)
     return torch.stack(means).mean(0), torch.stack(variances).detach().sum(0) / count**2
 
@@ -376,8 +379,9 @@ def loss(
     u = low_discrepancy(x.shape[0], generator, x.device)
     v, rarity = (u, torch.ones_like(u)) if sampler is None else sampler(u)
     t, weight = times(model, v)
-    eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    path = model.transform.along(x, **cond)
+    y, log_weight = model.to_latent(x, generator=generator, **cond)
+    eps = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+    path = model.transform.along(y, **cond)
     F, dF = path.with_derivative(t)
     F_hat, dF_hat = _predicted(model, F, t, eps, cond)
     rate = _integrand(model, F, dF, F_hat, dF_hat, t)
@@ -386,11 +390,12 @@ def loss(
             F, dF = F.detach(), dF.detach()
             F_hat, dF_hat = _predicted(model, F, t, eps, cond)
         rate = rate + _regressions(model, F, dF, F_hat, dF_hat, t)
-    integrand = weight.to(x.dtype) * rate
+    integrand = weight.to(y.dtype) * rate
     if sampler is not None:
         sampler.observe(v, integrand)
-    integrand = rarity.to(x.dtype) * integrand
-    return integrand + model.prior_divergence(path, x, generator) + _reconstruction(model, path, x, None, None)
+    nats = rarity.to(y.dtype) * integrand
+    nats = nats + model.prior_divergence(path, y, generator) + _reconstruction(model, path, y, None, None)
+    return nats if log_weight is None else nats - log_weight
 
 
 class Bound(nn.Module):
@@ -432,6 +437,11 @@ def _validate(
     model.validate(x, cond, caller)
     if quantisation is not None:
         quantisation.validate_centres(x)
+        if model.transform.latent:
+            raise ValueError(
+                f"quantisation decodes levels from z_0, which holds latents of {type(model.transform).__name__}; noise "
+                "the levels uniformly and take the bound on their density, or give an Encoder a decoder over levels."
+            )
     if model.process.volatility == 0.0:
         raise ValueError(
             "volatility=0.0 is a deterministic process, whose ELBO is minus infinity for every x; use a positive "

@@ -17,6 +17,8 @@ constructor                :math:`\alpha, \sigma`     network      objective (me
 :func:`rectified_flow`     1 - t, t                   velocity     the same                               ``"euler"``
 :func:`interpolant`        cosine, sine               velocity     the same                               ``"ode"``
 :func:`blurring`           cosine; F blurs            raw          :math:`\|\epsilon-\hat\epsilon\|^2`    ``"ddpm"``
+:func:`indm`               VP; F is a flow h(x)       score        the bound                              ``"ode"``
+:func:`lsgm`               VP; F encodes              mixed        the bound                              ``"ode"``
 =========================  =========================  ===========  =====================================  ============
 
 A raw network is one that :class:`~ndm_ct.nn.Preconditioned` scales. Each constructor returns a :class:`Preset`:
@@ -41,6 +43,9 @@ References:
     Albergo and Vanden-Eijnden, Building Normalizing Flows with Stochastic Interpolants,
     https://arxiv.org/abs/2209.15571
     Hoogeboom and Salimans, Blurring Diffusion Models, https://arxiv.org/abs/2209.05557
+    Kim et al., Maximum Likelihood Training of Implicit Nonlinear Diffusion Models (INDM),
+    https://arxiv.org/abs/2205.13699
+    Vahdat, Kreis and Kautz, Score-based Generative Modeling in Latent Space (LSGM), https://arxiv.org/abs/2106.05931
 """
 
 import math
@@ -54,14 +59,14 @@ from torch import Tensor, nn
 from ndm_ct import objectives, schedules
 from ndm_ct._shapes import validate_count
 from ndm_ct.model import NDM
-from ndm_ct.nn import FromScore, FromVelocity, Preconditioned
+from ndm_ct.nn import FromScore, FromVelocity, Mixed, Preconditioned
 from ndm_ct.regression import Regression
 from ndm_ct.schedules import Coefficients, Schedule
-from ndm_ct.transforms import Blur
+from ndm_ct.transforms import Blur, Encoder, Flow
 
 __all__ = [
-    "PRESETS", "OnLevels", "Preset", "blurring", "ddim", "ddpm", "edm", "flow_matching", "interpolant", "ncsn",
-    "rectified_flow", "score_sde_subvp", "score_sde_ve", "score_sde_vp", "vdm",
+    "PRESETS", "OnLevels", "Preset", "blurring", "ddim", "ddpm", "edm", "flow_matching", "indm", "interpolant", "lsgm",
+    "ncsn", "rectified_flow", "score_sde_subvp", "score_sde_ve", "score_sde_vp", "vdm",
 ]  # fmt: skip
 
 Shape = tuple[int, ...]
@@ -293,11 +298,57 @@ def blurring(
     return Preset(model, Regression("eps"), "ddpm")
 
 
+def indm(net: Any, event_shape: Shape, *, flow: nn.Module, beta_min: float = 0.1, beta_max: float = 20.0) -> Preset:
+    r"""INDM: a flow y = h(x) before a score SDE, trained together:
+    :math:`E[-\log|\det \partial h/\partial x| + \tfrac12 \int g^2 \|s - \hat s\|^2 dt]` plus the terms of both ends.
+
+    Args:
+        net: :math:`\hat s(z, t)`.
+        event_shape: shape of one event.
+        flow: h, see :class:`~ndm_ct.transforms.Flow`.
+        beta_min: :math:`\beta(0)`.
+        beta_max: :math:`\beta(1)`.
+    """
+    schedule = schedules.VariancePreserving(beta_min, beta_max)
+    model = NDM(FromScore(net), event_shape, schedule=schedule, transform=Flow(flow), t_min=_SCORE_SDE_T_MIN)
+    return Preset(model, objectives.loss, "ode")
+
+
+def lsgm(
+    net: Any,
+    event_shape: Shape,
+    *,
+    encoder: nn.Module,
+    decoder: nn.Module,
+    data_shape: Shape,
+    beta_min: float = 0.1,
+    beta_max: float = 20.0,
+) -> Preset:
+    r"""LSGM: a variational autoencoder whose prior is a score SDE, trained together:
+    :math:`E[-\log p(x \mid y) + \log q(y \mid x) + \tfrac12 \int (g/\sigma)^2 \|\epsilon - \hat\epsilon\|^2 dt]`
+    plus the terms of both ends.
+
+    Args:
+        net: mixed with the normal's noise by :class:`~ndm_ct.nn.Mixed`.
+        event_shape: shape of the latents.
+        encoder: see :class:`~ndm_ct.transforms.Encoder`.
+        decoder: likewise.
+        data_shape: shape of one data point.
+        beta_min: :math:`\beta(0)`.
+        beta_max: :math:`\beta(1)`.
+    """
+    model = NDM(
+        Mixed(net, event_shape), event_shape, schedule=schedules.VariancePreserving(beta_min, beta_max),
+        transform=Encoder(encoder, decoder, data_shape), prediction="eps", t_min=_SCORE_SDE_T_MIN,
+    )  # fmt: skip
+    return Preset(model, objectives.loss, "ode")
+
+
 PRESETS: dict[str, Callable[..., Preset]] = {
     each.__name__: each
     for each in (
         ddpm, ddim, vdm, score_sde_vp, score_sde_subvp, score_sde_ve, ncsn, edm, flow_matching, rectified_flow,
-        interpolant, blurring,
+        interpolant, blurring, indm, lsgm,
     )
 }  # fmt: skip
 """All constructors by name."""

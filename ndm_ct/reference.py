@@ -215,7 +215,7 @@ class GaussianMixture(NDM):
         if not torch.allclose(covs, covs.mT) or not bool((torch.linalg.eigvalsh(covs) > 0).all()):
             raise ValueError("covs must be symmetric and positive definite.")
         transform = Identity() if transform is None else transform
-        if not transform.linear:
+        if transform.latent or not transform.linear:
             raise ValueError(f"the exact model needs a transform linear in x, got {type(transform).__name__}.")
         schedule = LinearLogSNR() if schedule is None else schedule
         marginals = _Marginals(weights, means.reshape(k, d), covs, event_shape, schedule, transform)

@@ -95,11 +95,12 @@ class Regression:
                 "parameters to train; train by the bound (objective=None), or freeze them with requires_grad_(False)."
             )
         t = self.times(model.schedule, model.t_min, low_discrepancy(x.shape[0], generator, x.device))
-        eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return self.at(model, x, t, eps, **cond)
+        y, _ = model.to_latent(x, generator=generator, **cond)
+        eps = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+        return self.at(model, y, t, eps, **cond)
 
     def at(self, model: NDM, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Tensor:
-        r""":math:`w(t)\|y - \hat y\|^2` at times t, float64 ``(B,)``, and noise ``(B, *E)``."""
+        r""":math:`w(t)\|y - \hat y\|^2` at times t, float64 ``(B,)``, and noise ``(B, *E)``; x may be latents."""
         c = model.schedule(t)
         F, dF = model.transform.with_derivative(x, t, **cond)
         F_hat, dF_hat = model.moments(expand(c.alpha, x) * F + expand(c.sigma, x) * eps, t, **cond)

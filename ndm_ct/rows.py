@@ -25,9 +25,15 @@ class Bins:
     """How data become what the model is trained on, and its nats become bits per dimension."""
 
     def __init__(self, model: NDM, quantisation: Quantisation | None, dequantisation: str) -> None:
+        if quantisation is not None and dequantisation == "centres" and model.transform.latent:
+            raise ValueError(
+                f"dequantisation='centres' decodes levels from z_0, which holds latents of "
+                f"{type(model.transform).__name__}; use 'uniform', or, for a decoder over levels, pass their values as "
+                "real data."
+            )
         self.model, self.quantisation, self.dequantisation = model, quantisation, dequantisation
         self.dtype = model.dtype or torch.get_default_dtype()
-        self.size = event_size(model.event_shape)
+        self.size = event_size(model.data_shape)
 
     def validate(self, x: Tensor, name: str) -> Tensor:
         """Check rows as given."""
@@ -43,7 +49,7 @@ class Bins:
         return x
 
     def _validate_real(self, x: Tensor, name: str) -> Tensor:
-        return validate_data(x, self.model.event_shape, name=name, dtype=self.dtype, device=self.model.device)
+        return validate_data(x, self.model.data_shape, name=name, dtype=self.dtype, device=self.model.device)
 
     def real(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Validated rows as real values."""

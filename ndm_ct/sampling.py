@@ -15,7 +15,7 @@ the adaptive solve of the reverse SDE, ``"sde_adaptive"``, every row with steps 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -63,11 +63,12 @@ class SampleInfo:
         rejected: rejected steps, likewise.
         z: the prior draw :math:`z_1`, ``(n, *E)``.
         logp: log-density of each sample under the probability flow, nats, ``(n,)``, for its adaptive methods; None for
-            the others, which do not follow the flow exactly (``loglik`` scores their samples), and with ``denoise``.
+            the others, which do not follow the flow exactly (``loglik`` scores their samples), with ``denoise`` and
+            behind an Encoder.
         stderr: its standard error, ``(n,)``.
         times: the grid, ``(N + 1,)``; None for adaptive methods.
         trajectory: with ``trajectory=True`` the states at these times, ``(N + 1, n, *E)``; the last is the sample, also
-            with ``denoise``.
+            with ``denoise``, or its latents.
     """
 
     nfe: int
@@ -142,7 +143,7 @@ def sample(
         cond: conditioning, tensors with n rows.
 
     Returns:
-        Shape ``(n, *E)``; with ``return_info`` a pair.
+        Shape ``(n, *E)``, or that of the data behind an Encoder; with ``return_info`` a pair.
 
     Raises:
         TypeError: method is no sampler; generator is none.
@@ -202,8 +203,8 @@ def sample(
             for rows in batches:
                 source, own = rows_of(generator, rows), _shapes.take_rows(cond, rows, n)
                 z1 = model.sample_prior(len(rows), generator=source, dtype=dtype, device=device)
-                model.validate(z1, own, sample, name="z1")
-                parts.append(draw(z1, source, tick, own))
+                model.validate_state(z1, own, sample, name="z1")
+                parts.append(_as_data(model, draw(z1, source, tick, own), own))
         except KeyboardInterrupt:
             if not parts:
                 raise
@@ -256,6 +257,17 @@ def _sampler_on_grid(
 class _Part:
     x: Tensor
     info: SampleInfo
+
+
+def _as_data(model: NDM, part: _Part, cond: dict[str, Any]) -> _Part:
+    """Data from the latents that were drawn, and the density of data."""
+    if not model.transform.latent:
+        return part
+    x, logp = model.transform.from_latent(part.x.to(part.info.z.dtype), **cond), part.info.logp
+    if logp is not None:
+        weight = model.transform.to_latent(x, **cond)[1] if model.transform.bijective else None
+        logp = None if weight is None else logp + weight
+    return _Part(x, replace(part.info, logp=logp, stderr=None if logp is None else part.info.stderr))
 
 
 def _joined(parts: list[SampleInfo]) -> SampleInfo:

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants_latent import LATENT
 from mutants_samplers import SAMPLERS
 from mutants_training import TRAINING
 
@@ -210,32 +211,32 @@ MUTANTS = (
     ),
     # --- transforms
     Mutant(
-        "Separable without its derivative", "transforms.py",
+        "Separable without its derivative", "transforms/learned.py",
         "_mix(rate, self.features)", "torch.zeros_like(self.x)",
         "transforms::test_derivative_is_that_of_forward_in_time",
     ),
     Mutant(
-        "Neural without net in the derivative", "transforms.py",
+        "Neural without net in the derivative", "transforms/learned.py",
         "net + time * dnet", "time * dnet",
         "transforms::test_derivative_is_that_of_forward_in_time",
     ),
     Mutant(
-        "Neural without t dnet in the derivative", "transforms.py",
+        "Neural without t dnet in the derivative", "transforms/learned.py",
         "net + time * dnet", "net",
         "transforms::test_derivative_is_that_of_forward_in_time",
     ),
     Mutant(
-        "Blur's derivative with the wrong sign", "transforms.py",
+        "Blur's derivative with the wrong sign", "transforms/fixed.py",
         "-eigenvalues * dtau", "eigenvalues * dtau",
         "transforms::test_derivative_is_that_of_forward_in_time",
     ),
     Mutant(
-        "Composed without the inner derivative", "transforms.py",
+        "Composed without the inner derivative", "transforms/base.py",
         "(dy, torch.ones_like(t))", "(torch.zeros_like(dy), torch.ones_like(t))",
         "transforms::test_derivative_is_that_of_forward_in_time",
     ),
     Mutant(
-        "diagonal coefficients applied in pixels", "transforms.py",
+        "diagonal coefficients applied in pixels", "transforms/base.py",
         "return self.from_basis(c * self.to_basis(y))", "return c * y",
         "transforms::test_blur_is_diagonal_in_scipys_dct "
         "process::test_volatility_over_the_event_lives_in_the_transforms_basis",
@@ -556,7 +557,7 @@ MUTANTS = (
         "if len(rows) > 0 and not bool(values.nan_to_num().any()):", "if False:",
         "errors::test_a_predictor_autograd_cannot_see_through_is_refused",
     ),
-    *(Mutant(*each) for each in (*SAMPLERS, *TRAINING)),
+    *(Mutant(*each) for each in (*LATENT, *SAMPLERS, *TRAINING)),
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from ndm_ct import schedules, transforms
 from ndm_ct.model import NDM
 from ndm_ct.reference import Gaussian, GaussianMixture
 from ndm_ct.transforms import Blur
+from ndm_ct.volatility import Matched
 
 SCHEDULES = {
     "VariancePreserving": schedules.VariancePreserving,
@@ -168,13 +169,9 @@ def order(errors, steps):
 def blurred():
     """Blurred Gaussian data with the optimal volatility of every frequency, and the variances of the frequencies."""
     blur = Blur((2, 2), blur=1.0, floor=0.2)
-
-    def eta(t):
-        value, rate = blur.attenuation(t)
-        return 1.0 - 2.0 * (rate / value) / 9.0
-
     spectrum = torch.tensor([1.5, 0.8, 0.4, 0.2], dtype=torch.float64)
     basis = blur.from_basis(torch.eye(4, dtype=torch.float64).reshape(4, 2, 2)).reshape(4, 4)
     cov = basis.mT @ torch.diag(spectrum) @ basis
     schedule = schedules.LinearLogSNR(-5, 4)
-    return Gaussian(torch.zeros(2, 2), cov, schedule=schedule, transform=blur, volatility=eta), spectrum
+    model = Gaussian(torch.zeros(2, 2), cov, schedule=schedule, transform=blur, volatility=Matched())
+    return model, spectrum

@@ -529,7 +529,7 @@ def test_compare_stops_at_the_target_of_the_difference(tmp_path):
 
 def test_compare_needs_models_that_can_share_random_numbers():
     x = rows(10)
-    with pytest.raises(ValueError, match="model_a and model_b differ in event_shape"):
+    with pytest.raises(ValueError, match="model_a and model_b differ in data_shape"):
         compare(wide(), wide(d=3), x)
     single = net()
     single.predictor.float()

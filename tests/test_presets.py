@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import fft
-from scipy.stats import norm
+from scipy.optimize import brentq
+from scipy.stats import laplace, norm
 
 import ndm_ct
 from ndm_ct import nn, objectives, presets, transforms
@@ -175,7 +176,7 @@ def test_objective_is_the_published_one(name):
 
 
 def test_every_preset_has_its_formula():
-    assert {*PUBLISHED, "vdm"} == set(presets.PRESETS)
+    assert {*PUBLISHED, "vdm", "indm", "lsgm"} == set(presets.PRESETS)
 
 
 def test_vdm_is_the_published_bound():
@@ -202,6 +203,90 @@ def test_vdm_is_the_published_bound():
     reconstruction = torch.full((ROWS,), 0.5 * 2 * (1.0 + math.log(2.0 * math.pi) + g0), dtype=torch.float64)
     torch.testing.assert_close(objectives.reconstruction_term(model, x), reconstruction, **EXACT)
     assert objective is objectives.loss
+
+
+class Shear(torch.nn.Module):
+    """y = (a, e^b + a^3), of x = (a, b)."""
+
+    def forward(self, x):
+        a, b = x.unbind(1)
+        return torch.stack([a, b.exp() + a**3], 1), b
+
+    def inverse(self, y):
+        a, b = y.unbind(1)
+        return torch.stack([a, (b - a**3).log()], 1)
+
+
+class Halves(torch.nn.Module):
+    """An encoder of four numbers by two, and the decoder back."""
+
+    def __init__(self, back=False):
+        super().__init__()
+        self.back = back
+
+    def forward(self, x):
+        if self.back:
+            mean = torch.cat([x, x.sin()], 1)
+            return torch.distributions.Independent(torch.distributions.Laplace(mean, 0.5), 1)
+        return 0.5 * (x[:, :2] + x[:, 2:]), -1.0 + 0.1 * x[:, :2]
+
+
+def noise_level(u):
+    """Times of the VP process uniform in gamma over [1e-5, 1]; alpha, sigma, and (g / sigma)^2 over their density."""
+
+    def gamma(t):
+        return math.log(-math.expm1(2.0 * log_mean(t))) - 2.0 * log_mean(t)
+
+    low, high = gamma(1e-5), gamma(1.0)
+    found = [brentq(lambda t, v=v: gamma(t) - low - (high - low) * v, 1e-5, 1.0) for v in u.tolist()]
+    t = torch.tensor(found, dtype=torch.float64)
+    alpha = torch.exp(log_mean(t))
+    # (g / sigma)^2 is the slope of gamma, and the density of the times that slope over the span.
+    return t, column(alpha), column((1.0 - alpha**2).sqrt()), high - low
+
+
+def ends(y):
+    """KL of the end from the standard normal, and the entropy of the noise at the start in units of y."""
+    a1, s1 = math.exp(2.0 * log_mean(1.0)), 1.0 - math.exp(2.0 * log_mean(1.0))
+    prior = 0.5 * square(y) * a1 + s1 - 1.0 - math.log(s1)
+    s0 = -math.expm1(2.0 * log_mean(1e-5)) / math.exp(2.0 * log_mean(1e-5))
+    return prior + math.log(2.0 * math.pi * math.e * s0)
+
+
+def test_indm_is_the_published_objective():
+    """Likelihood-weighted score matching of h(x), less the log-determinant of h; the flow in the score's place."""
+    net, x = Net(), data()
+    model, objective, _ = presets.indm(net, (2,), flow=Shear())
+    ours = objective(model, x, generator=seeded())
+    u, eps = draws(x)
+    t, alpha, sigma, span = noise_level(u)
+    y = torch.stack([x[:, 0], x[:, 1].exp() + x[:, 0] ** 3], 1)
+    matching = 0.5 * span * square(sigma * net(alpha * y + sigma * eps, t) + eps)
+    torch.testing.assert_close(ours, matching + ends(y) - x[:, 1], rtol=1e-6, atol=1e-6)
+
+
+def test_lsgm_is_the_published_objective():
+    """Reconstruction, minus the encoder's entropy, cross entropy by the noise; mixed prediction."""
+    net, x = Net(), data((4,))
+    model, objective, _ = presets.lsgm(net, (2,), encoder=Halves(), decoder=Halves(back=True), data_shape=(4,))
+    model.double()
+    with torch.no_grad():
+        model.predictor.share.copy_(torch.tensor([0.5, -1.0]))
+    ours = objective(model, x, generator=seeded()).detach()
+    generator = seeded()
+    shift = torch.rand((), dtype=torch.float64, generator=generator)
+    u = (shift + torch.arange(ROWS, dtype=torch.float64) / ROWS) % 1.0
+    of_encoder, eps = (torch.randn(ROWS, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    std = torch.exp(-1.0 + 0.1 * x[:, :2])
+    y = 0.5 * (x[:, :2] + x[:, 2:]) + std * of_encoder
+    log_q = torch.as_tensor(norm.logpdf(y, 0.5 * (x[:, :2] + x[:, 2:]), std)).sum(1)
+    log_p = torch.as_tensor(laplace.logpdf(x, torch.cat([y, y.sin()], 1), 0.5)).sum(1)
+    t, alpha, sigma, span = noise_level(u)
+    z = alpha * y + sigma * eps
+    share = torch.sigmoid(torch.tensor([0.5, -1.0], dtype=torch.float64))
+    predicted = (1.0 - share) * sigma * z + share * net(z, t)
+    cross_entropy = 0.5 * span * square(eps - predicted) + ends(y)
+    torch.testing.assert_close(ours, -log_p + log_q + cross_entropy, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2, 400, 999])
@@ -334,6 +419,8 @@ def test_heads_survive_a_file(tmp_path):
 def test_every_preset_learns_eight_gaussians(name):
     """A tenth of the steps of ``benchmarks/special_cases.py``; samples by the preset's own method."""
     special_cases = pytest.importorskip("benchmarks.special_cases")
+    if name == "indm":
+        pytest.importorskip("zuko")
     row, _ = special_cases.measure(name, 1000, special_cases.mixture(), 1000)
     assert -3.0 * row["excess_nll_se"] < row["excess_nll"] < 0.3
     assert row["energy_distance"] < 6.0 * row["energy_unit"]

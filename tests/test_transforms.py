@@ -37,10 +37,19 @@ TRANSFORMS = {
     "Neural": lambda: transforms.Neural(Net()),
     "Separable": lambda: transforms.Separable(Features()),
     "Blur": lambda: transforms.Blur((2, 4, 4), blur=3.0),
+    "Subspaces": lambda: transforms.Subspaces((2, 4, 4), (3, 1), (0.45, 0.95), width=0.3, floor=0.01),
+    "LearnedScaling": lambda: learned_scaling(),
     "Composed": lambda: transforms.Composed(transforms.Neural(Net()), transforms.Blur((2, 4, 4), blur=3.0)),
     "Composed linear": lambda: transforms.Composed(transforms.Blur((2, 4, 4)), transforms.TimeScaling(k)),
 }
 each = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+
+
+def learned_scaling():
+    transform = transforms.LearnedScaling((2, 4, 4), 3)
+    with torch.no_grad():
+        transform.coefficients.copy_(0.5 * torch.randn(2, 4, 4, 3, generator=torch.Generator().manual_seed(0)))
+    return transform
 
 
 def data(n=3):
@@ -74,6 +83,19 @@ def test_linear_flag_tells_the_truth(make):
 
 
 @each
+def test_log_rates_are_those_of_the_coordinates(make):
+    transform, x = make(), data()
+    t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    if not transform.scales:
+        assert type(transform).log_rate is transforms.Transform.log_rate
+        return
+    F, dF = (transform.to_basis(each) for each in transform.with_derivative(x, t))
+    rate = transform.log_rate(t)
+    rate = rate.reshape(3, *(1,) * (4 - rate.ndim), *rate.shape[1:])
+    torch.testing.assert_close(dF, rate * F)
+
+
+@each
 def test_basis_is_orthonormal(make):
     transform, x = make(), data()
     torch.testing.assert_close(transform.from_basis(transform.to_basis(x)), x)
@@ -101,6 +123,16 @@ def test_blur_is_diagonal_in_scipys_dct():
     coefficient = torch.rand(4, 4, dtype=torch.float64)[None, None]
     scaled = torch.from_numpy(dctn(transform.diagonal(coefficient, x).numpy(), axes=(-2, -1), norm="ortho"))
     torch.testing.assert_close(scaled, coefficient * torch.from_numpy(dctn(x.numpy(), axes=(-2, -1), norm="ortho")))
+
+
+def test_subspaces_lose_their_frequencies_in_time():
+    """Before, within and after each projection; what is left is one number per frequency."""
+    transform = transforms.Subspaces((4, 3), (3, 1), (0.4, 0.9), width=0.2, floor=0.01)
+    index = torch.tensor([[0, 1, 2], [1, 1, 2], [2, 2, 2], [3, 3, 3]])
+    for t, left in ((0.2, (1.0, 1.0, 1.0)), (0.3, (1.0, 1.0, 0.505)), (0.4, (1.0, 1.0, 0.01)), (0.7, (1.0, 1.0, 0.01)),
+                    (0.8, (1.0, 0.505, 0.01)), (0.9, (1.0, 0.01, 0.01)), (1.0, (1.0, 0.01, 0.01))):  # fmt: skip
+        expected = torch.tensor(left, dtype=torch.float64)[torch.tensor([0, 1, 1, 2])[index]]
+        torch.testing.assert_close(transform.attenuation(torch.tensor(t, dtype=torch.float64))[0], expected)
 
 
 def test_neural_is_the_papers_interpolation():
@@ -148,6 +180,11 @@ def test_configuration_round_trip():
     [
         (lambda: transforms.Blur((4,)), "at least two axes"),
         (lambda: transforms.Blur((4, 4), floor=0.0), "0 < floor <= 1"),
+        (lambda: transforms.Subspaces((4,), (2,), (0.5,)), "Subspaces needs an event of at least two axes"),
+        (lambda: transforms.Subspaces((4, 4), (2,), (0.5, 0.7)), "times must be increasing, one for each"),
+        (lambda: transforms.Subspaces((4, 4), (3, 2), (0.7, 0.5)), "times must be increasing"),
+        (lambda: transforms.Subspaces((4, 4), (2, 3), (0.5, 0.7)), "sizes must be positive and decreasing"),
+        (lambda: transforms.Subspaces((4, 4), (2,), (0.5,), width=0.6), r"width <= times\[0\]"),
         (lambda: transforms.PolynomialBasis(0), "terms must be at least 1"),
     ],
 )

@@ -18,15 +18,19 @@ estimates the velocity :math:`u = \alpha' x + \sigma' \epsilon` or the score
     \hat x = \frac{\sigma' z - \sigma \hat u}{\alpha \sigma' - \sigma \alpha'}, \qquad
     \hat x = \frac{z + \sigma^2 \hat s}{\alpha} .
 
+:class:`Mixed` predicts the noise, as :math:`(1 - a)\,\sigma z + a\,\mathrm{net}(z, t)`.
+
 References:
     Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, section 5,
     https://arxiv.org/abs/2206.00364
     Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
     Lipman et al., Flow Matching for Generative Modeling, https://arxiv.org/abs/2210.02747
+    Vahdat, Kreis and Kautz, Score-based Generative Modeling in Latent Space (the mixed prediction),
+    https://arxiv.org/abs/2106.05931
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +39,7 @@ from torch import Tensor, nn
 from ndm_ct._config import Configurable, Unconfigurable, to_config
 from ndm_ct._shapes import choose, expand, keyword_names
 
-__all__ = ["FromScore", "FromVelocity", "Preconditioned", "null_of"]
+__all__ = ["FromScore", "FromVelocity", "Mixed", "Preconditioned", "null_of"]
 
 HEADS = ("x", "moments")
 
@@ -184,6 +188,30 @@ class FromScore(_Scheduled):
         r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)``; alpha must not be zero there."""
         c = self._at(t)
         return (z + expand(c.sigma**2, z) * self.net(z, t, **cond)) / expand(c.alpha, z)
+
+
+class Mixed(_Scheduled):
+    r"""The noise of nearly normal data: :math:`\hat\epsilon = (1 - a)\,\sigma z + a\,\mathrm{net}(z, t)`.
+
+    :math:`\sigma z` is exact for :math:`N(0, I)` under a variance-preserving schedule; :math:`a \in (0, 1)` is learned
+    for every coordinate, or every channel of an event with several axes. For ``prediction="eps"``.
+
+    Args:
+        net: ``net(z, t, **cond)``, of the shape of z.
+        event_shape: E.
+    """
+
+    head = "eps"
+
+    def __init__(self, net: nn.Module, event_shape: Sequence[int]) -> None:
+        super().__init__(net)
+        self.event_shape = tuple(event_shape)
+        self.share = nn.Parameter(torch.full((self.event_shape[0], *(1,) * (len(self.event_shape) - 1)), -2.0))
+
+    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        r""":math:`\hat\epsilon` at state z ``(B, *E)`` and time t ``(B,)``."""
+        a = torch.sigmoid(self.share)
+        return (1.0 - a) * expand(self._at(t).sigma, z) * z + a * self.net(z, t, **cond)
 
 
 def null_of(predictor: Any) -> dict[str, Any]:

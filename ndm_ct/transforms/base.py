@@ -1,0 +1,222 @@
+r"""Forward transforms: :math:`F_\varphi(x, t)` and :math:`\dot F = \partial F/\partial t` at fixed x.
+
+.. math::
+    q(z_t \mid x) = N(\alpha_t F_\varphi(x, t),\ \sigma_t^2 I), \qquad F(x, t) = G(y, t), \quad y = h(x)
+
+F need not be invertible. :math:`G(y, 0) = y` for all transforms here, so the reconstruction term of the ELBO and the
+bins of integer data do not depend on :math:`\varphi`. The map h from data to latents is the identity but for
+:class:`~ndm_ct.transforms.Flow` and :class:`~ndm_ct.transforms.Encoder`; it does not move with t, and everything
+else is about G.
+
+References:
+    Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ndm_ct._autodiff import jvp
+from ndm_ct._config import Configurable
+from ndm_ct._shapes import expand
+
+__all__ = ["Composed", "Identity", "Network", "Path", "Transform", "jvp_in_time", "named"]
+
+
+class Network(Protocol):
+    """A network of data and time, ``(x (B, *E), t (B,), **cond) -> (B, *E)``."""
+
+    def __call__(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor: ...
+
+
+class Path(Protocol):
+    r"""The curve :math:`t \mapsto F(x, t)` of fixed data."""
+
+    def __call__(self, t: Tensor, /) -> Tensor:
+        """F(x, t)."""
+        ...
+
+    def with_derivative(self, t: Tensor, /) -> tuple[Tensor, Tensor]:
+        """F(x, t) and its time derivative."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """The path of a transform that evaluates everything anew at every t."""
+
+    transform: "Transform"
+    x: Tensor
+    cond: dict[str, Any]
+
+    def __call__(self, t: Tensor, /) -> Tensor:
+        return self.transform(self.x, t, **self.cond)
+
+    def with_derivative(self, t: Tensor, /) -> tuple[Tensor, Tensor]:
+        return self.transform.with_derivative(self.x, t, **self.cond)
+
+
+class Transform(nn.Module, Configurable):
+    r"""A map :math:`F(x, t)`. Subclasses implement ``forward`` and, where they know it, the time derivative.
+
+    Args of every method:
+        x: data, shape ``(B, *E)``; behind a Flow or Encoder, their latents y.
+        t: time, float64, shape ``()`` or ``(B,)``.
+        cond: conditioning; a transform takes the keywords its network names and ignores the predictor's.
+    """
+
+    linear: bool = False
+    """Whether F is linear in x; then the probability flow and the reverse SDE share their marginals."""
+
+    scales: bool = False
+    r"""Whether :math:`F = V \operatorname{diag}(a_i(t)) V^\top x` in the transform's basis; ``log_rate`` is then known."""
+
+    latent: bool = False
+    """Whether y is not x itself."""
+
+    bijective: bool = True
+    """Whether y is a one-to-one function of x, so that the density of x is known if that of y is."""
+
+    data_shape: tuple[int, ...] | None = None
+    """Shape of a data point; None: that of the latents."""
+
+    def to_latent(
+        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        r"""The latents y and their log-weight w, ``(B,)`` in nats, with :math:`\log p(x) \ge E[\log p(y) + w]`.
+
+        An equality where ``bijective``. None means that y is x and the weight zero.
+        """
+        return x, None
+
+    def from_latent(self, y: Tensor, **cond: Any) -> Tensor:
+        """Data from latents: the inverse where ``bijective``."""
+        return y
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        r""":math:`F(x, t)`, shape of ``x``."""
+        raise NotImplementedError
+
+    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        r""":math:`(F, \partial F/\partial t)`, both of the shape of ``x``, by one forward-mode product in t."""
+        return jvp_in_time(lambda time: self(x, time, **cond), t)
+
+    def log_rate(self, t: Tensor) -> Tensor:
+        r""":math:`(\log a_i)'`, of the shape of t, or that followed by axes broadcastable to the event.
+
+        Raises:
+            NotImplementedError: not ``scales``.
+        """
+        raise NotImplementedError
+
+    def along(self, x: Tensor, **cond: Any) -> Path:
+        """The curve of fixed data, for callers that need several times; may share work between them."""
+        return _Evaluated(self, x, cond)
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        """Conditioning keywords the transform accepts, and whether it accepts any."""
+        return frozenset(), False
+
+    def diagonal(self, c: Tensor, y: Tensor) -> Tensor:
+        """Multiply ``y`` by a coefficient that is diagonal in the transform's own basis (pixels unless it says so).
+
+        Args:
+            c: shape ``()``, ``(B,)`` or broadcastable to ``(B, *E)``.
+            y: shape ``(B, *E)``.
+        """
+        c = expand(c, y)
+        if math.prod(c.shape[1:]) == 1:
+            return c * y
+        return self.from_basis(c * self.to_basis(y))
+
+    def to_basis(self, y: Tensor) -> Tensor:
+        """Coordinates of ``y`` in the orthonormal basis in which volatilities are diagonal."""
+        return y
+
+    def from_basis(self, y: Tensor) -> Tensor:
+        """The inverse of ``to_basis``."""
+        return y
+
+
+def jvp_in_time(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    """A function of time and its derivative, in one forward-mode product."""
+    return jvp(function, (t,), (torch.ones_like(t),))
+
+
+class Identity(Transform):
+    r""":math:`F(x, t) = x`: an ordinary diffusion.
+
+    Example:
+        >>> x = torch.ones(1, 2)
+        >>> Identity().with_derivative(x, torch.tensor(0.5))
+        (tensor([[1., 1.]]), tensor([[0., 0.]]))
+    """
+
+    linear = True
+    scales = True
+
+    def log_rate(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return x
+
+    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        return x, torch.zeros_like(x)
+
+
+def named(cond: Mapping[str, Any], accepted: tuple[frozenset[str], bool]) -> dict[str, Any]:
+    """The conditioning that a network accepts (``keyword_names``)."""
+    names, anything = accepted
+    return {key: value for key, value in cond.items() if anything or key in names}
+
+
+class Composed(Transform):
+    r""":math:`F(x, t) = F_2(F_1(x, t), t)`, :math:`\dot F = \dot F_2 + \partial_y F_2\, \dot F_1`.
+
+    Args:
+        outer: :math:`F_2`, applied last; its basis is the basis of the composition.
+        inner: :math:`F_1`, applied to the data.
+
+    Raises:
+        ValueError: the outer one has latents of its own, which nothing could lead to.
+    """
+
+    def __init__(self, outer: Transform, inner: Transform) -> None:
+        super().__init__()
+        if outer.latent:
+            raise ValueError(
+                f"{type(outer).__name__} maps data to latents and cannot be the outer transform; swap the two."
+            )
+        self.outer, self.inner = outer, inner
+        self.linear = outer.linear and inner.linear
+        self.latent, self.bijective, self.data_shape = inner.latent, inner.bijective, inner.data_shape
+
+    def to_latent(
+        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.inner.to_latent(x, generator=generator, **cond)
+
+    def from_latent(self, y: Tensor, **cond: Any) -> Tensor:
+        return self.inner.from_latent(y, **cond)
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        outer, inner = self.outer.cond_names(), self.inner.cond_names()
+        return outer[0] | inner[0], outer[1] or inner[1]
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.outer(self.inner(x, t, **cond), t, **cond)
+
+    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        y, dy = self.inner.with_derivative(x, t, **cond)
+        return jvp(lambda state, time: self.outer(state, time, **cond), (y, t), (dy, torch.ones_like(t)))
+
+    def to_basis(self, y: Tensor) -> Tensor:
+        return self.outer.to_basis(y)
+
+    def from_basis(self, y: Tensor) -> Tensor:
+        return self.outer.from_basis(y)

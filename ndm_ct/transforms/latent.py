@@ -1,0 +1,104 @@
+r"""Maps between data x and latents y that do not move with time; the process runs over the latents, G = id.
+
+.. math::
+    q(z_t \mid x) = E_{q(y \mid x)} N(z_t;\ \alpha_t y,\ \sigma_t^2 I), \qquad
+    \log p(x) \ge E_{q(y \mid x)} [\log p(y) + w]
+
+===============  =====================================  ==========================================================
+:class:`Flow`    y = h(x), invertible                   :math:`w = \log|\det \partial h/\partial x|`; equality
+:class:`Encoder` :math:`y \sim N(m(x), s(x)^2)`         :math:`w = \log p(x \mid y) - \log q(y \mid x)`
+===============  =====================================  ==========================================================
+
+With p(y) the bound of a diffusion over y these are the objectives of INDM and of LSGM.
+
+References:
+    Kim et al., Maximum Likelihood Training of Implicit Nonlinear Diffusion Models (INDM),
+    https://arxiv.org/abs/2205.13699
+    Vahdat, Kreis and Kautz, Score-based Generative Modeling in Latent Space (LSGM), https://arxiv.org/abs/2106.05931
+    Nielsen et al., SurVAE Flows (bijections and encoders in one), https://arxiv.org/abs/2007.02731
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ndm_ct._shapes import keyword_names, sum_event
+from ndm_ct.transforms.base import Identity, named
+
+__all__ = ["Encoder", "Flow"]
+
+
+class Flow(Identity):
+    r"""Data through an invertible network, :math:`y = h(x)`: INDM.
+
+    Args:
+        flow: a module with ``flow(x, **cond) -> (y, log|det dy/dx|)``, of shapes ``(B, *E)`` and ``(B,)``, and
+            ``flow.inverse(y, **cond) -> x``; :class:`ndm_ct.nn.FromZuko` makes one of a flow of zuko.
+
+    Raises:
+        TypeError: the flow has no ``inverse``.
+    """
+
+    latent = True
+
+    def __init__(self, flow: nn.Module) -> None:
+        super().__init__()
+        if not callable(getattr(flow, "inverse", None)):
+            raise TypeError(
+                f"flow must have a method inverse(y), which {type(flow).__name__} has not; wrap one of zuko in "
+                "ndm_ct.nn.FromZuko."
+            )
+        self.flow = flow
+        self._accepted = keyword_names(flow, 1)
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        return self._accepted
+
+    def to_latent(
+        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.flow(x, **named(cond, self._accepted))
+
+    def from_latent(self, y: Tensor, **cond: Any) -> Tensor:
+        return self.flow.inverse(y, **named(cond, self._accepted))  # type: ignore[operator]
+
+
+class Encoder(Identity):
+    r"""Data through a stochastic encoder and a decoder: latent diffusion, LSGM.
+
+    Args:
+        encoder: ``encoder(x, **cond) -> (m, log s)``, both ``(B, *E)``, E the latents' shape.
+        decoder: ``decoder(y, **cond)``, a ``torch.distributions`` object over data with ``batch_shape`` ``(B,)``; its
+            mean is what a sample shows.
+        data_shape: shape of a data point.
+    """
+
+    latent = True
+    bijective = False
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, data_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.data_shape = tuple(int(size) for size in data_shape)
+        self._encodes, self._decodes = keyword_names(encoder, 1), keyword_names(decoder, 1)
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        return self._encodes[0] | self._decodes[0], self._encodes[1] or self._decodes[1]
+
+    def to_latent(
+        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        mean, log_std = self.encoder(x, **named(cond, self._encodes))
+        eps = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        y = mean + log_std.exp() * eps
+        log_q = -sum_event(0.5 * eps**2 + log_std + 0.5 * math.log(2.0 * math.pi))
+        return y, self._decoded(y, cond).log_prob(x) - log_q
+
+    def from_latent(self, y: Tensor, **cond: Any) -> Tensor:
+        return self._decoded(y, cond).mean
+
+    def _decoded(self, y: Tensor, cond: dict[str, Any]) -> torch.distributions.Distribution:
+        return self.decoder(y, **named(cond, self._decodes))
