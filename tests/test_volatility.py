@@ -107,7 +107,7 @@ def test_the_matched_volatility_is_the_best_one(transform):
 
 
 def test_a_log_snr_for_every_coordinate():
-    r"""A learned scaling is the diffusion :math:`\tfrac12 \sum_i \int \gamma_i' e^{-\gamma_i} (x_i - \hat x_i)^2 dt`."""
+    r"""A learned scaling is :math:`\tfrac12 \sum_i \int \gamma_i' e^{-\gamma_i} (x_i - \hat x_i)^2 dt`."""
     transform, schedule = learned_scaling(), schedules.LinearLogSNR(-5.0, 4.0)
     model = ndm_ct.NDM(
         lambda z, t: torch.tanh(z), (2, 2), schedule=schedule, transform=transform, volatility=Matched()

@@ -73,7 +73,7 @@ class Transform(nn.Module, Configurable):
     """Whether F is linear in x; then the probability flow and the reverse SDE share their marginals."""
 
     scales: bool = False
-    r"""Whether :math:`F = V \operatorname{diag}(a_i(t)) V^\top x` in the transform's basis; ``log_rate`` is then known."""
+    r"""Whether F multiplies the coordinates of the transform's basis by :math:`a_i(t)`; then ``log_rate`` is known."""
 
     latent: bool = False
     """Whether y is not x itself."""
