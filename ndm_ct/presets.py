@@ -62,6 +62,7 @@ from ndm_ct.model import NDM
 from ndm_ct.nn import FromScore, FromVelocity, Mixed, Preconditioned
 from ndm_ct.regression import Regression
 from ndm_ct.schedules import Coefficients, Schedule
+from ndm_ct.timesampling import LearnedBuckets
 from ndm_ct.transforms import Blur, Encoder, Flow
 
 __all__ = [
@@ -131,17 +132,24 @@ def ddim(net: Any, event_shape: Shape, **options: Any) -> Preset:
     return ddpm(net, event_shape, **options)._replace(method="ddim")
 
 
-def vdm(net: Any, event_shape: Shape, *, gamma_min: float = -13.3, gamma_max: float = 5.0) -> Preset:
-    r"""Variational diffusion: a learned monotone :math:`\gamma(t)` between fixed ends, trained by the bound.
+def vdm(
+    net: Any, event_shape: Shape, *, gamma_min: float = -13.3, gamma_max: float = 5.0, learn_ends: bool = False
+) -> Preset:
+    r"""Variational diffusion: a learned monotone :math:`\gamma(t)`, trained by the bound.
+
+    The paper shapes :math:`\gamma` between its ends so that the loss varies least over t; here the density of the times
+    in :math:`\gamma` is learned to that end (:class:`~ndm_ct.timesampling.LearnedBuckets`).
 
     Args:
         net: :math:`\hat\epsilon(z, t)`.
         event_shape: shape of one event.
         gamma_min: :math:`\gamma(0)`.
         gamma_max: :math:`\gamma(1)`.
+        learn_ends: whether the bound moves the ends; see :class:`~ndm_ct.schedules.LearnedLogSNR`.
     """
-    schedule = schedules.LearnedLogSNR(gamma_min, gamma_max)
-    return Preset(NDM(net, event_shape, schedule=schedule, prediction="eps"), objectives.loss, "ddpm")
+    schedule = schedules.LearnedLogSNR(gamma_min, gamma_max, learn_ends=learn_ends)
+    model = NDM(net, event_shape, schedule=schedule, prediction="eps")
+    return Preset(model, objectives.Bound(LearnedBuckets()), "ddpm")
 
 
 def score_sde_vp(net: Any, event_shape: Shape, *, beta_min: float = 0.1, beta_max: float = 20.0) -> Preset:

@@ -354,29 +354,39 @@ class Trigonometric(Schedule):
 
 
 class LearnedLogSNR(Schedule):
-    r"""Variance preserving with a learned monotone :math:`\gamma` between fixed ends.
+    r"""Variance preserving with a learned monotone :math:`\gamma` between fixed or learned ends.
 
     .. math::
         \gamma(t) = \gamma_{min} + (\gamma_{max} - \gamma_{min}) \frac{h(t) - h(0)}{h(1) - h(0)}, \qquad
         h(t) = a_0 t + \sum_k a_k \operatorname{sigmoid}(b_k (t - c_k)), \quad a, b > 0 .
 
-    It starts nearly linear: the sigmoids begin with a small share of h.
+    It starts nearly linear: the sigmoids begin with a small share of h. With F the identity the bound depends on the
+    ends alone; between them :math:`\gamma` matters to the variance of its estimate if times are drawn evenly in t.
+    Ours are drawn in :math:`\gamma`, and their density is a matter of its own (:mod:`ndm_ct.timesampling`).
 
     Args:
         gamma_min: :math:`\gamma(0)`.
         gamma_max: :math:`\gamma(1)`.
         features: number of sigmoids.
+        learn_ends: whether :math:`\gamma(0)` and :math:`\log(\gamma(1) - \gamma(0))` are learned too, from there. For
+            data whose bound ends in a decoder over levels, or whose density is finite at the scale of the first noise;
+            else :math:`\gamma(0)` has no best value.
 
     References:
         Kingma et al., Variational Diffusion Models, section 6 and appendix H, https://arxiv.org/abs/2107.00630
     """
 
-    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, features: int = 32) -> None:
+    def __init__(
+        self, gamma_min: float = -13.3, gamma_max: float = 5.0, features: int = 32, learn_ends: bool = False
+    ) -> None:
         super().__init__()
         _increasing("gamma_min", gamma_min, "gamma_max", gamma_max)
         if features < 1:
             raise ValueError(f"features must be at least 1, got {features}.")
-        self.gamma_min, self.gamma_max, self.features = gamma_min, gamma_max, features
+        self.gamma_min, self.gamma_max, self.features, self.learn_ends = gamma_min, gamma_max, features, learn_ends
+        if learn_ends:
+            self.first = nn.Parameter(torch.tensor(gamma_min))
+            self.log_range = nn.Parameter(torch.tensor(math.log(gamma_max - gamma_min)))
         self.slope = nn.Parameter(torch.tensor(1.0))
         self.weight = nn.Parameter(torch.full((features,), math.log(0.1 / features)))
         self.steepness = nn.Parameter(torch.full((features,), 2.0))
@@ -392,8 +402,12 @@ class LearnedLogSNR(Schedule):
     def forward(self, t: Tensor) -> Coefficients:
         value, rate = self._h(t)
         ends, _ = self._h(torch.tensor([0.0, 1.0], dtype=t.dtype, device=t.device))
-        span = (self.gamma_max - self.gamma_min) / (ends[1] - ends[0])
-        return _variance_preserving(self.gamma_min + span * (value - ends[0]), span * rate)
+        first: float | Tensor = self.gamma_min
+        total: float | Tensor = self.gamma_max - self.gamma_min
+        if self.learn_ends:
+            first, total = self.first.double(), self.log_range.double().exp()
+        slope = total / (ends[1] - ends[0])
+        return _variance_preserving(first + slope * (value - ends[0]), slope * rate)
 
 
 class Tabulated(Schedule):

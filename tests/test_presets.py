@@ -202,7 +202,27 @@ def test_vdm_is_the_published_bound():
     torch.testing.assert_close(objectives.prior_term(model, x), prior, **EXACT)
     reconstruction = torch.full((ROWS,), 0.5 * 2 * (1.0 + math.log(2.0 * math.pi) + g0), dtype=torch.float64)
     torch.testing.assert_close(objectives.reconstruction_term(model, x), reconstruction, **EXACT)
-    assert objective is objectives.loss
+    assert objective.describe() == f"Bound(LearnedBuckets({objective.sampler.describe()}))"
+
+
+def test_vdm_learns_the_ends_of_its_schedule():
+    """The slope of the bound in both, against a difference with the same random numbers; and ends that move it."""
+    x, reached = data(), {}
+    for gamma_min, gamma_max in ((-8.0, 4.0), (-3.0, 1.0)):
+        model, _, _ = presets.vdm(Net(), (2,), gamma_min=gamma_min, gamma_max=gamma_max, learn_ends=True)
+        model.double()
+        ends = (model.schedule.first, model.schedule.log_range)
+        value = objectives.loss(model, x, generator=seeded()).sum()
+        for end, slope in zip(ends, torch.autograd.grad(value, ends), strict=True):
+            sides = []
+            for h in (1e-5, -1e-5):
+                end.data += h
+                sides.append(float(objectives.loss(model, x, generator=seeded()).sum().detach()))
+                end.data -= h
+            assert float(slope) == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5)
+        t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        reached[gamma_min] = model.schedule.gamma(t).detach().tolist()
+    assert reached == {-8.0: pytest.approx([-8.0, 4.0]), -3.0: pytest.approx([-3.0, 1.0])}
 
 
 class Shear(torch.nn.Module):
