@@ -3,6 +3,7 @@ r"""The claims of Neural Diffusion Models, put to the test: does a learned forwa
     python benchmarks/paper_claims.py --preset smoke     # every cell in a minute or less, about an hour
     python benchmarks/paper_claims.py --preset small     # about 8 hours on two CPU cores; stop and continue at will
     python benchmarks/paper_claims.py --preset small --data digits,casp --models diffusion,matched,ndm-x --seeds 0
+    python benchmarks/paper_claims.py --preset small --ablations --data digits,casp --out runs/ablations
 
 A *cell* is a data set, a model and a seed: a training (``fit``, with checkpoints) and its evaluation on the test set.
 Cells are independent; two processes may work on different ``--data`` of one ``--out``. Run again, the same command
@@ -16,6 +17,11 @@ ndm-moments      the same F, head "moments"
 ndm-x-eta        as ndm-x with a learned volatility
 ndm-moments-eta  as ndm-moments with a learned volatility
 ===============  ======================================================================================================
+
+``--ablations`` changes one thing at a time in place of the models above, here and in ``--models`` written behind a +:
+``diffusion+cosine`` another schedule (``cosine``, ``vp``, ``rectified``, from the log-SNR at which the first begins, or
+``learned``), ``ndm-x+neural`` the transform :math:`x + t\,f(x, t)`, ``ndm-x+F64`` its network's width, and
+``ndm-x+history``, ``ndm-x+buckets`` the density of times (:mod:`ndm_ct.timesampling`).
 
 Reported for each cell: the bound (NELBO, unbiased over times and noise) and the probability flow's negative
 log-likelihood, both on test rows, in bits per dimension for images and nats for vectors, with standard errors over
@@ -44,7 +50,9 @@ import ndm_ct
 from ndm_ct import schedules, transforms
 from ndm_ct.checkpoint import write_atomically
 from ndm_ct.nn import MLP, Preconditioned, UNet
+from ndm_ct.objectives import Bound
 from ndm_ct.quantisation import Quantisation
+from ndm_ct.timesampling import LearnedBuckets, LossHistory
 from ndm_ct.volatility import LearnedVolatility
 
 try:
@@ -57,6 +65,18 @@ except ImportError:  # run as a script
     from steps_vs_fid import levels_of
 
 MODELS = ("diffusion", "matched", "ndm-x", "ndm-moments", "ndm-x-eta", "ndm-moments-eta")
+SCHEDULES = {"cosine": schedules.Cosine, "vp": schedules.VariancePreserving, "rectified": schedules.Rectified}
+TIMES = {"history": LossHistory, "buckets": LearnedBuckets}
+
+ABLATIONS = (
+    *MODELS,
+    *(f"{base}+{name}" for name in (*SCHEDULES, "learned") for base in ("diffusion", "ndm-x", "ndm-x+neural")),
+    "ndm-x+neural", "ndm-moments+neural", "ndm-x-eta+neural",
+    *(f"{base}+{name}" for name in TIMES for base in ("diffusion", "ndm-x")),
+    *(f"ndm-x+F{width}" for width in (4, 16, 32, 128)),
+)  # fmt: skip
+"""What ``--ablations`` compares."""
+
 TERMS = 2
 """Terms of the separable transform."""
 
@@ -119,23 +139,81 @@ def network(recipe: Recipe, shape: tuple[int, ...], width: int, outputs: int | N
     return MLP(shape, width=width, outputs=outputs, time=time)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What a model's name says: one of ``MODELS``, then changes of it behind a +."""
+
+    base: str
+    schedule: str = "linear"
+    transform: str = "separable"
+    transform_width: int | None = None
+    times: str = "even"
+
+    @staticmethod
+    def parse(name: str) -> "Variant":
+        """The variant of a name.
+
+        Raises:
+            ValueError: an unknown base or change, or one of a transform the base does not have.
+        """
+        base, *changes = name.split("+")
+        found: dict[str, Any] = {}
+        for change in changes:
+            if change in SCHEDULES or change == "learned":
+                found["schedule"] = change
+            elif change in TIMES:
+                found["times"] = change
+            elif change == "neural" and base.startswith("ndm"):
+                found["transform"] = change
+            elif change.startswith("F") and change[1:].isdecimal() and base.startswith("ndm"):
+                found["transform_width"] = int(change[1:])
+            else:
+                raise ValueError(f"{name}: {change!r} changes nothing in {base!r}")
+        if base not in MODELS:
+            raise ValueError(f"{name}: {base!r} is none of {', '.join(MODELS)}")
+        return Variant(base, **found)
+
+    @property
+    def objective(self) -> Bound | None:
+        """For ``fit``."""
+        return Bound(TIMES[self.times]()) if self.times in TIMES else None
+
+
+def schedule_of(variant: Variant, recipe: Recipe) -> tuple[schedules.Schedule, float]:
+    """The schedule, and the time at which it has the log-SNR that the recipe's begins with."""
+    if variant.schedule in SCHEDULES:
+        schedule = SCHEDULES[variant.schedule]()
+        angle = torch.tensor(math.atan(math.exp(0.5 * recipe.gamma[0])), dtype=torch.float64)
+        return schedule, float(schedule.time_at(angle))
+    kind = schedules.LearnedLogSNR if variant.schedule == "learned" else schedules.LinearLogSNR
+    return kind(*recipe.gamma), 0.0
+
+
 def build(name: str, recipe: Recipe, shape: tuple[int, ...], std: float, seed: int) -> ndm_ct.NDM:
-    """An untrained model, one of ``MODELS``."""
-    schedule = schedules.LinearLogSNR(*recipe.gamma)
+    """An untrained model, one of ``MODELS`` or a variant."""
+    variant = Variant.parse(name)
+    schedule, t_min = schedule_of(variant, recipe)
     torch.manual_seed(seed)
-    if not name.startswith("ndm"):
-        width = recipe.width if name == "diffusion" else matched_width(recipe, shape)
+    if not variant.base.startswith("ndm"):
+        width = recipe.width if variant.base == "diffusion" else matched_width(recipe, shape)
         net = network(recipe, shape, width, None)
-        return ndm_ct.NDM(Preconditioned(net, data_std=std), shape, schedule=schedule)
-    head = "moments" if "moments" in name else "x"
-    transform = transforms.Separable(
-        network(recipe, shape, recipe.transform_width, TERMS, time=False), transforms.PolynomialBasis(TERMS)
-    )
+        return ndm_ct.NDM(Preconditioned(net, data_std=std), shape, schedule=schedule, t_min=t_min)
+    head = "moments" if "moments" in variant.base else "x"
+    transform = transform_of(variant, recipe, shape)
     net = network(recipe, shape, recipe.width, 2 if head == "moments" else None)
     return ndm_ct.NDM(
         Preconditioned(net, head=head, data_std=std), shape, transform=transform, schedule=schedule, prediction=head,
-        volatility=LearnedVolatility() if name.endswith("eta") else 1.0,
+        volatility=LearnedVolatility() if variant.base.endswith("eta") else 1.0, t_min=t_min,
     )  # fmt: skip
+
+
+def transform_of(variant: Variant, recipe: Recipe, shape: tuple[int, ...]) -> transforms.Transform:
+    """The learned F of a variant."""
+    width = variant.transform_width or recipe.transform_width
+    if variant.transform == "neural":
+        return transforms.Neural(network(recipe, shape, width, None))
+    net = network(recipe, shape, width, TERMS, time=False)
+    return transforms.Separable(net, transforms.PolynomialBasis(TERMS))
 
 
 def parameters(module: nn.Module) -> int:
@@ -205,8 +283,9 @@ def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> 
     model = build(cell.model, recipe, tuple(train.shape[1:]), rows.std, cell.seed)
     trained = ndm_ct.fit(
         model, train, steps=recipe.steps, batch_size=recipe.batch_size, lr=recipe.lr, seed=cell.seed,
-        quantisation=rows.bins, validation=rows.validation, run_dir=folder, progress=not options.quiet,
-        log_every=max(1, recipe.steps // 40), validate_every=max(1, recipe.steps // 20),
+        objective=Variant.parse(cell.model).objective, quantisation=rows.bins, validation=rows.validation,
+        run_dir=folder, progress=not options.quiet, log_every=max(1, recipe.steps // 40),
+        validate_every=max(1, recipe.steps // 20),
     )  # fmt: skip
     if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
         raise KeyboardInterrupt
@@ -319,12 +398,12 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     """Validation bounds over steps and over seconds, a row of panels per data set."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(entry["data"] for entry in entries))
+    names, models = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("data", "model"))
     figure = Figure(figsize=(11, 3.2 * len(names)), layout="constrained")
     for name, axes in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
         for entry in (entry for entry in entries if entry["data"] == name):
             curve = np.array(entry["curve"])
-            colour = f"C{MODELS.index(entry['model'])}"
+            colour = f"C{models.index(entry['model'])}"
             label = entry["model"] if entry["seed"] == 0 else None
             for axis, column in zip(axes, (0, 1), strict=True):
                 axis.plot(curve[1:, column], curve[1:, 2], color=colour, label=label, linewidth=0.9)
@@ -346,17 +425,23 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
     add("--preset", choices=PRESETS, default="smoke")
     add("--data", type=names, default=list(RECIPES), help=f"of {', '.join(RECIPES)}; several by commas")
-    add("--models", type=names, default=list(MODELS), help=f"of {', '.join(MODELS)}; several by commas")
+    add("--models", type=names, help=f"of {', '.join(MODELS)}, or variants; several by commas (all of these)")
+    add("--ablations", action="store_true", help="the models of ABLATIONS")
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="default: those of the preset")
     add("--samples", type=int, default=1000, help="samples for the Frechet distance of images (1000); 0: none")
     add("--out", type=Path, help="default: runs/paper_claims/PRESET")
     add("--cache", type=Path, help="classifiers and features; default: cache in the output folder")
     add("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
-    for option, known in (("data", RECIPES), ("models", MODELS)):
-        unknown = [name for name in getattr(options, option) if name not in known]
-        if unknown:
-            parser.error(f"--{option}: {', '.join(unknown)} unknown; there are {', '.join(known)}.")
+    unknown = [name for name in options.data if name not in RECIPES]
+    if unknown:
+        parser.error(f"--data: {', '.join(unknown)} unknown; there are {', '.join(RECIPES)}.")
+    options.models = options.models or list(ABLATIONS if options.ablations else MODELS)
+    try:
+        for name in options.models:
+            Variant.parse(name)
+    except ValueError as error:
+        parser.error(f"--models: {error}.")
     preset = PRESETS[options.preset]
     options.rows = preset["rows"]
     options.out = options.out or Path("runs/paper_claims") / options.preset
@@ -380,8 +465,8 @@ def write(out: Path) -> list[dict[str, Any]]:
     """Results from all cells that are finished, those of other processes too."""
     files = sorted((out / "cells").glob("*/result.json"))
     entries = [json.loads(file.read_text()) for file in files]
-    order = {name: place for place, name in enumerate([*RECIPES, *MODELS])}
-    entries.sort(key=lambda e: (order[e["data"]], order[e["model"]], e["seed"]))
+    order = {name: place for place, name in enumerate([*RECIPES, *dict.fromkeys((*MODELS, *ABLATIONS))])}
+    entries.sort(key=lambda e: (order[e["data"]], order.get(e["model"], len(order)), e["model"], e["seed"]))
     write_atomically(
         out / "results.json", (json.dumps({"torch": torch.__version__, "cells": entries}, indent=1) + "\n").encode()
     )

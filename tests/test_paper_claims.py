@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 import ndm_ct
 
@@ -24,6 +25,13 @@ def small(monkeypatch):
 def options(tmp_path, **others):
     given = {"preset": "smoke", "data": "moons", "models": "matched,ndm-x", "seeds": "0,1", "out": tmp_path} | others
     return [word for name, value in given.items() for word in (f"--{name}", str(value))] + ["--quiet"]
+
+
+def test_a_variant_trains(tmp_path, small):
+    (entry,) = paper_claims.main(options(tmp_path, models="ndm-x+vp+neural+buckets", seeds="0"))
+    assert entry["model"] == "ndm-x+vp+neural+buckets"
+    assert math.isfinite(entry["nelbo"][0])
+    assert "ndm-x+vp+neural+buckets" in (tmp_path / "results.md").read_text()
 
 
 def test_cells_are_computed_once_and_differences_paired(tmp_path, small, monkeypatch):
@@ -69,6 +77,40 @@ def test_models_have_the_sizes_they_claim(name):
 
 
 def test_unknown_names_are_refused(tmp_path, small, capsys):
+    for models, message in (
+        ("ndm-y", "--models: ndm-y: 'ndm-y' is none of diffusion, matched"),
+        ("ndm-x+wide", "--models: ndm-x+wide: 'wide' changes nothing in 'ndm-x'"),
+        ("matched+neural", "'neural' changes nothing in 'matched'"),
+    ):
+        with pytest.raises(SystemExit):
+            paper_claims.main(options(tmp_path, models=models))
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        paper_claims.main(options(tmp_path, models="ndm-y"))
-    assert "--models: ndm-y unknown" in capsys.readouterr().err
+        paper_claims.main(options(tmp_path, data="moon"))
+    assert "--data: moon unknown" in capsys.readouterr().err
+
+
+def test_ablations_change_what_they_name():
+    """One part of the model each; all begin at the same noise."""
+    recipe = paper_claims.RECIPES["casp"]
+
+    def built(name):
+        return paper_claims.build(name, recipe, (10,), 1.0, 0)
+
+    parts = {"cosine": "Cosine", "vp": "VariancePreserving", "rectified": "Rectified", "learned": "LearnedLogSNR"}
+    for name, kind in parts.items():
+        model = built(f"diffusion+{name}")
+        assert type(model.schedule).__name__ == kind
+        start = model.schedule.gamma(torch.tensor(model.t_min, dtype=torch.float64))
+        assert float(start.detach()) == pytest.approx(recipe.gamma[0], abs=1e-5)
+    assert type(built("ndm-x+neural").transform).__name__ == "Neural"
+    assert built("ndm-x+F16").transform.features.width == 16
+    assert type(built("ndm-moments-eta").process.volatility).__name__ == "LearnedVolatility"
+    assert paper_claims.Variant.parse("ndm-x+vp+neural+F8+buckets") == paper_claims.Variant(
+        "ndm-x", "vp", "neural", 8, "buckets"
+    )
+    assert type(paper_claims.Variant.parse("diffusion+history").objective.sampler).__name__ == "LossHistory"
+    assert paper_claims.Variant.parse("diffusion").objective is None
+    assert set(paper_claims.MODELS) < set(paper_claims.ABLATIONS)
+    for name in paper_claims.ABLATIONS:
+        built(name)
