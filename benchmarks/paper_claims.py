@@ -21,7 +21,8 @@ ndm-moments-eta  as ndm-moments with a learned volatility
 ``--ablations`` changes one thing at a time in place of the models above, here and in ``--models`` written behind a +:
 ``diffusion+cosine`` another schedule (``cosine``, ``vp``, ``rectified``, from the log-SNR at which the first begins, or
 ``learned``), ``ndm-x+neural`` the transform :math:`x + t\,f(x, t)`, ``ndm-x+F64`` its network's width, and
-``ndm-x+history``, ``ndm-x+buckets`` the density of times (:mod:`ndm_ct.timesampling`).
+``ndm-x+history``, ``ndm-x+buckets`` the density of times (:mod:`ndm_ct.timesampling`), ``ndm-x+scaling`` one learned
+factor for every coordinate with the volatility that belongs to it, a log-SNR for every coordinate.
 
 Reported for each cell: the bound (NELBO, unbiased over times and noise) and the probability flow's negative
 log-likelihood, both on test rows, in bits per dimension for images and nats for vectors, with standard errors over
@@ -53,7 +54,7 @@ from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.objectives import Bound
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.timesampling import LearnedBuckets, LossHistory
-from ndm_ct.volatility import LearnedVolatility
+from ndm_ct.volatility import LearnedVolatility, Matched
 
 try:
     from benchmarks import data, features, metrics
@@ -71,7 +72,7 @@ TIMES = {"history": LossHistory, "buckets": LearnedBuckets}
 ABLATIONS = (
     *MODELS,
     *(f"{base}+{name}" for name in (*SCHEDULES, "learned") for base in ("diffusion", "ndm-x", "ndm-x+neural")),
-    "ndm-x+neural", "ndm-moments+neural", "ndm-x-eta+neural",
+    "ndm-x+neural", "ndm-moments+neural", "ndm-x-eta+neural", "ndm-x+scaling",
     *(f"{base}+{name}" for name in TIMES for base in ("diffusion", "ndm-x")),
     *(f"ndm-x+F{width}" for width in (4, 16, 32, 128)),
 )  # fmt: skip
@@ -163,7 +164,7 @@ class Variant:
                 found["schedule"] = change
             elif change in TIMES:
                 found["times"] = change
-            elif change == "neural" and base.startswith("ndm"):
+            elif change in ("neural", "scaling") and base.startswith("ndm"):
                 found["transform"] = change
             elif change.startswith("F") and change[1:].isdecimal() and base.startswith("ndm"):
                 found["transform_width"] = int(change[1:])
@@ -203,13 +204,22 @@ def build(name: str, recipe: Recipe, shape: tuple[int, ...], std: float, seed: i
     net = network(recipe, shape, recipe.width, 2 if head == "moments" else None)
     return ndm_ct.NDM(
         Preconditioned(net, head=head, data_std=std), shape, transform=transform, schedule=schedule, prediction=head,
-        volatility=LearnedVolatility() if variant.base.endswith("eta") else 1.0, t_min=t_min,
+        volatility=volatility_of(variant), t_min=t_min,
     )  # fmt: skip
+
+
+def volatility_of(variant: Variant) -> nn.Module | float:
+    """Learned, that of a scaling, or one."""
+    if variant.transform == "scaling":
+        return Matched()
+    return LearnedVolatility() if variant.base.endswith("eta") else 1.0
 
 
 def transform_of(variant: Variant, recipe: Recipe, shape: tuple[int, ...]) -> transforms.Transform:
     """The learned F of a variant."""
     width = variant.transform_width or recipe.transform_width
+    if variant.transform == "scaling":
+        return transforms.LearnedScaling(shape)
     if variant.transform == "neural":
         return transforms.Neural(network(recipe, shape, width, None))
     net = network(recipe, shape, width, TERMS, time=False)
@@ -290,6 +300,7 @@ def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> 
     if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
         raise KeyboardInterrupt
     model.requires_grad_(False)
+    ndm_ct.save(model, folder / "model.safetensors")
     common = {"quantisation": rows.bins, "progress": False, "max_rows": options.rows or recipe.test_rows}
     bound = ndm_ct.evaluate(
         model,

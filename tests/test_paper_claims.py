@@ -31,6 +31,8 @@ def test_a_variant_trains(tmp_path, small):
     (entry,) = paper_claims.main(options(tmp_path, models="ndm-x+vp+neural+buckets", seeds="0"))
     assert entry["model"] == "ndm-x+vp+neural+buckets"
     assert math.isfinite(entry["nelbo"][0])
+    (path,) = (tmp_path / "cells").glob("*/model.safetensors")
+    assert type(ndm_ct.load(path).transform).__name__ == "Neural"
     assert "ndm-x+vp+neural+buckets" in (tmp_path / "results.md").read_text()
 
 
@@ -104,6 +106,10 @@ def test_ablations_change_what_they_name():
         start = model.schedule.gamma(torch.tensor(model.t_min, dtype=torch.float64))
         assert float(start.detach()) == pytest.approx(recipe.gamma[0], abs=1e-5)
     assert type(built("ndm-x+neural").transform).__name__ == "Neural"
+    scaling = built("ndm-x+scaling")
+    assert [type(part).__name__ for part in (scaling.transform, scaling.process.volatility)] == [
+        "LearnedScaling", "Matched"
+    ]  # fmt: skip
     assert built("ndm-x+F16").transform.features.width == 16
     assert type(built("ndm-moments-eta").process.volatility).__name__ == "LearnedVolatility"
     assert paper_claims.Variant.parse("ndm-x+vp+neural+F8+buckets") == paper_claims.Variant(
