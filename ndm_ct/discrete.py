@@ -36,6 +36,7 @@ References:
     Bao, Li, Zhu and Zhang, Analytic-DPM, https://arxiv.org/abs/2201.06503
 """
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +47,11 @@ from torch import Tensor
 
 from ndm_ct import _shapes
 from ndm_ct._noise import Randomness, normal_like
-from ndm_ct._shapes import choose, expand, sum_event
+from ndm_ct._shapes import choose, sum_event
 from ndm_ct.grids import time_grid
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.schedules import SAFE_NOISE, Level, levels
-from ndm_ct.stepping import Sampler
+from ndm_ct.stepping import Factor, Sampler
 
 __all__ = ["DDIM", "DDPM", "VARIANCES", "Residuals", "estimate_residuals"]
 
@@ -168,24 +169,29 @@ class _Interpolant:
         assert model.residuals is not None
         times, *moments = model.residuals.detach().cpu().double()[:4]
         at = levels(model.schedule, times.to(model.schedule.device))
-        self.knots = np.array([_coordinate(level) for level in at])
+        # Numbers: on so few of them numpy would take longer than the rest of a step.
+        self.knots = [_coordinate(level) for level in at]
         A, B, C = (row.numpy() / [_share(level) for level in at] for row in moments)
         first = np.sqrt(A)
         below = np.divide(B, first, out=np.zeros_like(B), where=first > 0.0)
-        self.values = np.stack([first, below, np.sqrt(np.maximum(C - below**2, 0.0))])
-        self.slopes = np.gradient(self.values, self.knots, axis=1, edge_order=2 if len(self.knots) > 2 else 1)
+        values = np.stack([first, below, np.sqrt(np.maximum(C - below**2, 0.0))])
+        slopes = np.gradient(values, self.knots, axis=1, edge_order=2 if len(self.knots) > 2 else 1)
+        self.entries = list(zip(values.tolist(), slopes.tolist(), strict=True))
 
     def __call__(self, level: Level) -> tuple[float, float, float]:
         """A, B and C at one time."""
         knots = self.knots
         x = min(max(_coordinate(level), knots[0]), knots[-1])
-        k = min(int(np.searchsorted(knots, x, side="right")) - 1, len(knots) - 2)
+        k = min(bisect.bisect_right(knots, x) - 1, len(knots) - 2)
         h = knots[k + 1] - knots[k]
-        u = (x - knots[k]) / h
-        (y0, y1), (d0, d1) = self.values[:, k : k + 2].T, h * self.slopes[:, k : k + 2].T
-        first, below, last = y0 + u * (d0 + u * (3.0 * (y1 - y0) - 2.0 * d0 - d1 + u * (d0 + d1 - 2.0 * (y1 - y0))))
-        share = _share(level)
+        u, share = (x - knots[k]) / h, _share(level)
+        first, below, last = (_cubic(u, y[k], y[k + 1], h * d[k], h * d[k + 1]) for y, d in self.entries)
         return share * first**2, share * first * below, share * (below**2 + last**2)
+
+
+def _cubic(u: float, y0: float, y1: float, d0: float, d1: float) -> float:
+    """At u, with values y0, y1 and slopes d0, d1 at 0 and 1."""
+    return y0 + u * (d0 + u * (3.0 * (y1 - y0) - 2.0 * d0 - d1 + u * (d0 + d1 - 2.0 * (y1 - y0))))
 
 
 def _coordinate(level: Level) -> float:
@@ -236,24 +242,25 @@ class DDPM(_Frozen):
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         F_t, F_s = self.frozen(z, t, s, cond)
-        residual, noise, transform = z - t.alpha * F_t, normal_like(z, generator), self.model.transform
+        residual, noise = torch.add(z, F_t, alpha=-t.alpha), normal_like(z, generator)
         if self.uses_volatility:
             kappa, std = self.transition(t, s)
             if self.variance == "analytic":
                 std = self._optimal(kappa, std, t, s)
-            noise = transform.from_basis(expand(std, z) * transform.to_basis(noise))
-            return s.alpha * F_s + transform.diagonal(kappa, residual) + noise
+            return self.plus(self.plus(s.alpha * F_s, kappa, residual), std, noise)
         small = ancestral_std(t, s)
         mean = s.alpha * F_s + math.sqrt(s.sigma**2 - small**2) / t.sigma * residual
         if self.variance == "small" or s.t <= self._last_time:
             return mean + small * noise
         return mean + math.sqrt(t.sigma**2 - (t.alpha * s.sigma / s.alpha) ** 2) * noise
 
-    def _optimal(self, kappa: Tensor, std: Tensor, t: Level, s: Level) -> Tensor:
+    def _optimal(self, kappa: Factor, std: Factor, t: Level, s: Level) -> Factor:
         """The standard deviation about the frozen mean."""
         A, B, C = self._residuals(t)
         gain, drift = s.alpha - kappa * t.alpha, s.alpha * (s.t - t.t)
-        return torch.sqrt(std**2 + gain**2 * A + 2.0 * gain * drift * B + drift**2 * C)
+        variance = std**2 + gain**2 * A + 2.0 * gain * drift * B + drift**2 * C
+        # Rounding may take a variance of zero below it.
+        return math.sqrt(abs(variance)) if isinstance(variance, float) else variance.abs().sqrt()
 
 
 class DDIM(_Frozen):

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._shapes import expand, of_time
-from ndm_ct.schedules import Coefficients, Level, Schedule
+from ndm_ct.schedules import Coefficients, Schedule
 from ndm_ct.transforms import Transform
 
 __all__ = ["ForwardProcess", "drift"]
@@ -45,7 +45,7 @@ def drift(
     z: Tensor,
     F: Tensor,
     dF: Tensor,
-    c: Coefficients | Level,
+    c: Coefficients,
     transform: Transform,
     half_rate: Tensor | None = None,
 ) -> Tensor:
@@ -58,13 +58,11 @@ def drift(
         z: state, shape ``(B, *E)``.
         F: :math:`F` at x or at the model's prediction, shape ``(B, *E)``.
         dF: :math:`\dot F`, shape ``(B, *E)``.
-        c: coefficients of the schedule at t, tensors or numbers.
+        c: coefficients of the schedule at t.
         transform: says in which basis a rate that varies over the event is diagonal.
         half_rate: :math:`\tfrac12 h^2/\sigma^2`, shape ``()``, ``(B,)`` or broadcastable to ``(B, *E)``; None is 0.
     """
-    alpha, dalpha, dlog_sigma = (
-        each if isinstance(each, float) else expand(each, z) for each in (c.alpha, c.dalpha, c.dlog_sigma)
-    )
+    alpha, dalpha, dlog_sigma = (expand(each, z) for each in (c.alpha, c.dalpha, c.dlog_sigma))
     residual = z - alpha * F
     out = dalpha * F + alpha * dF + dlog_sigma * residual
     return out if half_rate is None else out + transform.diagonal(half_rate, residual)

@@ -43,10 +43,10 @@ with warnings.catch_warnings():
 __all__ = [
     "ADAPTIVE_METHODS",
     "SDE_METHODS",
-    "SDEStep",
     "Solution",
     "odeint",
     "sdeint",
+    "validate_slope",
     "validate_tolerance",
 ]
 
@@ -99,13 +99,7 @@ class _Guarded:
         t = t.to(torch.float64).clamp(self.low, self.high)
         self.evaluations += 1
         derivative = self.packing.pack(self.function(t, self.packing.unpack(y)))
-        rows = _shapes.bad_rows(derivative)
-        if rows:
-            raise SolverError(
-                f"the field is NaN or infinite at t={float(t):.6g} in batch rows {_shapes.some(rows)}; look at the "
-                "network's output there, or use a smaller tolerance if the state itself has run away.",
-                t=float(t), dt=self.dt, rows=rows,
-            )  # fmt: skip
+        validate_slope(derivative, t, self.dt)
         return derivative
 
     def norm(self, y: Tensor) -> Tensor:
@@ -137,6 +131,21 @@ def validate_tolerance(name: str, value: float, dtype: torch.dtype) -> float:
     if value < floor:
         warnings.warn(f"{name}={value:g} is below what {dtype} can resolve ({floor:.1g}).", stacklevel=3)
     return value
+
+
+def validate_slope(slope: Tensor, t: Tensor, dt: float) -> None:
+    """Refuse a value of the field, shape ``(B, ...)``, with NaN or inf.
+
+    Raises:
+        SolverError: naming its time, the step and the rows.
+    """
+    rows = _shapes.bad_rows(slope)
+    if rows:
+        raise SolverError(
+            f"the field is NaN or infinite at t={float(t):.6g} in batch rows {_shapes.some(rows)}; look at the "
+            "network's output there, or use a smaller tolerance if the state itself has run away.",
+            t=float(t), dt=dt, rows=rows,
+        )  # fmt: skip
 
 
 def odeint(
@@ -236,17 +245,14 @@ class GeneratorNoise(BaseBrownian):  # type: ignore[misc]
 
     Args:
         like: a tensor ``(B, D)`` whose shape, dtype and device the increments take.
-
-    Attributes:
         generator: source, one or one per row; None is torch's global one.
     """
 
-    __slots__ = ("_device", "_dtype", "_like", "_shape", "generator")
+    __slots__ = ("_device", "_dtype", "_generator", "_like", "_shape")
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, generator: Randomness) -> None:
         self._shape, self._dtype, self._device = tuple(like.shape), like.dtype, like.device
-        self._like = like
-        self.generator: Randomness = None
+        self._like, self._generator = like, generator
 
     def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Any:
         step = tb - ta
@@ -257,7 +263,7 @@ class GeneratorNoise(BaseBrownian):  # type: ignore[misc]
         return increment, step * (0.5 * increment + self._normal() * (step / 12.0) ** 0.5)
 
     def _normal(self) -> Tensor:
-        return normal_like(self._like, self.generator)
+        return normal_like(self._like, self._generator)
 
     def __repr__(self) -> str:
         return f"GeneratorNoise(shape={self._shape})"
@@ -301,63 +307,6 @@ class _AdditiveSDE:
         return self.diffusion(t) * v
 
 
-class SDEStep:
-    r"""One torchsde step at a time of :math:`dy = f\,dt + g\,d\bar w`, see :func:`sdeint`.
-
-    Args:
-        drift: f(t, y).
-        diffusion: g(t, y); called with ``like``.
-        like: a state ``(B, *E)``, of the shape, dtype and device of all states.
-        interval: first and last time of all steps; says in which direction they go.
-        method: one of ``SDE_METHODS``.
-        noise: a Brownian path; None: every step draws its own.
-    """
-
-    def __init__(
-        self,
-        drift: Callable[[Tensor, Tensor], Tensor],
-        diffusion: Callable[[Tensor, Tensor], Tensor],
-        like: Tensor,
-        interval: tuple[float, float],
-        *,
-        method: str = "heun",
-        noise: Any = None,
-    ) -> None:
-        _shapes.choose("method", method, SDE_METHODS)
-        self._packing = Packing((like.shape,))
-        self._field = _Guarded(lambda t, state: (drift(t, state[0]),), self._packing, interval, None)
-        flat = self._packing.pack((like,))
-
-        def diagonal(t: Tensor) -> Tensor:
-            return diffusion(t, like).to(like.dtype).expand_as(like).reshape_as(flat)
-
-        self._direction = 1.0 if interval[1] > interval[0] else -1.0
-        self._draws = GeneratorNoise(flat)
-        sde_type = "stratonovich" if method in _STRATONOVICH else "ito"
-        self._stepper = torchsde_methods.select(method, sde_type)(
-            sde=ForwardSDE(_AdditiveSDE(self._field, diagonal, sde_type, self._direction)),
-            bm=self._draws if noise is None else noise, dt=None, adaptive=False, rtol=0.0, atol=0.0, dt_min=0.0,
-            options={},
-        )  # fmt: skip
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the drift so far."""
-        return self._field.evaluations
-
-    def __call__(self, t: Tensor, s: Tensor, y: Tensor, generator: Randomness = None) -> Tensor:
-        """The state at s from y at t (float64, ``()``).
-
-        Raises:
-            SolverError: the drift is not finite.
-        """
-        self._draws.generator = generator
-        start, end = self._direction * t, self._direction * s
-        self._field.dt = float(end - start)
-        out, _ = self._stepper.step(start, end, self._packing.pack((y,)), ())
-        return self._packing.unpack(out)[0]
-
-
 def sdeint(
     drift: Callable[[Tensor, Tensor], Tensor],
     diffusion: Callable[[Tensor, Tensor], Tensor],
@@ -391,10 +340,24 @@ def sdeint(
     grid = _validate_grid(grid, y0.device)
     if y0.shape[0] == 0:
         return Solution((y0,), 0, 0)
-    step = SDEStep(drift, diffusion, y0, (float(grid[0]), float(grid[-1])), method=method, noise=noise)
-    y = y0
-    for t, s in itertools.pairwise(grid):
+    packing = Packing((y0.shape,))
+    guarded = _Guarded(lambda t, state: (drift(t, state[0]),), packing, (float(grid[0]), float(grid[-1])), None)
+    flat = packing.pack((y0,))
+    sde_type = "stratonovich" if method in _STRATONOVICH else "ito"
+    direction = 1.0 if grid[-1] > grid[0] else -1.0
+
+    def diagonal(t: Tensor) -> Tensor:
+        return diffusion(t, y0).to(y0.dtype).expand_as(y0).reshape_as(flat)
+
+    sde = _AdditiveSDE(guarded, diagonal, sde_type, direction)
+    path = GeneratorNoise(flat, generator) if noise is None else noise
+    stepper = torchsde_methods.select(method, sde_type)(
+        sde=ForwardSDE(sde), bm=path, dt=None, adaptive=False, rtol=0.0, atol=0.0, dt_min=0.0, options={}
+    )
+    y = flat
+    for start, end in itertools.pairwise(direction * grid):
         if callback is not None:
-            callback(float(t))
-        y = step(t, s, y, generator)
-    return Solution((y,), step.evaluations, len(grid) - 1)
+            callback(direction * float(start))
+        guarded.dt = float(end - start)
+        y, _ = stepper.step(start, end, y, ())
+    return Solution(packing.unpack(y), guarded.evaluations, len(grid) - 1)

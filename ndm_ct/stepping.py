@@ -19,7 +19,7 @@ transform the same solvers apply to D as it is.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,9 +30,11 @@ from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.schedules import Level, levels
 from ndm_ct.transforms import Identity
 
-__all__ = ["Sampler", "by_time", "exponential_euler", "steps_within", "walk"]
+__all__ = ["Factor", "Sampler", "by_time", "exponential_euler", "inner_times", "steps_within", "walk"]
 
 Callback = Callable[[float, Tensor], None]
+Factor = float | Tensor
+"""A coefficient at one time: a number, or, where it varies over the event, a tensor with an axis for the rows."""
 
 
 class Sampler:
@@ -55,7 +57,7 @@ class Sampler:
         self.model = model
         self.evaluations = 0
         self._levels: dict[float, Level] = {}
-        self._transitions: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
+        self._transitions: dict[tuple[float, float], tuple[Factor, Factor]] = {}
         self._last_time = model.t_min
         self._plain = isinstance(model.transform, Identity) and model.prediction != "moments"
 
@@ -72,9 +74,7 @@ class Sampler:
         self.remember(self.visited(grid))
         self._last_time = float(grid[-1])
         if self.uses_volatility:
-            with torch.no_grad():
-                columns = self.model.process.transition(grid[1:], grid[:-1])
-            self._transitions.update(zip(itertools.pairwise(grid.tolist()), by_time(*columns), strict=True))
+            self._remember_transitions(grid)
 
     def visited(self, grid: Tensor) -> Tensor:
         """All times at which a walk down the grid needs the schedule."""
@@ -91,12 +91,22 @@ class Sampler:
             self.remember(torch.tensor([t], dtype=torch.float64, device=self.model.schedule.device))
         return self._levels[t]
 
-    def transition(self, t: Level, s: Level) -> tuple[Tensor, Tensor]:
+    def inside(self, t: Level, s: Level, node: float) -> Level:
+        """The schedule at the share ``node`` of the step from t to s."""
+        if node in (0.0, 1.0):
+            return s if node else t
+        return self.level(t.t + node * (s.t - t.t))
+
+    def transition(self, t: Level, s: Level) -> tuple[Factor, Factor]:
         r""":math:`\kappa, \tilde\sigma` of the step with frozen x, as in ``ForwardProcess.transition``, remembered."""
         if (t.t, s.t) not in self._transitions:
-            with torch.no_grad():
-                self._transitions[t.t, s.t] = self.model.process.transition(s.time, t.time)
+            self._remember_transitions(torch.stack([t.time, s.time]))
         return self._transitions[t.t, s.t]
+
+    def _remember_transitions(self, grid: Tensor) -> None:
+        with torch.no_grad():
+            columns = self.model.process.transition(grid[1:], grid[:-1])
+        self._transitions.update(zip(itertools.pairwise(grid.tolist()), by_time(*columns), strict=True))
 
     def moments(self, z: Tensor, level: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
         r""":math:`\hat F` and :math:`\hat{\dot F}` at state z ``(B, *E)``, for one network evaluation.
@@ -113,6 +123,19 @@ class Sampler:
         r""":math:`\hat F` and D, likewise."""
         F, dF = self.moments(z, level, cond)
         return F, F if self._plain else F + level.slope * dF
+
+    def drift(self, z: Tensor, level: Level, cond: dict[str, Any], half_rate: Factor | None = None) -> Tensor:
+        r""":func:`ndm_ct.process.drift` of the model at state z, likewise, with numbers for coefficients."""
+        F, dF = self.moments(z, level, cond)
+        out = torch.add(level.dlog_sigma * z, F, alpha=level.dalpha - level.alpha * level.dlog_sigma)
+        if not self._plain:
+            out = torch.add(out, dF, alpha=level.alpha)
+        return out if half_rate is None else self.plus(out, half_rate, torch.add(z, F, alpha=-level.alpha))
+
+    def plus(self, y: Tensor, c: Factor, x: Tensor) -> Tensor:
+        """y + c x, where c is diagonal in the transform's basis."""
+        # One operation for a number, and the faster one: torch.mul makes a tensor of it first.
+        return torch.add(y, x, alpha=c) if isinstance(c, float) else y + self.model.transform.diagonal(c, x)
 
     def estimate(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r""":math:`\hat x` at state z ``(B, *E)`` and time t, for one network evaluation.
@@ -153,9 +176,14 @@ class Sampler:
         raise NotImplementedError
 
 
-def by_time(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two coefficients at N times, time by time; those that vary over the event keep the axis of the rows."""
-    return zip(*(each if each.ndim == 1 else each.unsqueeze(1) for each in (first, second)), strict=True)
+def by_time(first: Tensor, second: Tensor) -> Iterator[tuple[Factor, Factor]]:
+    """Two coefficients at N times, time by time."""
+    return zip(*(each.tolist() if each.ndim == 1 else each.unsqueeze(1) for each in (first, second)), strict=True)
+
+
+def inner_times(grid: Tensor, nodes: Iterable[float]) -> Tensor:
+    """The times of ``nodes``, shares of an interval, inside all intervals of a grid."""
+    return torch.cat([grid[:0], *(grid[:-1] + node * grid.diff() for node in nodes if 0.0 < node < 1.0)])
 
 
 def exponential_euler(z: Tensor, D: Tensor, t: Level, s: Level) -> Tensor:

@@ -281,8 +281,8 @@ MUTANTS = (
     ),
     Mutant(
         "DDPM's noise left in pixels", "discrete.py",
-        "transform.from_basis(expand(std, z) * transform.to_basis(noise))",
-        "expand(std, z) * noise",
+        "self.plus(self.plus(s.alpha * F_s, kappa, residual), std, noise)",
+        "self.plus(s.alpha * F_s, kappa, residual) + std * noise",
         "sampling::test_volatility_per_frequency_samples_in_its_basis",
     ),
     # --- objectives

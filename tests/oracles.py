@@ -175,3 +175,15 @@ def blurred():
     schedule = schedules.LinearLogSNR(-5, 4)
     model = Gaussian(torch.zeros(2, 2), cov, schedule=schedule, transform=blur, volatility=Matched())
     return model, spectrum
+
+
+class Prescribed:
+    """Brownian increments given by hand, for torchsde."""
+
+    levy_area_approximation = "space-time"
+
+    def __init__(self, shape, w, u):
+        self.shape, self.w, self.u = shape, w, u
+
+    def __call__(self, ta, tb, return_U=False):
+        return (self.w, self.u) if return_U else self.w

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from oracles import ThreePoints, Wiggle, exact_flow, gaussian, k, mixture
+from oracles import Prescribed, ThreePoints, Wiggle, exact_flow, gaussian, k, mixture
 from oracles import order as slope
 from scipy.interpolate import CubicSpline, RectBivariateSpline
 
@@ -34,6 +34,7 @@ from ndm_ct.samplers import (
     UniPC,
     exponential,
     flow,
+    stochastic,
 )
 from ndm_ct.schedules import levels
 from ndm_ct.stepping import steps_within, walk
@@ -191,7 +192,7 @@ def test_order_for_a_nonlinear_transform_with_the_plain_start(name):
 # --- single steps by hand --------------------------------------------------------------------------------------------
 
 VP = schedules.VariancePreserving(0.1, 8.0)  # t is not affine in the log-SNR
-NOISY = (discrete, exponential, flow, solvers)
+NOISY = (discrete, exponential, flow, stochastic)
 NOISES = torch.randn(2, 5, 3, dtype=torch.float64, generator=seeded(4))
 
 
@@ -381,6 +382,45 @@ def test_first_step_with_noise_by_hand(name, transform, monkeypatch):
         tell_noise(monkeypatch, NOISES)
         moved = NAMES[name](model).step(z, t, last)
         torch.testing.assert_close(moved, getattr(hand, formula)(z, *NOISES), rtol=1e-9, atol=1e-9)
+
+
+def per_frequency(t):
+    """A volatility for every frequency of a 2 x 2 image, that moves in time."""
+    return (0.3 + t)[:, None, None] * times(0.2, 0.5, 0.9, 1.4).reshape(2, 2)
+
+
+OF_TORCHSDE = {
+    "identity": (transforms.Identity, lambda t: 0.3 + 1.2 * t), "moving scale": (MovingScale, lambda t: 0.3 + 1.2 * t),
+    "blur": (partial(transforms.Blur, (2, 2), blur=1.0, floor=0.2), per_frequency),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", OF_TORCHSDE)
+@pytest.mark.parametrize("method", stochastic.SCHEMES)
+def test_steps_of_the_sde_are_those_of_torchsde(method, setting, monkeypatch):
+    """On the same Brownian path: its gain W over a step and U, the integral over the step of what it has gained."""
+    transform, eta = OF_TORCHSDE[setting]
+
+    def bounded(z, t):
+        return torch.tanh(0.7 * z.flip(1)) * (1.0 - 0.3 * t[:, None, None])
+
+    model = NDM(bounded, (2, 2), schedule=VP, transform=transform(), volatility=eta)
+    sde, to_basis = model.reverse_sde(torch.float64), model.transform.to_basis
+    grid, sampler = times(1.0, 0.83, 0.5, 0.46), SDE(model, method)
+    z = torch.randn(5, 2, 2, dtype=torch.float64, generator=seeded())
+    noises = torch.randn(3, 2, 5, 2, 2, dtype=torch.float64, generator=seeded(2))
+    y, used = to_basis(z), 0
+    for pair, (one, two) in zip(itertools.pairwise(grid), noises, strict=True):
+        h = float(pair[0] - pair[1])
+        W = math.sqrt(h) * one
+        U = 0.5 * h * W + math.sqrt(h**3 / 12.0) * two
+        path = Prescribed(z.shape, to_basis(W).flatten(1), to_basis(U).flatten(1))
+        solution = solvers.sdeint(sde.drift, sde.diffusion, y, torch.stack(pair), method=method, noise=path)
+        y, used = solution.state[0], used + solution.evaluations
+    tell_noise(monkeypatch, noises.flatten(0, 1) if method == "srk" else noises[:, 0])
+    torch.testing.assert_close(to_basis(walk(sampler, z, grid)), y, rtol=0.0, atol=1e-10)
+    assert sampler.evaluations == used == sampler.cost(3)
+    assert stochastic.SCHEMES.keys() == solvers.SDE_METHODS.keys()
 
 
 def test_ddim_between_its_ends(monkeypatch):
@@ -1252,6 +1292,22 @@ def test_a_prediction_that_is_not_finite_is_named(name):
     model.residuals = MODEL.residuals
     with pytest.raises((PredictorError, ndm_ct.SolverError), match=r"at t=0\.[0-7]\d* in batch rows \[2\]"):
         ndm_ct.sample(model, 4, method=name, steps=4)
+
+
+@pytest.mark.parametrize("method", stochastic.SCHEMES)
+def test_a_slope_that_is_not_finite_is_named(method):
+    """Of a finite prediction, too large to be multiplied; with time, step and rows."""
+
+    def large(z, t):
+        return torch.where((t[:, None] < 0.8) & (torch.arange(len(z)) == 2)[:, None], 3e38, 0.5 * z)
+
+    with pytest.raises(
+        ndm_ct.SolverError, match=r"the field is NaN or infinite at t=0\.\d* in batch rows \[2\]"
+    ) as caught:
+        walk(SDE(NDM(large, (2,), schedule=SMOOTH), method), torch.zeros(4, 2), times(1.0, 0.9, 0.7, 0.5))
+    assert caught.value.rows == (2,)
+    assert 0.5 <= caught.value.t < 0.8
+    assert caught.value.dt == pytest.approx(0.2)
 
 
 def test_the_base_class_takes_no_step():

@@ -5,7 +5,18 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, blurred, exact_flow, gaussian, mixture, order
+from oracles import (
+    SCHEDULES,
+    TRANSFORMS,
+    Prescribed,
+    ThreePoints,
+    Wiggle,
+    blurred,
+    exact_flow,
+    gaussian,
+    mixture,
+    order,
+)
 
 import ndm_ct
 from ndm_ct import NDM, schedules, solvers
@@ -58,18 +69,6 @@ def test_ddim_with_eta_one_is_ddpm():
     )
     with pytest.raises(ValueError, match="eta of DDIM must lie in"):
         DDIM(model, 1.5)
-
-
-class Prescribed:
-    """Brownian increments given by hand, to read off a step's linear dependence on its noise."""
-
-    levy_area_approximation = "space-time"
-
-    def __init__(self, shape, w, u):
-        self.shape, self.w, self.u = shape, w, u
-
-    def __call__(self, ta, tb, return_U=False):
-        return (self.w, self.u) if return_U else self.w
 
 
 def propagate_sde(model, method, steps):

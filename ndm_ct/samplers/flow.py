@@ -28,12 +28,11 @@ from torch import Tensor
 from ndm_ct._noise import Randomness, normal_like
 from ndm_ct._shapes import choose
 from ndm_ct.model import NDM
-from ndm_ct.process import drift
 from ndm_ct.schedules import Level
-from ndm_ct.stepping import Sampler, exponential_euler
+from ndm_ct.stepping import Sampler, exponential_euler, inner_times
 from ndm_ct.transforms import Identity
 
-__all__ = ["EDM", "TABLEAUX", "RungeKutta"]
+__all__ = ["EDM", "TABLEAUX", "RungeKutta", "advance"]
 
 
 @dataclass(frozen=True)
@@ -74,24 +73,20 @@ class RungeKutta(Sampler):
 
     def visited(self, grid: Tensor) -> Tensor:
         """See :class:`Sampler`."""
-        inner = [c for c in self.tableau.nodes if 0.0 < c < 1.0]
-        return torch.cat([grid, *(grid[:-1] + c * grid.diff() for c in inner)])
+        return torch.cat([grid, inner_times(grid, self.tableau.nodes)])
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         if s.sigma == 0.0 and self.tableau.nodes[-1] == 1.0:
             _, D = self.predict(z, t, cond)
             return s.alpha * D
-        h, slopes = s.t - t.t, [self._velocity(z, t, cond)]
+        h, slopes = s.t - t.t, [self.drift(z, t, cond)]
         for c, row in zip(self.tableau.nodes[1:], self.tableau.matrix, strict=True):
-            at = s if c == 1.0 else self.level(t.t + c * h)
-            slopes.append(self._velocity(_advance(z, h, row, slopes), at, cond))
-        return _advance(z, h, self.tableau.weights, slopes)
-
-    def _velocity(self, z: Tensor, at: Level, cond: dict[str, Any]) -> Tensor:
-        return drift(z, *self.moments(z, at, cond), at, self.model.transform)
+            slopes.append(self.drift(advance(z, h, row, slopes), self.inside(t, s, c), cond))
+        return advance(z, h, self.tableau.weights, slopes)
 
 
-def _advance(z: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+def advance(z: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    r""":math:`z + h \sum_j w_j f_j`."""
     for weight, slope in zip(weights, slopes, strict=True):
         if weight != 0.0:
             z = torch.add(z, slope, alpha=h * weight)
