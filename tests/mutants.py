@@ -364,8 +364,23 @@ MUTANTS = (
     ),
     Mutant(
         "regressions reach the transform", "objectives.py",
-        "F, dF = F.detach(), dF.detach()", "F, dF = F, dF",
+        "held_F, held_dF = (F.detach(), dF.detach()) if split else (F, dF)", "held_F, held_dF = F, dF",
         "objectives::test_moments_regressions_do_not_reach_the_transform",
+    ),
+    Mutant(
+        "moments: the bound's gradient through the state is lost", "objectives.py",
+        "return along - along.detach()", "return 0.0 * along",
+        "objectives::test_gradients_of_moments_are_those_of_the_bound_and_the_regressions_apart",
+    ),
+    Mutant(
+        "moments: the bound's gradient through the state without alpha", "objectives.py",
+        "sum_event(expand(alpha, F).detach() * gradient * F)", "sum_event(gradient * F)",
+        "objectives::test_gradients_of_moments_are_those_of_the_bound_and_the_regressions_apart",
+    ),
+    Mutant(
+        "moments: the regressions' gradient through the state added to the bound's", "objectives.py",
+        "_through_state(rarity.to(x.dtype) * bound, z,", "_through_state(integrand, z,",
+        "objectives::test_gradients_of_moments_are_those_of_the_bound_and_the_regressions_apart",
     ),
     Mutant(
         "times weighted by the density", "objectives.py",
