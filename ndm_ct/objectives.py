@@ -168,7 +168,8 @@ def _reconstruction(
     model: NDM, path: Path, x: Tensor, quantisation: Quantisation | None, generator: torch.Generator | None
 ) -> Tensor:
     t = as_time(model.t_min, x.device).expand(x.shape[0])
-    F, gamma = path(t), expand(model.schedule(t).gamma, x)
+    F = x if model.t_min == 0.0 and model.transform.starts_at_data else path(t)
+    gamma = expand(model.schedule(t).gamma, x)
     if quantisation is None:
         # z_0/alpha_0 = F + e^{gamma_0/2} eps, so the expectation of the square is known.
         return 0.5 * sum_event((F - x) ** 2 * torch.exp(-gamma) + 1.0 + math.log(2.0 * math.pi) + gamma)
@@ -433,7 +434,8 @@ def _through_state(bound: Tensor, z: Tensor, alpha: Tensor, F: Tensor) -> Tensor
 
     Bound and regressions share one evaluation of the predictor, at a state in which F is held fixed. The bound's
     gradient in that state costs a backward pass without weights, a second evaluation a forward and a full backward
-    pass: 1.2 to 1.4 against 2.0 of a single evaluation with its backward pass (``benchmarks/training_cost.py``).
+    pass: together 1.3 against 1.9 to 2.0 times one evaluation with its backward pass
+    (``benchmarks/training_cost.py``).
     """
     (gradient,) = torch.autograd.grad(bound.sum(), z, retain_graph=True, materialize_grads=True)
     along = sum_event(expand(alpha, F).detach() * gradient * F)

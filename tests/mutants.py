@@ -399,6 +399,11 @@ MUTANTS = (
         "objectives::test_gaussian_reconstruction_is_its_expectation",
     ),
     Mutant(
+        "reconstruction of a transform that has moved as if it had not", "objectives.py",
+        "F = x if model.t_min == 0.0 and ", "F = x if ",
+        "objectives::test_reconstruction_evaluates_a_transform_where_it_has_moved",
+    ),
+    Mutant(
         "level decoder without noise", "objectives.py",
         "decoded = F + torch.exp(0.5 * gamma) * eps", "decoded = F",
         "objectives::test_level_decoder_is_a_softmax_over_levels",

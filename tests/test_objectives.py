@@ -537,6 +537,23 @@ def test_gaussian_reconstruction_is_its_expectation(generator):
     assert abs(float(sampled.mean() - exact)) < 4 * float(sampled.std()) / math.sqrt(20_000)
 
 
+@pytest.mark.parametrize(("t_min", "evaluations"), [(0.0, 0), (0.1, 1)])
+def test_reconstruction_evaluates_a_transform_where_it_has_moved(t_min, evaluations):
+    calls = []
+
+    def net(x, t):
+        calls.append(t)
+        return x.cos()
+
+    model = NDM(
+        lambda z, t: z, (3,), transform=transforms.Neural(net), schedule=schedules.LinearLogSNR(-4, 4), t_min=t_min
+    )
+    x, gamma = torch.randn(5, 3, dtype=torch.float64), -4.0 + 8.0 * t_min
+    expected = (t_min * x.cos()).square() * math.exp(-gamma) + 1.0 + math.log(2.0 * math.pi) + gamma
+    torch.testing.assert_close(objectives.reconstruction_term(model, x), 0.5 * expected.sum(1))
+    assert len(calls) == evaluations
+
+
 def test_level_decoder_is_a_softmax_over_levels(generator):
     bins = Quantisation(8)
     model = NDM(lambda z, t: z, (2,), schedule=schedules.LinearLogSNR(-4.0, 5.0))
