@@ -168,6 +168,10 @@ def fit(
     optimiser state) and at the end ``model.safetensors`` for :func:`ndm_ct.load`. The same call continues a training
     that was killed. Ctrl-C finishes the step, writes a checkpoint and returns.
 
+    Networks may be compiled before, in place: ``model.predictor.compile()``, ``model.transform.features.compile()``;
+    files, averaged weights and :func:`ndm_ct.load` are those of the networks as they were. (``torch.compile(module)``
+    returns a wrapper, under whose name the weights would be saved.)
+
     Args:
         model: the model; on return trained, also if interrupted.
         data: tensor or array ``(N, *E)``, or a map-style ``Dataset`` whose items are tensors ``(*E)``. Real values,

@@ -314,18 +314,18 @@ MUTANTS = (
     ),
     Mutant(
         "loss without the prior term", "objectives.py",
-        "return integrand + model.prior_divergence(path, x, generator) + ", "return integrand + ",
+        "nats = rarity * integrand + model.prior_divergence(path, y, generator)", "nats = rarity * integrand",
         "objectives::test_bound_and_loss_are_the_sums_of_their_terms",
     ),
     Mutant(
         "bound whose transform is not conditioned", "objectives.py",
-        "path = model.transform.along(x, **cond)\n        for sample",
-        "path = model.transform.along(x)\n        for sample",
+        "path = model.transform.along(y, **cond)\n                prior",
+        "path = model.transform.along(y)\n                prior",
         "objectives::test_conditioning_reaches_every_term",
     ),
     Mutant(
         "loss whose transform is not conditioned", "objectives.py",
-        "path = model.transform.along(x, **cond)\n    F, dF", "path = model.transform.along(x)\n    F, dF",
+        "path = model.transform.along(y, **cond)\n    F, dF", "path = model.transform.along(y)\n    F, dF",
         "objectives::test_conditioning_reaches_every_term",
     ),
     Mutant(
@@ -345,7 +345,7 @@ MUTANTS = (
     ),
     Mutant(
         "standard error of the bound: variance of a draw, not of the mean", "objectives.py",
-        "values.var(0) / len(stratum)", "values.var(0)",
+        "total.var(0) / len(stratum)", "total.var(0)",
         "objectives::test_three_terms_are_their_integrals",
     ),
     Mutant(
@@ -365,8 +365,23 @@ MUTANTS = (
     ),
     Mutant(
         "regressions reach the transform", "objectives.py",
-        "F, dF = F.detach(), dF.detach()", "F, dF = F, dF",
+        "held = (F.detach(), dF.detach()) if split else (F, dF)", "held = F, dF",
         "objectives::test_moments_regressions_do_not_reach_the_transform",
+    ),
+    Mutant(
+        "moments: the bound's gradient through the state is lost", "objectives.py",
+        "return along - along.detach()", "return 0.0 * along",
+        "objectives::test_gradients_of_moments_are_those_of_the_bound_and_the_regressions_apart",
+    ),
+    Mutant(
+        "moments: the bound's gradient through the state without alpha", "objectives.py",
+        "sum_event(expand(alpha, F).detach() * gradient * F)", "sum_event(gradient * F)",
+        "objectives::test_gradients_of_moments_are_those_of_the_bound_and_the_regressions_apart",
+    ),
+    Mutant(
+        "moments: the regressions' gradient through the state added to the bound's", "objectives.py",
+        "_through_state(rarity * bound, z,", "_through_state(integrand, z,",
+        "objectives::test_gradients_of_moments_are_those_of_the_bound_and_the_regressions_apart",
     ),
     Mutant(
         "times weighted by the density", "objectives.py",
@@ -383,6 +398,11 @@ MUTANTS = (
         "Gaussian decoder with the wrong sign of gamma", "objectives.py",
         "math.log(2.0 * math.pi) + gamma)", "math.log(2.0 * math.pi) - gamma)",
         "objectives::test_gaussian_reconstruction_is_its_expectation",
+    ),
+    Mutant(
+        "reconstruction of a transform that has moved as if it had not", "objectives.py",
+        "F = x if model.t_min == 0.0 and ", "F = x if ",
+        "objectives::test_reconstruction_evaluates_a_transform_where_it_has_moved",
     ),
     Mutant(
         "level decoder without noise", "objectives.py",

@@ -53,8 +53,8 @@ LATENT = (
     (
         "prior term of data in place of latents",
         "objectives.py",
-        "nats = nats + model.prior_divergence(path, y, generator)",
-        "nats = nats + model.prior_divergence(model.transform.along(x), y, generator)",
+        "nats = rarity * integrand + model.prior_divergence(path, y, generator)",
+        "nats = rarity * integrand + model.prior_divergence(model.transform.along(x), y, generator)",
         "latent::test_bound_behind_a_flow",
     ),
     (

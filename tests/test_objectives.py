@@ -1,12 +1,13 @@
 """The ELBO against one-dimensional integrals, against simulation, and in its limits."""
 
+import copy
 import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from oracles import TRANSFORMS, ThreePoints, Wiggle, hermite_points, k, mixture, order, rotated_covariance
+from oracles import TRANSFORMS, ThreePoints, Wiggle, hermite_points, k, mixture, order, perturbed, rotated_covariance
 from scipy.integrate import quad
 
 import ndm_ct
@@ -14,6 +15,8 @@ from ndm_ct import NDM, objectives, schedules, transforms
 from ndm_ct.model import IsotropicNormal
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.reference import Gaussian
+from ndm_ct.timesampling import LossHistory
+from ndm_ct.volatility import LearnedVolatility
 
 SD = 0.8
 
@@ -424,6 +427,70 @@ def test_moments_regressions_do_not_reach_the_transform(generator):
         torch.testing.assert_close(ours, expected.grad)
 
 
+class Coupled(torch.nn.Module):
+    """A pair of networks; ``coupled`` rows see the mean of their batch."""
+
+    def __init__(self, coupled):
+        super().__init__()
+        self.net, self.coupled = torch.nn.Linear(4, 6), coupled
+        self.evaluations = 0
+
+    def forward(self, z, t):
+        self.evaluations += 1
+        z = z - z.mean(0) if self.coupled else z
+        F, dF = self.net(torch.cat([z, t[:, None]], 1)).tanh().chunk(2, 1)
+        return z * F, dF
+
+
+@pytest.mark.parametrize("coupled", [False, True], ids=["rows apart", "rows coupled"])
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed schedule", "learned schedule"])
+def test_gradients_of_moments_are_those_of_the_bound_and_the_regressions_apart(learned, coupled):
+    """One evaluation gives the gradients of two: bound everywhere, regressions everywhere but in the transform."""
+    torch.manual_seed(0)
+    schedule = perturbed(schedules.LearnedLogSNR(-4, 4, features=4)) if learned else schedules.VariancePreserving()
+    model = NDM(
+        Coupled(coupled), (3,), transform=transforms.Neural(_WithTime()), schedule=schedule,
+        volatility=LearnedVolatility(3), prediction="moments", t_min=0.05,
+    ).double()  # fmt: skip
+    x = torch.randn(16, 3, dtype=torch.float64)
+    parameters = list(model.parameters())
+    share = torch.full((16,), 0.7) if coupled else torch.rand(16)
+    sampler = LossHistory(buckets=4)
+    sampler.observe(torch.rand(50), torch.rand(50))
+    before = copy.deepcopy(sampler)
+    losses = ndm_ct.loss(model, x, sampler=sampler, generator=torch.Generator().manual_seed(1))
+    assert model.predictor.evaluations == 1
+    ours = torch.autograd.grad((share * losses).sum(), parameters, allow_unused=True)
+
+    generator = torch.Generator().manual_seed(1)
+    v, rarity = before(objectives.low_discrepancy(16, generator, x.device))
+    t, weight = objectives.times(model, v)
+    eps = torch.randn(x.shape, dtype=x.dtype, generator=generator)
+    F, dF = (each.detach() for each in model.transform.with_derivative(x, t))
+    c = model.schedule(t)
+    F_hat, dF_hat = model.predictor(c.alpha[:, None] * F + c.sigma[:, None] * eps, t)
+    error = (F - F_hat).square().sum(1) + (dF - dF_hat).square().sum(1) / c.dgamma**2
+    integrand = objectives.diffusion_integrand(model, x, t, eps) + 0.5 * (-c.gamma).exp() * c.dgamma * error
+    expected = rarity * weight * integrand + objectives.prior_term(model, x) + objectives.reconstruction_term(model, x)
+    torch.testing.assert_close(losses, expected)
+    theirs = torch.autograd.grad((share * expected).sum(), parameters, allow_unused=True)
+    names = [name for name, _ in model.named_parameters()]
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        assert other.abs().max() > 0.0, name
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class _WithTime(torch.nn.Module):
+    """A network of x and t."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 3)
+
+    def forward(self, x, t):
+        return self.net(torch.cat([x, t[:, None]], 1)).tanh()
+
+
 def test_learned_schedule_and_volatility_receive_unbiased_gradients(generator):
     """Finite differences of the expected bound in a schedule's and a volatility's parameter."""
 
@@ -468,6 +535,23 @@ def test_gaussian_reconstruction_is_its_expectation(generator):
     sampled = -decoder.log_prob(x).sum(1)
     exact = objectives.reconstruction_term(model, x)[0]
     assert abs(float(sampled.mean() - exact)) < 4 * float(sampled.std()) / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize(("t_min", "evaluations"), [(0.0, 0), (0.1, 1)])
+def test_reconstruction_evaluates_a_transform_where_it_has_moved(t_min, evaluations):
+    calls = []
+
+    def net(x, t):
+        calls.append(t)
+        return x.cos()
+
+    model = NDM(
+        lambda z, t: z, (3,), transform=transforms.Neural(net), schedule=schedules.LinearLogSNR(-4, 4), t_min=t_min
+    )
+    x, gamma = torch.randn(5, 3, dtype=torch.float64), -4.0 + 8.0 * t_min
+    expected = (t_min * x.cos()).square() * math.exp(-gamma) + 1.0 + math.log(2.0 * math.pi) + gamma
+    torch.testing.assert_close(objectives.reconstruction_term(model, x), 0.5 * expected.sum(1))
+    assert len(calls) == evaluations
 
 
 def test_level_decoder_is_a_softmax_over_levels(generator):

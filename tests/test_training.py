@@ -859,3 +859,30 @@ def test_training_drops_the_residuals_of_the_old_weights():
     fit(model, mixture(64), steps=3, batch_size=16, progress=False)
     assert model.residuals is None
     assert model.state_dict().keys() == toy().state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of the compiler
+def test_networks_compiled_in_place_train_to_the_same_weights(tmp_path):
+    """Bound and regressions take two backward passes through one compiled graph; files and averages know nothing."""
+
+    def trained(prepare, run_dir):
+        torch.manual_seed(0)
+        transform = transforms.Separable(MLP(2, width=8, depth=1, outputs=2, time=False))
+        predictor = Preconditioned(MLP(2, width=16, depth=1, outputs=2), head="moments")
+        model = ndm_ct.NDM(
+            predictor, (2,), transform=transform, schedule=schedules.LinearLogSNR(-8.0, 6.0), prediction="moments"
+        )
+        prepare(model.predictor)
+        prepare(model.transform.features)
+        fit(model, mixture(64), steps=6, batch_size=16, validation=mixture(32, 1), run_dir=run_dir, progress=False)
+        return model
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = trained(lambda module: module.compile(backend="aot_eager"), tmp_path / "compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    plain = trained(lambda module: module, tmp_path / "plain")
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    assert same(load(tmp_path / "compiled" / "model.safetensors"), compiled)

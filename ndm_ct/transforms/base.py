@@ -72,6 +72,9 @@ class Transform(nn.Module, Configurable):
     linear: bool = False
     """Whether F is linear in x; then the probability flow and the reverse SDE share their marginals."""
 
+    starts_at_data: bool = False
+    """Whether a bound that starts at t_min = 0 may leave out an evaluation of F there, which is x."""
+
     scales: bool = False
     r"""Whether F multiplies the coordinates of the transform's basis by :math:`a_i(t)`; then ``log_rate`` is known."""
 
