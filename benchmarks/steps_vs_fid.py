@@ -5,6 +5,8 @@ r"""Network evaluations per sample against the distance of the samples from real
     python benchmarks/steps_vs_fid.py --models train --samplers ddpm,ddim,heun   # DDPM and two NDMs, trained here
     python benchmarks/steps_vs_fid.py --data mnist --samples 5000 --batch 100 --seeds 0,1,2 --steps 5,10,20,50 \
         --samplers unipc@karras+denoise,diffusers:UniPCMultistep+karras
+    python benchmarks/steps_vs_fid.py --data mnist --samples 5000 --batch 100 --seeds 0 --steps 5,10,20,50 \
+        --samplers unipc@karras+denoise --reference-steps 250 --features cnn,efficientnet-lite0
     python benchmarks/steps_vs_fid.py --data my_images/ --size 32 --models my.safetensors --features inception
 
 A *cell* is a model, a sampler, a number of network evaluations and a seed. Its samples are drawn, rounded to integer
