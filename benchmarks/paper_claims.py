@@ -3,6 +3,7 @@ r"""The claims of Neural Diffusion Models, put to the test: does a learned forwa
     python benchmarks/paper_claims.py --preset smoke     # every cell in a minute or less, about an hour
     python benchmarks/paper_claims.py --preset small     # about 8 hours on two CPU cores; stop and continue at will
     python benchmarks/paper_claims.py --preset small --data digits,casp --models diffusion,matched,ndm-x --seeds 0
+    python benchmarks/paper_claims.py --preset small --on validation    # to choose recipes; never sees the test rows
     python benchmarks/paper_claims.py --preset small --ablations --data digits,casp --out runs/ablations
 
 A *cell* is a data set, a model and a seed: a training (``fit``, with checkpoints) and its evaluation on the test set.
@@ -289,7 +290,7 @@ def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> 
     done = folder / "result.json"
     if done.exists():
         return json.loads(done.read_text())
-    train, test = rows.split.train, rows.split.test
+    train, test = rows.split.train, rows.validation if options.on == "validation" else rows.split.test
     model = build(cell.model, recipe, tuple(train.shape[1:]), rows.std, cell.seed)
     trained = ndm_ct.fit(
         model, train, steps=recipe.steps, batch_size=recipe.batch_size, lr=recipe.lr, seed=cell.seed,
@@ -329,7 +330,8 @@ def distances(model: ndm_ct.NDM, rows: Rows, options: argparse.Namespace) -> dic
     """Extrapolated Frechet distances of samples by method and number of steps."""
     assert rows.bins is not None
     net = features.load("cnn", rows.split, options.cache)
-    real = rows.split.test if len(rows.split.test) >= 1000 else rows.split.train
+    enough = len(rows.split.test) >= 1000 and options.on == "test"
+    real = rows.split.test if enough else rows.split.train
     reference = metrics.Reference(features.extract(net, real, options.cache))
     found: dict[str, dict[str, float]] = {}
     for method in ("ddpm", "ddim"):
@@ -440,7 +442,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     add("--ablations", action="store_true", help="the models of ABLATIONS")
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="default: those of the preset")
     add("--samples", type=int, default=1000, help="samples for the Frechet distance of images (1000); 0: none")
-    add("--out", type=Path, help="default: runs/paper_claims/PRESET")
+    add("--on", choices=("test", "validation"), default="test", help="rows to score; recipes are chosen on validation")
+    add("--out", type=Path, help="default: runs/paper_claims/PRESET, or PRESET-validation")
     add("--cache", type=Path, help="classifiers and features; default: cache in the output folder")
     add("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
@@ -455,7 +458,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--models: {error}.")
     preset = PRESETS[options.preset]
     options.rows = preset["rows"]
-    options.out = options.out or Path("runs/paper_claims") / options.preset
+    part = "-validation" if options.on == "validation" else ""
+    options.out = options.out or Path("runs/paper_claims") / f"{options.preset}{part}"
     options.cache = options.cache or options.out / "cache"
     for name in options.data:
         recipe = RECIPES[name]

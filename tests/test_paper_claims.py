@@ -51,6 +51,16 @@ def test_cells_are_computed_once_and_differences_paired(tmp_path, small, monkeyp
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_recipes_can_be_chosen_without_the_test_rows(tmp_path, small, monkeypatch):
+    scored, evaluate = [], ndm_ct.evaluate
+    monkeypatch.setattr(ndm_ct, "evaluate", lambda model, data, **k: scored.append(data) or evaluate(model, data, **k))
+    recipe = paper_claims.RECIPES["moons"]
+    paper_claims.main(options(tmp_path, models="diffusion", seeds="0", on="validation"))
+    assert all(torch.equal(data, paper_claims.rows_of(recipe).validation) for data in scored)
+    paper_claims.main(options(tmp_path / "test", models="diffusion", seeds="0"))
+    assert torch.equal(scored[-1], recipe.load().test)
+
+
 def test_equal_time_is_read_off_the_curve():
     def entry(model, curve):
         return {"data": "moons", "model": model, "seed": 0, "curve": curve}
