@@ -277,15 +277,15 @@ SAMPLERS = (
     (
         "DEIS: weights of a step turned round",
         "samplers/multistep.py",
-        "weights = 0.5 * (s.noise - t.noise) * (lagrange",
-        "weights = 0.5 * (t.noise - s.noise) * (lagrange",
+        "scale = s.alpha * (s.noise - t.noise)\n",
+        "scale = s.alpha * (t.noise - s.noise)\n",
         "samplers::test_deis_integrates_its_polynomial",
     ),
     (
         "DEIS: the mean of the polynomial in t for its integral",
         "samplers/multistep.py",
-        "lagrange(self._coordinates(known), self._points(t, s))",
-        "lagrange([level.t for level, _ in known], _between(t.t, s.t))",
+        "solve_vandermonde([(each - x[0]) / h for each in x], moments[: len(x)])",
+        "solve_vandermonde([(each - x[0]) / h for each in x], [1.0 / (k + 1) for k in range(len(x))])",
         "samplers::test_deis_integrates_its_polynomial",
     ),
     (

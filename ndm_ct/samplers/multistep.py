@@ -43,15 +43,6 @@ __all__ = ["DEIS", "PNDM", "UniPC"]
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
-def lagrange(known: Sequence[float], at: np.ndarray) -> np.ndarray:
-    """Lagrange polynomials of the nodes ``known`` at points ``at``: shape ``(len(known), len(at))``."""
-    nodes = np.asarray(known)
-    gaps = nodes[:, None] - nodes
-    factors = (at - nodes[:, None])[None] / (gaps + np.eye(len(nodes)))[:, :, None]
-    factors[np.diag_indices(len(nodes))] = 1.0
-    return factors.prod(axis=1)
-
-
 def combine(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     """Weighted sum."""
     out = weights[0] * values[0]
@@ -81,11 +72,11 @@ class _Noise(Multistep):
 
     def _epsilon(self, z: Tensor, t: Level, cond: dict[str, Any]) -> Tensor:
         _, D = self.predict(z, t, cond)
-        return (z - t.alpha * D) / t.sigma
+        return combine((1.0 / t.sigma, -t.alpha / t.sigma), (z, D))
 
     def _transfer(self, z: Tensor, epsilon: Tensor, t: Level, s: Level) -> Tensor:
         r""":math:`\phi(z, \epsilon, t, s)`."""
-        return s.alpha / t.alpha * z + s.alpha * (s.noise - t.noise) * epsilon
+        return combine((s.alpha / t.alpha, s.alpha * (s.noise - t.noise)), (z, epsilon))
 
     def _ddim(self, z: Tensor, t: Level, s: Level, cond: dict[str, Any]) -> Tensor:
         _, D = self.predict(z, t, cond)
@@ -104,43 +95,43 @@ class DEIS(_Noise):
     def __init__(self, model: NDM, order: int = 3, variable: str = "t") -> None:
         super().__init__(model, order)
         self.variable = choose("variable", variable, ("t", "log_snr"))
-        self._nodes: dict[tuple[float, float], np.ndarray] = {}
+        self._moments: dict[tuple[float, float], tuple[float, list[float]]] = {}
 
     def prepare(self, grid: Tensor) -> None:
-        """See :class:`Sampler`; finds where the quadrature's nodes lie."""
+        """See :class:`Sampler`; integrates the powers of x."""
         super().prepare(grid)
-        if self.variable == "t":
-            self._place([self.level(t) for t in grid.tolist()])
+        self._integrate([self.level(t) for t in grid.tolist()])
 
-    def _place(self, grid: Sequence[Level]) -> None:
-        r"""Times of the nodes, Gauss-Legendre in :math:`\rho`, for every interval."""
+    def _integrate(self, grid: Sequence[Level]) -> None:
+        r"""A scale h and the means over :math:`\rho` of :math:`((x - x_t)/h)^k`, for every interval, by quadrature."""
         pairs = [(t, s) for t, s in itertools.pairwise(grid) if t.alpha > 0.0]
-        if pairs:
-            noise = np.stack([_between(t.noise, s.noise) for t, s in pairs])
-            device = self.model.schedule.device
-            times = self.model.schedule.time_at(torch.as_tensor(np.arctan(noise), device=device)).cpu().numpy()
-            self._nodes.update(((t.t, s.t), row) for (t, s), row in zip(pairs, times, strict=True))
+        if not pairs:
+            return
+        start, end = (np.array([[level.noise] for level in column]) for column in zip(*pairs, strict=True))
+        x, first = self._variable(0.5 * (start + end) + 0.5 * (end - start) * _NODES), self._variable(start)
+        h = x[:, -1:] - first
+        moments = 0.5 * _WEIGHTS @ ((x - first) / h)[..., None] ** np.arange(self.order)
+        keys = [(t.t, s.t) for t, s in pairs]
+        self._moments.update(zip(keys, zip(h[:, 0].tolist(), moments.tolist(), strict=True), strict=True))
+
+    def _variable(self, noise: np.ndarray) -> np.ndarray:
+        r"""x where :math:`\sigma/\alpha` is ``noise``."""
+        if self.variable == "log_snr":
+            return -np.log(noise)
+        schedule = self.model.schedule
+        return schedule.time_at(torch.as_tensor(np.arctan(noise), device=schedule.device)).cpu().numpy()
 
     def _advance(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         if t.alpha == 0.0:
             return self._ddim(z, t, s, cond)
+        if (t.t, s.t) not in self._moments:
+            self._integrate([t, s])
         known = self._remember(t, self._epsilon(z, t, cond))
-        weights = 0.5 * (s.noise - t.noise) * (lagrange(self._coordinates(known), self._points(t, s)) @ _WEIGHTS)
-        return s.alpha / t.alpha * z + s.alpha * combine(weights.tolist(), [value for _, value in known])
-
-    def _coordinates(self, known: Sequence[tuple[Level, Tensor]]) -> list[float]:
-        return [level.t if self.variable == "t" else level.log_snr for level, _ in known]
-
-    def _points(self, t: Level, s: Level) -> np.ndarray:
-        if self.variable == "log_snr":
-            return -np.log(_between(t.noise, s.noise))
-        if (t.t, s.t) not in self._nodes:
-            self._place([t, s])
-        return self._nodes[t.t, s.t]
-
-
-def _between(start: float, end: float) -> np.ndarray:
-    return 0.5 * (start + end) + 0.5 * (end - start) * _NODES
+        h, moments = self._moments[t.t, s.t]
+        x = [level.t if self.variable == "t" else level.log_snr for level, _ in known]
+        shares = solve_vandermonde([(each - x[0]) / h for each in x], moments[: len(x)])
+        scale = s.alpha * (s.noise - t.noise)
+        return combine([s.alpha / t.alpha, *(scale * share for share in shares)], [z, *(value for _, value in known)])
 
 
 class PNDM(_Noise):
@@ -177,9 +168,10 @@ class PNDM(_Noise):
         known = self._remember(t, first)
         if self.warmup and len(known) < self.order and s.sigma > 0.0:
             return self._transfer(z, self._runge_kutta(z, first, t, s, cond), t, s)
-        nodes = _between(t.t, s.t)
-        weights = 0.5 * (lagrange([level.t for level, _ in known], nodes) @ _WEIGHTS)
-        return self._transfer(z, combine(weights.tolist(), [value for _, value in known]), t, s)
+        # Of the integral over the step of the polynomial through the values known.
+        r = [(level.t - t.t) / (s.t - t.t) for level, _ in known]
+        weights = solve_vandermonde(r, [1.0 / (k + 1) for k in range(len(r))])
+        return self._transfer(z, combine(weights, [value for _, value in known]), t, s)
 
     def _runge_kutta(self, z: Tensor, first: Tensor, t: Level, s: Level, cond: dict[str, Any]) -> Tensor:
         middle = self.level(0.5 * (t.t + s.t))
