@@ -367,9 +367,9 @@ def loss(
     .. math::
         \tfrac12 e^{-\gamma} \gamma' \bigl( \|F - \hat F\|^2 + \|\dot F - \hat{\dot F}\|^2 / \gamma'^2 \bigr) ,
 
-    so that at the optimum both are conditional means, and the probability flow is the true one. With a transform that is
-    being trained the loss then takes a gradient of its own on the way: ``backward`` goes through it, ``torch.func.grad``
-    and second derivatives do not, and weights of rows are exact only for a predictor that does not mix rows.
+    so that at the optimum both are conditional means, and the probability flow is the true one. While a transform is
+    trained, the loss then takes a gradient of its own on the way: ``backward`` goes through it, ``torch.func.grad`` and
+    second derivatives do not, and weights of rows are exact only for a predictor that does not mix rows.
 
     Args:
         model: the model, in the mode the caller chose.
