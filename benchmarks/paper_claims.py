@@ -28,9 +28,10 @@ factor for every coordinate with the volatility that belongs to it, a log-SNR fo
 Reported for each cell: the bound (NELBO, unbiased over times and noise) and the probability flow's negative
 log-likelihood, both on test rows, in bits per dimension for images and nats for vectors, with standard errors over
 rows; parameters; seconds per optimiser step; for images the Frechet distance of samples at several numbers of steps, by
-"ddpm" and by "ddim". Differences from the matched diffusion are paired, seed by seed, with their standard error over
-seeds; at equal training time they are read off the validation curves. Writes ``results.json``, ``results.md`` and
-``curves.png`` into ``--out``.
+"ddpm" and by "ddim"; and the energy distance between samples of the flow and of the reverse SDE, two different models
+where the head is "x" and F nonlinear. Differences from the matched diffusion are paired, seed by seed, with their
+standard error over seeds; at equal training time they are read off the validation curves. Writes ``results.json``,
+``results.md`` and ``curves.png`` into ``--out``.
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
@@ -321,9 +322,19 @@ def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> 
             for row in trained.validation
         ],
         "fd": distances(model, rows, options) if rows.bins is not None and options.samples else {},
+        "sde_ode": asdict(consistency(model, options.samples)) if options.samples else None,
     }  # fmt: skip
     write_atomically(done, json.dumps(entry, indent=1).encode())
     return entry
+
+
+def consistency(model: ndm_ct.NDM, samples: int) -> metrics.Distance:
+    """Energy distance between samples of the probability flow and of the reverse SDE, and its scatter at one law."""
+    flow, noisy = (
+        ndm_ct.sample(model, samples, batch_size=250, generator=torch.Generator().manual_seed(seed), **how).flatten(1)
+        for seed, how in enumerate(({"method": "ode"}, {"method": "sde", "steps": 200}))
+    )
+    return metrics.energy_score(flow, noisy)
 
 
 def distances(model: ndm_ct.NDM, rows: Rows, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -396,6 +407,13 @@ def markdown(entries: list[dict[str, Any]]) -> str:
     timed = paired(at_equal_time(entries), "at_time") if entries else {}
     lines += ["", "Validation bound at equal training time:", "", "| data | model | difference |", "|---|---|---|"]
     lines += [f"| {name} | {model} | {gap:+.4f} ± {error:.4f} |" for (name, model), (gap, error) in timed.items()]
+    drawn = [entry for entry in entries if entry["sde_ode"]]
+    if drawn:
+        lines += ["", "Energy distance between samples of flow and SDE, over its scatter where they have one law:", ""]
+        lines += ["| data | model | seed | distance |", "|---|---|---|---|"]
+        for entry in drawn:
+            ratio = entry["sde_ode"]["value"] / entry["sde_ode"]["stderr"]
+            lines.append(f"| {entry['data']} | {entry['model']} | {entry['seed']} | {ratio:.1f} |")
     with_fd = [entry for entry in entries if entry["fd"]]
     if with_fd:
         head = [f"{method} {steps}" for method in ("ddpm", "ddim") for steps in STEP_COUNTS]
@@ -441,7 +459,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     add("--models", type=names, help=f"of {', '.join(MODELS)}, or variants; several by commas (all of these)")
     add("--ablations", action="store_true", help="the models of ABLATIONS")
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="default: those of the preset")
-    add("--samples", type=int, default=1000, help="samples for the Frechet distance of images (1000); 0: none")
+    add("--samples", type=int, default=1000, help="samples for the distances (1000); 0: none")
     add("--on", choices=("test", "validation"), default="test", help="rows to score; recipes are chosen on validation")
     add("--out", type=Path, help="default: runs/paper_claims/PRESET, or PRESET-validation")
     add("--cache", type=Path, help="classifiers and features; default: cache in the output folder")

@@ -34,6 +34,11 @@ import ndm_ct
 from ndm_ct.checkpoint import write_atomically
 from ndm_ct.presets import PRESETS, Preset
 
+try:
+    from benchmarks.metrics import energy_distance
+except ImportError:  # run as a script
+    from metrics import energy_distance
+
 RESULTS = Path(__file__).parent / "results"
 STEPS_OF_SAMPLER = {"ddpm": 250, "ddim": 50, "sde": 250, "pc": 250, "langevin": 250, "edm": 25, "euler": 50}
 """Steps of the methods that take a grid."""
@@ -94,13 +99,6 @@ def build(name: str) -> Preset:
 def vp_sigma(power: float) -> Callable[[Tensor], Tensor]:
     r""":math:`\sigma(t)` of the variance-preserving SDE (power 0.5) or the sub-VP SDE (1)."""
     return lambda t: (-torch.expm1(-(0.1 * t + 9.95 * t**2))) ** power
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    r""":math:`2 E|X - Y| - E|X - X'| - E|Y - Y'|`, unbiased."""
-    n, m = len(x), len(y)
-    within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
-    return float(2.0 * torch.cdist(x, y).mean() - within)
 
 
 def measure(name: str, steps: int, data: ndm_ct.NDM, rows: int) -> tuple[dict[str, Any], Tensor]:

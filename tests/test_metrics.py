@@ -219,3 +219,23 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "prdc", None)
     with pytest.raises(ImportError, match="pip install prdc"):
         metrics.neighbourhoods(torch.zeros(9, 2), torch.zeros(9, 2))
+
+
+def test_energy_distance_of_two_normals():
+    r"""In one dimension :math:`E|X - Y|` of normals is known; the scatter is that of sets of one law."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(mean, n):
+        return mean + torch.randn(n, 1, dtype=torch.float64, generator=generator)
+
+    def absolute(mean, std):  # E|N(mean, std^2)|
+        z = mean / std
+        return std * math.sqrt(2.0 / math.pi) * math.exp(-0.5 * z**2) + mean * math.erf(z / math.sqrt(2.0))
+
+    expected = 2.0 * absolute(0.7, math.sqrt(2.0)) - 2.0 * absolute(0.0, math.sqrt(2.0))
+    apart = [metrics.energy_distance(draw(0.0, 200), draw(0.7, 150)) for _ in range(100)]
+    assert abs(np.mean(apart) - expected) < 3.0 * np.std(apart) / 10.0
+    same = [metrics.energy_score(draw(0.0, 100), draw(0.0, 80), exchanges=40) for _ in range(300)]
+    values, scatter = [each.value for each in same], np.mean([each.stderr for each in same])
+    assert abs(np.mean(values)) < 4.0 * scatter / math.sqrt(300)
+    assert np.std(values) == pytest.approx(scatter, rel=0.2)
