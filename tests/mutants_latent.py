@@ -48,7 +48,7 @@ LATENT = (
         "objectives.py",
         "fresh = sample == 0 or not model.transform.bijective",
         "fresh = sample == 0",
-        "latent::test_bound_behind_an_encoder",
+        "latent::test_every_sample_of_the_bound_draws_its_own_latents",
     ),
     (
         "prior term of data in place of latents",

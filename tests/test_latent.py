@@ -245,6 +245,18 @@ def test_bound_behind_an_encoder(factor, shift):
     assert abs(float(z.mean())) < 3.0 / math.sqrt(40)
 
 
+def test_every_sample_of_the_bound_draws_its_own_latents():
+    """So the term that depends on them alone scatters less with every sample."""
+    model, truth = factor_analysis(factor=1.4)
+    x = truth.sample((200,))
+
+    def scatter(samples):
+        terms = [ndm_ct.elbo(model, x, samples=samples, generator=seeded(s), return_info=True)[1] for s in (0, 1)]
+        return float((terms[0].reconstruction - terms[1].reconstruction).std())
+
+    assert scatter(16) == pytest.approx(scatter(1) / 4.0, rel=0.25)
+
+
 def test_sampling_and_transport_behind_an_encoder():
     """Samples are the decoder's means; encoding draws latents."""
     model, _ = factor_analysis()
