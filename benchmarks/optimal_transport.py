@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 
 import ndm_ct
-from ndm_ct import schedules, transforms, transport
+from ndm_ct import objectives, schedules, transforms, transport
 from ndm_ct.checkpoint import write_atomically
 from ndm_ct.nn import Preconditioned
 from ndm_ct.schedules import Schedule
@@ -334,19 +334,14 @@ def folder_name(name: str, kind: str, seed: int) -> str:
     return f"{name}-{kind}-{seed}"
 
 
-def run(name: str, kind: str, seed: int, size: Size, strength: float, folder: Path, quiet: bool) -> dict[str, Any]:
-    """Train and measure one cell, or continue."""
-    done = folder / "result.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    load, line = SETS[name]
-    split = load()
+def fitted(name: str, kind: str, seed: int, size: Size, strength: float, folder: Path, quiet: bool) -> ndm_ct.NDM:
+    """The trained model of a cell; what is trained already is only read."""
+    split = SETS[name][0]()
     model = build(kind, split.train.shape[1], seed)
     stages: list[tuple[int, float | None]] = [(size.steps, None)]
     if kind.startswith("transport"):
         early = size.steps // (2 * len(RAMP))
         stages = [(early, strength * share) for share in RAMP] + [(size.steps - early * len(RAMP), strength)]
-    seconds = 0.0
     for k, (steps, penalty) in enumerate(stages):
         trained = ndm_ct.fit(
             model, split.train, steps=steps, batch_size=size.batch_size, lr=3e-3, warmup=min(50, steps), ema=0.99,
@@ -356,24 +351,70 @@ def run(name: str, kind: str, seed: int, size: Size, strength: float, folder: Pa
         )  # fmt: skip
         if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
             raise KeyboardInterrupt
-        seconds += trained.history[-1]["seconds"]
-    model.requires_grad_(False)
+    return model.requires_grad_(False)
+
+
+def run(name: str, kind: str, seed: int, size: Size, strength: float, folder: Path, quiet: bool) -> dict[str, Any]:
+    """Train and measure one cell, or continue."""
+    done = folder / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    load, line = SETS[name]
+    split = load()
+    model = fitted(name, kind, seed, size, strength, folder, quiet)
     x = split.test[: size.rows]
     states = paths(model, x, size.path_steps)
     entry: dict[str, Any] = {
         "data": name, "model": kind, "seed": seed, "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": seconds, "straightness": float(straightness(states)),
+        "straightness": float(straightness(states)),
         "nll": (-ndm_ct.loglik(model, x).double()).tolist(),
         "nelbo": float(-ndm_ct.elbo(model, x, samples=16).mean()),
     }  # fmt: skip
     if line is not None:
         entry["entropy"] = (-line.law.log_prob(x.double())).tolist()
         entry["deviation_rms"], entry["deviation_max"] = deviation(states, line.monotone_map(x))
+    chord = (states[-1] - states[0]).square().sum(1).mean()
+    entry |= {"distance": entry["straightness"] * float(chord), "bounds": weightings(model, x)}
     for steps in (EULER_STEPS, REFERENCE_STEPS):
         entry[f"energy_{steps}"] = energies(model, steps, split.test, size)
     np.save(folder / "paths.npy", states[:: size.path_steps // 20].float().numpy())
     write_atomically(done, json.dumps(entry).encode())
     return entry
+
+
+def weightings(model: ndm_ct.NDM, x: Tensor) -> dict[str, dict[str, float]]:
+    r"""Bounds on :math:`E\int\|\dot z - (z_1 - z_0)\|^2 d\tau`, and how much one time per row makes them scatter.
+
+    The penalty's bound weights the squared acceleration by :math:`\tau(1 - \tau)/2`, the other (Poincare's inequality)
+    by :math:`1/\pi^2`. Each is estimated with times from the density of its own weight, and with times as the ELBO
+    draws them.
+
+    Args:
+        model: the model.
+        x: data, ``(B, d)``.
+
+    Returns:
+        By weight and times: the mean, and the standard deviation over rows in units of the mean.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length, found = 1.0 - model.t_min, {}
+    for times in ("own", "bound"):
+        for weight in ("legendre", "even"):
+            u = objectives.low_discrepancy(len(x), generator, x.device)
+            if times == "bound":
+                t, rarity = objectives.times(model, u)
+            else:
+                t, rarity = model.t_min + length * u, torch.full_like(u, length)
+            tau = (t - model.t_min) / length
+            if times == "own" and weight == "legendre":
+                values = transport.curvature(model, x, generator=generator)
+            else:
+                share = 0.5 * tau * (1.0 - tau) if weight == "legendre" else torch.full_like(tau, math.pi**-2)
+                a = transport.acceleration(model, model.process.sample(x, t, generator=generator), t)
+                values = rarity * length**3 * share * a.double().square().sum(1)
+            mean = float(values.mean())
+            found[f"{weight}, {times}"] = {"mean": mean, "scatter": float(values.std()) / mean}
+    return found
 
 
 def summary(entry: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -404,7 +445,7 @@ def markdown(rows: list[dict[str, Any]], least: dict[str, float], words: str) ->
     lines += ["Least straightness error found in one dimension, over all F, by schedule: "]
     lines += [", ".join(f"{name} {value:.4f}" for name, value in least.items()) + ".", ""]
     head = ["data", "model", "seed", "straightness error", "rectified / this", "deviation, rms", "deviation, max"]
-    head += ["NLL", "NLL - rectified", "NLL - entropy", "NELBO", "energy, 4 steps", "4 steps - rectified's 100", "s"]
+    head += ["NLL", "NLL - rectified", "NLL - entropy", "NELBO", "energy, 4 steps", "4 steps - rectified's 100"]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["data"], row["model"], str(row["seed"]), f"{row['straightness']:.4f}"]
@@ -412,7 +453,21 @@ def markdown(rows: list[dict[str, Any]], least: dict[str, float], words: str) ->
         cells += [f"{row['deviation_max']:.3f}" if "deviation_max" in row else "", f"{row['nll']:.4f}"]
         cells += [_with_error(row, key, 4) for key in ("nll_gap", "excess")]
         cells += [f"{row['nelbo']:.4f}", _with_error(row, "energy_few", 5), _with_error(row, "energy_gap", 5)]
-        cells.append(f"{row['seconds']:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "The squared distance from straight paths beside bounds on it from the acceleration, by weight over",
+        "",
+    ]
+    lines[-2] += " time; in brackets the standard deviation over rows with one time each, relative to the mean:"
+    lines += ["| data | model | seed | distance | τ(1-τ)/2, times of that density | τ(1-τ)/2, the ELBO's times |"]
+    lines[-1] += " 1/π², even times | 1/π², the ELBO's times |"
+    lines.append("|" + "---|" * 8)
+    for row in rows:
+        cells = [row["data"], row["model"], str(row["seed"]), f"{row['distance']:.4f}"]
+        for key in ("legendre, own", "legendre, bound", "even, own", "even, bound"):
+            bound = row["bounds"][key]
+            cells.append(f"{bound['mean']:.4f} ({bound['scatter']:.1f})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -114,3 +114,18 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         optimal_transport.main(["--models", "rectifed"])
     assert "rectifed unknown" in capsys.readouterr().err
+
+
+def test_every_way_of_estimating_the_bounds_agrees():
+    model = normal(1.0, schedules.Rectified(), t_min=0.1)
+    x = model.sample_data(20_000, generator=torch.Generator().manual_seed(0))
+    found = optimal_transport.weightings(model, x)
+    tau = torch.linspace(0.0, 1.0, 4001, dtype=torch.float64)
+    t = 0.1 + 0.9 * tau
+    square = (0.81 / ((1.0 - t) ** 2 + t**2) ** 1.5).square()  # z is proportional to sqrt((1-t)^2 + t^2)
+    for weight, share in (("legendre", 0.5 * tau * (1.0 - tau)), ("even", torch.full_like(tau, math.pi**-2))):
+        exact = float(torch.trapezoid(share * square, tau))
+        for times in ("own", "bound"):
+            value = found[f"{weight}, {times}"]
+            assert abs(value["mean"] - exact) < 5.0 * value["scatter"] * exact / math.sqrt(len(x)), (weight, times)
+            assert value["scatter"] * exact / math.sqrt(len(x)) < 0.03 * exact
