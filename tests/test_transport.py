@@ -120,6 +120,7 @@ def test_gradients_reach_the_transform_and_the_predictor():
     transport.curvature(model, torch.randn(16, 2)).mean().backward()
     for network in (net, predictor):
         for name, parameter in network.named_parameters():
+            assert parameter.grad is not None, name
             assert float(parameter.grad.abs().max()) > 0.0, name
 
 
