@@ -1,8 +1,8 @@
 r"""Dynamic optimal transport: a learned forward process that makes the paths of the probability flow straight.
 
-    python benchmarks/optimal_transport.py                   # about 25 minutes on one CPU core; stop and continue
+    python benchmarks/optimal_transport.py                   # about 20 minutes on one CPU core; stop and continue
     python benchmarks/optimal_transport.py --preset smoke    # about a minute
-    python benchmarks/optimal_transport.py --data mixture --models transport --seeds 0
+    python benchmarks/optimal_transport.py --data mixture --seeds 0,1
 
 A *cell* is a data set, a model and a seed. Cells that are finished are not computed again.
 
@@ -99,7 +99,7 @@ class Size:
 
 PRESETS = {
     "smoke": Size(16, 64, 60, 4, 50, 20, (16, 8), 10, (0,)),
-    "full": Size(3000, 512, 2000, 10, 1000, 100, (64, 24), 100, (0, 1)),
+    "full": Size(3000, 512, 2000, 10, 1000, 100, (64, 24), 100, (0,)),
 }
 
 
@@ -556,7 +556,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 entries.append(run(name, kind, seed, size, options.strength, folder, options.quiet))
                 print(f"{name}, {kind}, seed {seed}: straightness error {entries[-1]['straightness']:.4f}", flush=True)
     least = least_errors(size, work) if "mixture" in options.data else {}
-    words = f"--preset {options.preset} --strength {options.strength:g}"
+    choices = {"preset": options.preset, "data": ",".join(options.data), "models": ",".join(options.models)}
+    choices |= {"seeds": ",".join(map(str, options.seeds or size.seeds)), "strength": f"{options.strength:g}"}
+    words = " ".join(f"--{name} {value}" for name, value in choices.items())
     return write(entries, least, asdict(size), words, work, options.out)
 
 

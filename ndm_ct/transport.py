@@ -118,6 +118,9 @@ class Straight(nn.Module):
     straight. With "x" and a transform nonlinear in x the penalty straightens the flow of the one prediction, which the
     bound says little about (see :mod:`ndm_ct.dynamics`).
 
+    Train in stages of growing strength (``fit`` continues from the weights it is given): where F is still the identity
+    a strong penalty makes the flow stand still before the transform has learned to move.
+
     Args:
         strength: :math:`\lambda`, nats per squared unit of z.
         bound: the objective C is added to, such as a :class:`~ndm_ct.objectives.Bound`; None is
