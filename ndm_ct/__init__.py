@@ -12,6 +12,7 @@ from ndm_ct import (
     schedules,
     solvers,
     transforms,
+    transport,
 )  # fmt: skip
 from ndm_ct._errors import CheckpointError, PredictorError, SolverError
 from ndm_ct.bits import BitsInfo, bits_per_dim
@@ -62,4 +63,5 @@ __all__ = [
     "schedules",
     "solvers",
     "transforms",
+    "transport",
 ]
