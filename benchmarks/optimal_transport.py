@@ -57,8 +57,10 @@ from ndm_ct.volatility import LearnedVolatility
 
 try:
     from benchmarks import data
+    from benchmarks.metrics import energy_distance
 except ImportError:  # run as a script
     import data
+    from metrics import energy_distance
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("diffusion", "rectified", "transport", "transport-x", "late", "curved")
@@ -305,13 +307,6 @@ def deviation(states: Tensor, end: Tensor) -> tuple[float, float]:
     tau = torch.linspace(0.0, 1.0, len(states), dtype=states.dtype)[:, None, None]
     distance = states - (1.0 - tau) * states[0] - tau * end
     return float(distance.square().mean((1, 2)).sqrt().max()), float(distance.abs().max())
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    r""":math:`2 E|X - Y| - E|X - X'| - E|Y - Y'|`, unbiased."""
-    n, m = len(x), len(y)
-    within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
-    return float(2.0 * torch.cdist(x, y).mean() - within)
 
 
 def energies(model: ndm_ct.NDM, steps: int, test: Tensor, size: Size) -> list[float]:

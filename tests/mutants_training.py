@@ -165,8 +165,8 @@ TRAINING = (
     (
         "curvature that cannot train the transform",
         "transport.py",
-        "model.process.sample(x, t, generator=generator, **cond), t, **cond)",
-        "model.process.sample(x, t, generator=generator, **cond).detach(), t, **cond)",
+        "model.process.sample(y, t, generator=generator, **cond), t, **cond)",
+        "model.process.sample(y, t, generator=generator, **cond).detach(), t, **cond)",
         "transport::test_gradients_reach_the_transform_and_the_predictor",
     ),
     (

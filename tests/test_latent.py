@@ -8,7 +8,7 @@ import torch
 from oracles import rotated_covariance
 
 import ndm_ct
-from ndm_ct import nn, objectives, schedules, transforms
+from ndm_ct import nn, objectives, schedules, transforms, transport
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.regression import Regression
 
@@ -106,6 +106,8 @@ def test_bound_behind_a_flow():
         discrete = objectives.elbo_discrete(model, x, steps=50, generator=seeded())
         other = objectives.elbo_discrete(latents, y, steps=50, generator=seeded())
         torch.testing.assert_close(discrete, other + logdet)
+        curved, expected = (transport.curvature(m, v, generator=seeded()) for m, v in ((model, x), (latents, y)))
+        torch.testing.assert_close(curved, expected)
         regression = Regression("eps")
         model.requires_grad_(False)
         found, expected = (regression(m, v, generator=seeded()) for m, v in ((model, x), (latents, y)))
