@@ -304,6 +304,9 @@ def test_latents_that_cannot_be_used():
 
     model, _ = pair(flow=Broken())
     flow, x = model.transform.flow, data()
+    flow.broken = lambda y, logdet: y
+    with pytest.raises(TypeError, match=r"flow\(x\) returned Tensor, expected a pair"):
+        ndm_ct.loglik(model, x)
     flow.broken = lambda y, logdet: (y[:, :1], logdet)
     with pytest.raises(ndm_ct.PredictorError, match=r"latents and log-weights of shapes \(5, 1\) and \(5,\)"):
         ndm_ct.loglik(model, x)

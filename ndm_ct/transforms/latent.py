@@ -39,7 +39,7 @@ class Flow(Identity):
             ``flow.inverse(y, **cond) -> x``; :class:`ndm_ct.nn.FromZuko` makes one of a flow of zuko.
 
     Raises:
-        TypeError: the flow has no ``inverse``.
+        TypeError: the flow has no ``inverse``, or, when asked, returns no pair.
     """
 
     latent = True
@@ -60,7 +60,13 @@ class Flow(Identity):
     def to_latent(
         self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
     ) -> tuple[Tensor, Tensor | None]:
-        return self.flow(x, **named(cond, self._accepted))
+        found = self.flow(x, **named(cond, self._accepted))
+        if not (isinstance(found, tuple) and len(found) == 2):
+            raise TypeError(
+                f"flow(x) returned {type(found).__name__}, expected a pair (y, log|det dy/dx|); wrap a flow of zuko in "
+                "ndm_ct.nn.FromZuko."
+            )
+        return found
 
     def from_latent(self, y: Tensor, **cond: Any) -> Tensor:
         return self.flow.inverse(y, **named(cond, self._accepted))  # type: ignore[operator]
