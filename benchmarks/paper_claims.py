@@ -498,7 +498,7 @@ def write(out: Path) -> list[dict[str, Any]]:
     """Results from all cells that are finished, those of other processes too."""
     files = sorted((out / "cells").glob("*/result.json"))
     entries = [json.loads(file.read_text()) for file in files]
-    order = {name: place for place, name in enumerate([*RECIPES, *dict.fromkeys((*MODELS, *ABLATIONS))])}
+    order = {name: place for place, name in enumerate([*RECIPES, *ABLATIONS])}
     entries.sort(key=lambda e: (order[e["data"]], order.get(e["model"], len(order)), e["model"], e["seed"]))
     write_atomically(
         out / "results.json", (json.dumps({"torch": torch.__version__, "cells": entries}, indent=1) + "\n").encode()

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,19 +91,21 @@ def torchsde_loop(model: ndm_ct.NDM, rows: int, steps: int) -> Callable[[], None
     return run
 
 
-def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Least processor seconds of each, called in turn, after one call each that does not count.
-
-    What other processes do to a run only ever adds to it.
-    """
+def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """Processor seconds of each in every round, called in turn, after one call each that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
+    for turn in range(rounds + 1):
         for name, call in calls.items():
             start = time.process_time()
             call()
-            if repeat:
+            if turn:
                 seconds[name].append(time.process_time() - start)
-    return {name: min(own) for name, own in seconds.items()}
+    return {name: np.array(own) for name, own in seconds.items()}
+
+
+def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Least processor seconds of each; what other processes do to a run only ever adds to it."""
+    return {name: float(own.min()) for name, own in timed(calls, repeats).items()}
 
 
 class _Nothing(torch.nn.Module):

@@ -24,7 +24,6 @@ into ``--out``.
 import argparse
 import copy
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,8 +38,10 @@ from ndm_ct import transforms
 
 try:
     from benchmarks import paper_claims
+    from benchmarks.sampling_cost import timed
 except ImportError:  # run as a script
     import paper_claims
+    from sampling_cost import timed
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"casp": (10,), "digits": (1, 8, 8), "fashion-mnist": (1, 16, 16)}
@@ -61,14 +62,8 @@ DIFFERENCE = 3e-4
 
 def build(name: str, recipe: paper_claims.Recipe, shape: tuple[int, ...]) -> ndm_ct.NDM:
     """An untrained model, one of ``MODELS``."""
-    model = paper_claims.build(name.replace("-neural", ""), recipe, shape, 1.0, 0)
-    if "-neural" not in name:
-        return model
-    net = paper_claims.network(recipe, shape, recipe.transform_width, None)
-    return ndm_ct.NDM(
-        model.predictor, shape, transform=transforms.Neural(net), schedule=model.schedule,
-        volatility=model.process.volatility, prediction=model.prediction,
-    )  # fmt: skip
+    change = "+neural" if "-neural" in name else ""
+    return paper_claims.build(name.replace("-neural", "") + change, recipe, shape, 1.0, 0)
 
 
 def compiled(model: ndm_ct.NDM) -> None:
@@ -86,18 +81,6 @@ def training(model: ndm_ct.NDM, x: Tensor, steps: int, batch: int) -> Callable[[
 def sampling(model: ndm_ct.NDM, rows: int, steps: int) -> Callable[[], Any]:
     """A walk by "ddpm", one evaluation of the predictor per step."""
     return lambda: ndm_ct.sample(model, rows, method="ddpm", steps=steps)
-
-
-def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Processor seconds of each in every round, called in turn, after one call each that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            if turn:
-                seconds[name].append(time.process_time() - start)
-    return {name: np.array(own) for name, own in seconds.items()}
 
 
 def ratio(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:

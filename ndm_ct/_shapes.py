@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "append_axes",
     "as_time",
     "bad_rows",
     "choose",
@@ -53,6 +54,11 @@ def expand(c: Tensor, like: Tensor) -> Tensor:
     if 0 < c.ndim < like.ndim:
         c = c.reshape(c.shape[0], *(1,) * (like.ndim - c.ndim), *c.shape[1:])
     return c.to(dtype=like.dtype, device=like.device)
+
+
+def append_axes(c: Tensor, reference: Tensor) -> Tensor:
+    """Append axes to ``c`` (shape of t) until it broadcasts against a coefficient that may vary over the event."""
+    return c.reshape((*c.shape, *(1,) * (reference.ndim - c.ndim)))
 
 
 def expand_time(t: Tensor, z: Tensor) -> Tensor:

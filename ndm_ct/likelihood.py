@@ -289,9 +289,7 @@ class Options:
         upwards = interval[1] > interval[0]
         with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
             y = model.to_latent(start, generator=generator, **cond)[0] if upwards else start
-            problem = self._problem(model, y, interval, cond, TOLERANCE)
-            with problem.prepared():
-                end = problem.transport().z.to(start.dtype)
+            end = self._problem(model, y, interval, cond, TOLERANCE).transport().z.to(start.dtype)
             return end if upwards else model.transform.from_latent(end, **cond)
 
     def likelihood(

@@ -120,12 +120,7 @@ def diffusion_integrand(model: NDM, x: Tensor, t: Tensor, eps: Tensor, **cond: A
 
 def _integrand_along(model: NDM, path: Path, t: Tensor, eps: Tensor, cond: dict[str, Any]) -> Tensor:
     F, dF = path.with_derivative(t)
-    return _integrand(model, F, dF, *_predicted(model, _state(model, F, t, eps), t, cond), t)
-
-
-def _state(model: NDM, F: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    c = model.schedule(t)
-    return expand(c.alpha, F) * F + expand(c.sigma, F) * eps
+    return _integrand(model, F, dF, *_predicted(model, model.process.state(F, t, eps), t, cond), t)
 
 
 def _predicted(model: NDM, z: Tensor, t: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -296,9 +291,8 @@ def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, **co
 
 def _transition_kl(model: NDM, path: Path, s: Tensor, t: Tensor, eps: Tensor, cond: dict[str, Any]) -> Tensor:
     process, transform = model.process, model.transform
-    c = model.schedule(t)
     F_t, F_s = path(t), path(s)
-    z = expand(c.alpha, eps) * F_t + expand(c.sigma, eps) * eps
+    z = process.state(F_t, t, eps)
     mean, std = process.posterior(z, F_s, F_t, s, t)
     F_hat_t, F_hat_s = model.frozen(z, t, s, **cond)
     model_mean, _ = process.posterior(z, F_hat_s, F_hat_t, s, t)
@@ -392,7 +386,7 @@ def loss(
     regress = model.prediction == "moments" and not isinstance(model.transform, Identity)
     split = regress and F.requires_grad  # one evaluation, but two gradients in its state
     held = (F.detach(), dF.detach()) if split else (F, dF)
-    z = _state(model, held[0], t, eps)
+    z = model.process.state(held[0], t, eps)
     if split:
         z.requires_grad_()
     F_hat, dF_hat = _predicted(model, z, t, cond)

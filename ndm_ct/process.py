@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._shapes import expand, of_time
+from ndm_ct._shapes import append_axes, expand, of_time
 from ndm_ct.schedules import Coefficients, Schedule
 from ndm_ct.transforms import Transform
 
@@ -139,7 +139,12 @@ class ForwardProcess(nn.Module):
         """
         if eps is None:
             eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return self.mean(x, t, **cond) + expand(self.schedule(t).sigma, x) * eps
+        return self.state(self.transform(x, t, **cond), t, eps)
+
+    def state(self, F: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        r""":math:`\alpha_t F + \sigma_t \epsilon` for a known F, shape ``(B, *E)``."""
+        c = self.schedule(t)
+        return expand(c.alpha, F) * F + expand(c.sigma, F) * eps
 
     def velocity(self, z: Tensor, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         r""":math:`v(z, x, t)`: the time derivative of z at fixed x and :math:`\epsilon`."""
@@ -159,12 +164,12 @@ class ForwardProcess(nn.Module):
     def half_rate(self, t: Tensor) -> Tensor:
         r""":math:`\tfrac12 g^2/\sigma^2 = \tfrac12 \eta \gamma'`, float64."""
         eta = self.eta(t)
-        return 0.5 * eta * _like(self.schedule(t).dgamma, eta)
+        return 0.5 * eta * append_axes(self.schedule(t).dgamma, eta)
 
     def diffusion(self, t: Tensor) -> Tensor:
         r""":math:`g(t) = \sigma \sqrt{\eta \gamma'}`, float64; infinite where alpha = 0."""
         eta, c = self.eta(t), self.schedule(t)
-        return _like(c.sigma * c.dgamma.sqrt(), eta) * eta.sqrt()
+        return append_axes(c.sigma * c.dgamma.sqrt(), eta) * eta.sqrt()
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""The frozen-x step from t to s < t.
@@ -173,8 +178,8 @@ class ForwardProcess(nn.Module):
             :math:`\kappa` and :math:`\tilde\sigma`, float64, with the shape of :math:`\eta(t)`.
         """
         exponent = self._integrated_volatility(s, t)
-        at_s = _like(self.schedule(s).sigma, exponent)
-        at_t = _like(self.schedule(t).sigma, exponent)
+        at_s = append_axes(self.schedule(s).sigma, exponent)
+        at_t = append_axes(self.schedule(t).sigma, exponent)
         return at_s / at_t * torch.exp(-0.5 * exponent), at_s * torch.sqrt(-torch.expm1(-exponent))
 
     def posterior(self, z: Tensor, F_s: Tensor, F_t: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,9 +213,9 @@ class ForwardProcess(nn.Module):
         for node, weight in zip(_NODES, _WEIGHTS, strict=True):
             gamma = start + half * (1.0 + node)
             eta = self.eta(self.schedule.time_at(torch.atan(torch.exp(0.5 * gamma))))
-            total = total + weight * _like(half, eta) * eta
+            total = total + weight * append_axes(half, eta) * eta
         assert isinstance(total, Tensor)
-        return torch.where(_like(end, total).isinf(), math.inf, total)
+        return torch.where(append_axes(end, total).isinf(), math.inf, total)
 
 
 class _Scaled(nn.Module):
@@ -222,8 +227,3 @@ class _Scaled(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return self.scale * of_time(self.volatility, t)
-
-
-def _like(c: Tensor, reference: Tensor) -> Tensor:
-    """Append axes to ``c`` (shape of t) until it broadcasts against a coefficient that may vary over the event."""
-    return c.reshape((*c.shape, *(1,) * (reference.ndim - c.ndim)))

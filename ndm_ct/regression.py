@@ -103,7 +103,7 @@ class Regression:
         r""":math:`w(t)\|y - \hat y\|^2` at times t, float64 ``(B,)``, and noise ``(B, *E)``; x may be latents."""
         c = model.schedule(t)
         F, dF = model.transform.with_derivative(x, t, **cond)
-        F_hat, dF_hat = model.moments(expand(c.alpha, x) * F + expand(c.sigma, x) * eps, t, **cond)
+        F_hat, dF_hat = model.moments(model.process.state(F, t, eps), t, **cond)
         error = self._error(c, F - F_hat, dF - dF_hat)
         validate_prediction(error, t)
         square = sum_event(error**2)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._config import Configurable
-from ndm_ct._shapes import validate_count
+from ndm_ct._shapes import append_axes, validate_count
 from ndm_ct.schedules import Schedule
 from ndm_ct.transforms import Transform
 
@@ -92,5 +92,4 @@ class Matched(nn.Module, Configurable):
             raise RuntimeError("this Matched volatility has no model yet; pass it as the volatility of an NDM.")
         transform, schedule = bound
         rate = transform.log_rate(t)
-        slope = schedule(t).inverse_dgamma
-        return (1.0 - 2.0 * rate * slope.reshape(*slope.shape, *(1,) * (rate.ndim - slope.ndim))).abs()
+        return (1.0 - 2.0 * rate * append_axes(schedule(t).inverse_dgamma, rate)).abs()

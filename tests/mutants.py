@@ -125,7 +125,7 @@ MUTANTS = (
     ),
     Mutant(
         "g^2 instead of g^2/2 in the drift", "process.py",
-        "return 0.5 * eta * _like(", "return eta * _like(",
+        "return 0.5 * eta * append_axes(", "return eta * append_axes(",
         "process::test_reverse_drift_is_velocity_minus_half_g_squared_score",
     ),
     Mutant(

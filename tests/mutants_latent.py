@@ -123,8 +123,8 @@ LATENT = (
     (
         "half the slope of the best volatility",
         "volatility.py",
-        "(1.0 - 2.0 * rate * slope",
-        "(1.0 - rate * slope",
+        "(1.0 - 2.0 * rate * append_axes",
+        "(1.0 - rate * append_axes",
         "volatility::test_the_matched_volatility_is_the_best_one",
     ),
     (
