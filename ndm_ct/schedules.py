@@ -385,7 +385,7 @@ class LearnedLogSNR(Schedule):
             raise ValueError(f"features must be at least 1, got {features}.")
         self.gamma_min, self.gamma_max, self.features, self.learn_ends = gamma_min, gamma_max, features, learn_ends
         if learn_ends:
-            self.first = nn.Parameter(torch.tensor(gamma_min))
+            self.first = nn.Parameter(torch.tensor(float(gamma_min)))
             self.log_range = nn.Parameter(torch.tensor(math.log(gamma_max - gamma_min)))
         self.slope = nn.Parameter(torch.tensor(1.0))
         self.weight = nn.Parameter(torch.full((features,), math.log(0.1 / features)))

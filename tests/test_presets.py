@@ -208,7 +208,7 @@ def test_vdm_is_the_published_bound():
 def test_vdm_learns_the_ends_of_its_schedule():
     """The slope of the bound in both, against a difference with the same random numbers; and ends that move it."""
     x, reached = data(), {}
-    for gamma_min, gamma_max in ((-8.0, 4.0), (-3.0, 1.0)):
+    for gamma_min, gamma_max in ((-8, 4), (-3.0, 1.0)):
         model, _, _ = presets.vdm(Net(), (2,), gamma_min=gamma_min, gamma_max=gamma_max, learn_ends=True)
         model.double()
         ends = (model.schedule.first, model.schedule.log_range)
