@@ -165,7 +165,7 @@ def plot(samples: dict[str, Tensor], path: Path) -> None:
 
     columns = 5
     figure = Figure(figsize=(2.4 * columns, 2.5 * math.ceil(len(samples) / columns)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(samples) / columns), columns, squeeze=False).flat
+    axes = figure.subplots(math.ceil(len(samples) / columns), columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
     for axis, (name, x) in zip(axes, samples.items(), strict=False):
