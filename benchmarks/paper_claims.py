@@ -17,9 +17,10 @@ ndm-x            :math:`F = x + \sum_k b_k(t) f_k(x)` with a network f, head "x"
 ndm-moments      the same F, head "moments"
 ndm-x-eta        as ndm-x with a learned volatility
 ndm-moments-eta  as ndm-moments with a learned volatility
+ndm-flow         vectors only: :math:`F(x, t) = h(x)`, h an invertible spline flow of zuko (INDM), head "x"
 ===============  ======================================================================================================
 
-``--ablations`` changes one thing at a time in place of the models above, here and in ``--models`` written behind a +:
+``--ablations`` changes one thing at a time in the models above, here and in ``--models`` written behind a +:
 ``diffusion+cosine`` another schedule (``cosine``, ``vp``, ``rectified``, from the log-SNR at which the first begins, or
 ``learned``), ``ndm-x+neural`` the transform :math:`x + t\,f(x, t)`, ``ndm-x+F64`` its network's width, and
 ``ndm-x+history``, ``ndm-x+buckets`` the density of times (:mod:`ndm_ct.timesampling`), ``ndm-x+scaling`` one learned
@@ -52,7 +53,7 @@ from torch import Tensor, nn
 import ndm_ct
 from ndm_ct import schedules, transforms
 from ndm_ct.checkpoint import write_atomically
-from ndm_ct.nn import MLP, Preconditioned, UNet
+from ndm_ct.nn import MLP, FromZuko, Preconditioned, UNet
 from ndm_ct.objectives import Bound
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.timesampling import LearnedBuckets, LossHistory
@@ -67,18 +68,17 @@ except ImportError:  # run as a script
     import metrics
     from steps_vs_fid import levels_of
 
-MODELS = ("diffusion", "matched", "ndm-x", "ndm-moments", "ndm-x-eta", "ndm-moments-eta")
+MODELS = ("diffusion", "matched", "ndm-x", "ndm-moments", "ndm-x-eta", "ndm-moments-eta", "ndm-flow")
 SCHEDULES = {"cosine": schedules.Cosine, "vp": schedules.VariancePreserving, "rectified": schedules.Rectified}
 TIMES = {"history": LossHistory, "buckets": LearnedBuckets}
 
 ABLATIONS = (
-    *MODELS,
     *(f"{base}+{name}" for name in (*SCHEDULES, "learned") for base in ("diffusion", "ndm-x", "ndm-x+neural")),
     "ndm-x+neural", "ndm-moments+neural", "ndm-x-eta+neural", "ndm-x+scaling",
     *(f"{base}+{name}" for name in TIMES for base in ("diffusion", "ndm-x")),
     *(f"ndm-x+F{width}" for width in (4, 16, 32, 128)),
 )  # fmt: skip
-"""What ``--ablations`` compares."""
+"""What ``--ablations`` adds to the models."""
 
 TERMS = 2
 """Terms of the separable transform."""
@@ -96,6 +96,7 @@ class Recipe:
         width: of the NDMs' predictor, and of the diffusion of the same predictor.
         transform_width: of the network in F.
         levels: resolutions of a U-Net; 0: a perceptron.
+        flow: transforms of the spline flow and width of their perceptrons; None: no model with a flow.
         steps: optimiser steps.
         batch_size: rows per step.
         lr: peak learning rate.
@@ -108,6 +109,7 @@ class Recipe:
     width: int
     transform_width: int
     levels: int
+    flow: tuple[int, int] | None
     steps: int
     batch_size: int
     lr: float = 2e-3
@@ -115,17 +117,24 @@ class Recipe:
     test_rows: int = 2000
     samples: int = 256
 
+    @property
+    def models(self) -> list[str]:
+        """Those of ``MODELS`` that fit the data."""
+        return [name for name in MODELS if self.flow is not None or name != "ndm-flow"]
+
 
 RECIPES = {
-    "digits": Recipe(data.digits, 16, 8, 2, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32),
-    "mnist": Recipe(lambda: data.images("mnist", 14), 16, 8, 2, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4),
-    "fashion-mnist": Recipe(
-        lambda: data.images("fashion-mnist", 16), 16, 8, 2, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4
+    "digits": Recipe(data.digits, 16, 8, 2, None, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32),
+    "mnist": Recipe(
+        lambda: data.images("mnist", 14), 16, 8, 2, None, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4
     ),
-    "casp": Recipe(data.casp, 96, 64, 0, 8000, 256),
-    "magic": Recipe(data.magic, 96, 64, 0, 8000, 256),
-    "moons": Recipe(data.moons, 48, 32, 0, 4000, 256),
-    "checkers": Recipe(data.checkers, 48, 32, 0, 4000, 256),
+    "fashion-mnist": Recipe(
+        lambda: data.images("fashion-mnist", 16), 16, 8, 2, None, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4
+    ),
+    "casp": Recipe(data.casp, 96, 64, 0, (2, 48), 2000, 1024),
+    "magic": Recipe(data.magic, 96, 64, 0, (2, 48), 2000, 1024),
+    "moons": Recipe(data.moons, 48, 32, 0, (2, 32), 1500, 1024),
+    "checkers": Recipe(data.checkers, 48, 32, 0, (2, 32), 1500, 1024),
 }
 
 PRESETS = {
@@ -166,15 +175,15 @@ class Variant:
                 found["schedule"] = change
             elif change in TIMES:
                 found["times"] = change
-            elif change in ("neural", "scaling") and base.startswith("ndm"):
+            elif change in ("neural", "scaling") and base.startswith("ndm") and base != "ndm-flow":
                 found["transform"] = change
-            elif change.startswith("F") and change[1:].isdecimal() and base.startswith("ndm"):
+            elif change.startswith("F") and change[1:].isdecimal() and base.startswith("ndm") and base != "ndm-flow":
                 found["transform_width"] = int(change[1:])
             else:
                 raise ValueError(f"{name}: {change!r} changes nothing in {base!r}")
         if base not in MODELS:
             raise ValueError(f"{name}: {base!r} is none of {', '.join(MODELS)}")
-        return Variant(base, **found)
+        return Variant(base, **({"transform": "flow"} if base == "ndm-flow" else {}) | found)
 
     @property
     def objective(self) -> Bound | None:
@@ -220,12 +229,28 @@ def volatility_of(variant: Variant) -> nn.Module | float:
 def transform_of(variant: Variant, recipe: Recipe, shape: tuple[int, ...]) -> transforms.Transform:
     """The learned F of a variant."""
     width = variant.transform_width or recipe.transform_width
+    if variant.transform == "flow":
+        return spline_flow(recipe, shape)
     if variant.transform == "scaling":
         return transforms.LearnedScaling(shape)
     if variant.transform == "neural":
         return transforms.Neural(network(recipe, shape, width, None))
     net = network(recipe, shape, width, TERMS, time=False)
     return transforms.Separable(net, transforms.PolynomialBasis(TERMS))
+
+
+def spline_flow(recipe: Recipe, shape: tuple[int, ...]) -> transforms.Flow:
+    """Autoregressive rational-quadratic splines.
+
+    Raises:
+        ValueError: the recipe has none.
+    """
+    import zuko
+
+    if recipe.flow is None:
+        raise ValueError("ndm-flow is for vectors; the recipe of images has no flow.")
+    count, width = recipe.flow
+    return transforms.Flow(FromZuko(zuko.flows.NSF(*shape, transforms=count, hidden_features=(width, width))))
 
 
 def parameters(module: nn.Module) -> int:
@@ -235,7 +260,7 @@ def parameters(module: nn.Module) -> int:
 
 def matched_width(recipe: Recipe, shape: tuple[int, ...]) -> int:
     """The least width at which a plain diffusion has as many parameters as the largest NDM."""
-    needed = max(parameters(build(name, recipe, shape, 1.0, 0)) for name in MODELS if name.startswith("ndm"))
+    needed = max(parameters(build(name, recipe, shape, 1.0, 0)) for name in recipe.models if name.startswith("ndm"))
     width = recipe.width
     while parameters(network(recipe, shape, width, None)) < needed:
         width += 1
@@ -457,7 +482,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     add("--preset", choices=PRESETS, default="smoke")
     add("--data", type=names, default=list(RECIPES), help=f"of {', '.join(RECIPES)}; several by commas")
     add("--models", type=names, help=f"of {', '.join(MODELS)}, or variants; several by commas (all of these)")
-    add("--ablations", action="store_true", help="the models of ABLATIONS")
+    add("--ablations", action="store_true", help="the models of ABLATIONS too")
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="default: those of the preset")
     add("--samples", type=int, default=1000, help="samples for the distances (1000); 0: none")
     add("--on", choices=("test", "validation"), default="test", help="rows to score; recipes are chosen on validation")
@@ -468,9 +493,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     unknown = [name for name in options.data if name not in RECIPES]
     if unknown:
         parser.error(f"--data: {', '.join(unknown)} unknown; there are {', '.join(RECIPES)}.")
-    options.models = options.models or list(ABLATIONS if options.ablations else MODELS)
     try:
-        for name in options.models:
+        for name in options.models or []:
             Variant.parse(name)
     except ValueError as error:
         parser.error(f"--models: {error}.")
@@ -484,7 +508,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         recipe = replace(recipe, steps=max(1, int(recipe.steps * preset["steps"])))
         rows = rows_of(recipe)
         for seed in options.seeds or preset["seeds"]:
-            for model in options.models:
+            for model in options.models or [*recipe.models, *(ABLATIONS if options.ablations else ())]:
                 entry = run(Cell(name, model, seed), recipe, rows, options)
                 print(
                     f"{name}, {model}, seed {seed}: NELBO {entry['nelbo'][0]:.4f}, NLL {entry['nll'][0]:.4f}",
@@ -498,7 +522,7 @@ def write(out: Path) -> list[dict[str, Any]]:
     """Results from all cells that are finished, those of other processes too."""
     files = sorted((out / "cells").glob("*/result.json"))
     entries = [json.loads(file.read_text()) for file in files]
-    order = {name: place for place, name in enumerate([*RECIPES, *ABLATIONS])}
+    order = {name: place for place, name in enumerate([*RECIPES, *MODELS, *ABLATIONS])}
     entries.sort(key=lambda e: (order[e["data"]], order.get(e["model"], len(order)), e["model"], e["seed"]))
     write_atomically(
         out / "results.json", (json.dumps({"torch": torch.__version__, "cells": entries}, indent=1) + "\n").encode()

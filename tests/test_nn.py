@@ -461,3 +461,12 @@ def test_configurations_from_before_there_were_classes(net):
 
 def test_default_unet_is_small():
     assert 150_000 < sum(p.numel() for p in UNet(1).parameters()) < 250_000
+
+
+def test_initial_weights_of_a_perceptron_resolve_its_input():
+    """Standard deviations 2/sqrt(n) in the first layer and He's sqrt(2/n) in the hidden ones."""
+    torch.manual_seed(0)
+    net = MLP(50, width=200, depth=1)
+    assert float(net.input.weight.detach().std()) == pytest.approx(2.0 / math.sqrt(50.0), rel=0.03)
+    assert float(net.input.bias.detach().std()) == pytest.approx(2.0 / math.sqrt(50.0), rel=0.15)
+    assert float(net.blocks[0].first.weight.detach().std()) == pytest.approx(math.sqrt(2.0 / 200.0), rel=0.03)

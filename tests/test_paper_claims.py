@@ -16,7 +16,7 @@ paper_claims = pytest.importorskip("benchmarks.paper_claims")
 def small(monkeypatch):
     recipe = replace(
         paper_claims.RECIPES["moons"], load=lambda: paper_claims.data.moons(400), width=8, transform_width=8, steps=400,
-        batch_size=32,
+        batch_size=32, flow=None,
     )  # fmt: skip
     monkeypatch.setattr(paper_claims, "RECIPES", {"moons": recipe})
     monkeypatch.setitem(paper_claims.PRESETS, "smoke", {"steps": 0.05, "rows": 16, "seeds": [0]})
@@ -78,10 +78,11 @@ def test_equal_time_is_read_off_the_curve():
 def test_models_have_the_sizes_they_claim(name):
     """The matched diffusion has at least as many parameters as every NDM, and not many more."""
     recipe = paper_claims.RECIPES[name]
+    if recipe.flow is not None:
+        pytest.importorskip("zuko")
     shape = (1, 8, 8) if recipe.levels else (10,)
     sizes = {
-        model: paper_claims.parameters(paper_claims.build(model, recipe, shape, 1.0, 0))
-        for model in paper_claims.MODELS
+        model: paper_claims.parameters(paper_claims.build(model, recipe, shape, 1.0, 0)) for model in recipe.models
     }
     largest = max(size for model, size in sizes.items() if model.startswith("ndm"))
     assert largest <= sizes["matched"] < 1.15 * largest
@@ -93,6 +94,7 @@ def test_unknown_names_are_refused(tmp_path, small, capsys):
         ("ndm-y", "--models: ndm-y: 'ndm-y' is none of diffusion, matched"),
         ("ndm-x+wide", "--models: ndm-x+wide: 'wide' changes nothing in 'ndm-x'"),
         ("matched+neural", "'neural' changes nothing in 'matched'"),
+        ("ndm-flow+F8", "'F8' changes nothing in 'ndm-flow'"),
     ):
         with pytest.raises(SystemExit):
             paper_claims.main(options(tmp_path, models=models))
@@ -104,7 +106,7 @@ def test_unknown_names_are_refused(tmp_path, small, capsys):
 
 def test_ablations_change_what_they_name():
     """One part of the model each; all begin at the same noise."""
-    recipe = paper_claims.RECIPES["casp"]
+    recipe = replace(paper_claims.RECIPES["casp"], flow=None)
 
     def built(name):
         return paper_claims.build(name, recipe, (10,), 1.0, 0)
@@ -127,6 +129,24 @@ def test_ablations_change_what_they_name():
     )
     assert type(paper_claims.Variant.parse("diffusion+history").objective.sampler).__name__ == "LossHistory"
     assert paper_claims.Variant.parse("diffusion").objective is None
-    assert set(paper_claims.MODELS) < set(paper_claims.ABLATIONS)
-    for name in paper_claims.ABLATIONS:
+    for name in (*recipe.models, *paper_claims.ABLATIONS):
         built(name)
+
+
+def test_the_model_with_a_flow_is_for_vectors(tmp_path, small, monkeypatch):
+    assert "ndm-flow" not in paper_claims.RECIPES["moons"].models
+    with pytest.raises(ValueError, match="ndm-flow is for vectors"):
+        paper_claims.build("ndm-flow", paper_claims.RECIPES["moons"], (2,), 1.0, 0)
+    pytest.importorskip("zuko")
+    recipe = replace(paper_claims.RECIPES["moons"], flow=(1, 8))
+    monkeypatch.setattr(paper_claims, "RECIPES", {"moons": recipe})
+    assert "ndm-flow" in recipe.models
+    paper_claims.main(options(tmp_path, models="ndm-flow", seeds="0"))
+    (path,) = (tmp_path / "cells").glob("*/model.safetensors")
+    model = ndm_ct.load(path, transform=paper_claims.build("ndm-flow", recipe, (2,), 1.0, 1).transform)
+    x = torch.randn(3, 2)
+    y, logdet = model.transform.to_latent(x)
+    torch.testing.assert_close(model.transform.from_latent(y), x, atol=1e-4, rtol=0.0)
+    assert not torch.allclose(y, x)
+    jacobian = torch.func.vmap(torch.func.jacfwd(lambda v: model.transform.to_latent(v[None])[0][0]))(x)
+    torch.testing.assert_close(logdet, jacobian.slogdet().logabsdet, atol=1e-4, rtol=1e-4)
