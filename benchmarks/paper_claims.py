@@ -114,8 +114,8 @@ class Recipe:
     batch_size: int
     lr: float = 2e-3
     gamma: tuple[float, float] = (-9.0, 5.0)
-    test_rows: int = 2000
-    samples: int = 256
+    test_rows: int = 1000
+    samples: int = 64
 
     @property
     def models(self) -> list[str]:
