@@ -1,6 +1,7 @@
 """Continuous-time generative models with a learnable forward process: likelihoods with error bars, and samplers."""
 
 from ndm_ct import (
+    adapters,
     discrete,
     divergence,
     nn,
@@ -39,6 +40,7 @@ __all__ = [
     "PredictorError",
     "SampleInfo",
     "SolverError",
+    "adapters",
     "bits_per_dim",
     "compare",
     "decode",

@@ -18,6 +18,7 @@ estimates the velocity :math:`u = \alpha' x + \sigma' \epsilon` or the score
     \hat x = \frac{\sigma' z - \sigma \hat u}{\alpha \sigma' - \sigma \alpha'}, \qquad
     \hat x = \frac{z + \sigma^2 \hat s}{\alpha} .
 
+:class:`FromDenoiser` takes one that knows the noise on unscaled data, :math:`\hat x = D(z/\alpha; \sigma/\alpha)`.
 :class:`Mixed` predicts the noise, as :math:`(1 - a)\,\sigma z + a\,\mathrm{net}(z, t)`.
 
 References:
@@ -30,7 +31,7 @@ References:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from ndm_ct._config import Configurable, Unconfigurable, to_config
 from ndm_ct._shapes import choose, expand, keyword_names
 
-__all__ = ["FromScore", "FromVelocity", "Mixed", "Preconditioned", "null_of"]
+__all__ = ["FromDenoiser", "FromScore", "FromVelocity", "Mixed", "Preconditioned", "null_of"]
 
 HEADS = ("x", "moments")
 
@@ -51,7 +52,7 @@ class _Scheduled(nn.Module, Configurable):
         net: ``net(z, t, **cond)``.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: Callable[..., Any]) -> None:
         super().__init__()
         self.net = net
         self._names, self._anything = keyword_names(net, 2)
@@ -162,27 +163,44 @@ class FromVelocity(_Scheduled):
         return expand(c.dsigma / c.wronskian, z) * z - expand(c.sigma / c.wronskian, z) * u
 
 
-class FromScore(_Scheduled):
-    r"""A network that estimates the score :math:`\nabla_z \log p_t(z)`.
-
-    Args:
-        net: ``net(z, t, **cond)``, returning s, ``(B, *E)``.
-    """
+class _WhereAlphaIsPositive(_Scheduled):
+    """A predictor that divides by alpha."""
 
     def bind_schedule(self, schedule: nn.Module) -> None:
         """See :class:`Preconditioned`.
 
         Raises:
-            ValueError: also if alpha(1) = 0, where no score says anything about x.
+            ValueError: also if alpha(1) = 0, where the network says nothing about x.
         """
         with torch.no_grad():
             end = schedule(torch.ones((), dtype=torch.float64, device=getattr(schedule, "device", None)))
         if float(end.alpha) == 0.0:
             raise ValueError(
-                f"FromScore finds x from a score where alpha > 0, but {type(schedule).__name__} has alpha(1) = 0; use "
+                f"{type(self).__name__} finds x where alpha > 0, but {type(schedule).__name__} has alpha(1) = 0; use "
                 "FromVelocity or Preconditioned, or a schedule that ends before."
             )
         super().bind_schedule(schedule)
+
+
+class FromDenoiser(_WhereAlphaIsPositive):
+    r"""A network that estimates x from :math:`x + \sigma\epsilon`, given the noise: :math:`D(z; \sigma)`.
+
+    Args:
+        net: ``net(z, sigma, **cond)``, returning :math:`\hat x`, ``(B, *E)``.
+    """
+
+    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)``; alpha must not be zero there."""
+        c = self._at(t)
+        return self.net(z / expand(c.alpha, z), (c.sigma / c.alpha).to(z.dtype), **cond)
+
+
+class FromScore(_WhereAlphaIsPositive):
+    r"""A network that estimates the score :math:`\nabla_z \log p_t(z)`.
+
+    Args:
+        net: ``net(z, t, **cond)``, returning s, ``(B, *E)``.
+    """
 
     def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)``; alpha must not be zero there."""

@@ -1,0 +1,207 @@
+r"""Networks of the usual conventions.
+
+With :math:`z = \alpha x + \sigma \epsilon` every one of them says what :math:`\hat x` is,
+
+.. math::
+    \hat x = D\Bigl(\frac{z}{\alpha}; \frac{\sigma}{\alpha}\Bigr), \qquad
+    \hat x = \frac{z - \sigma\hat\epsilon}{\alpha}, \qquad
+    \hat x = \frac{\alpha z - \sigma\hat v}{\alpha^2 + \sigma^2}, \qquad
+    \hat x = \frac{\sigma' z - \sigma \hat u}{\alpha\sigma' - \sigma\alpha'}, \qquad
+    \hat x = \frac{z + \sigma^2 \hat s}{\alpha},
+
+and with it the whole model. What differs is the clock: a network trained in discrete time knows the index k of a table
+:math:`\bar\alpha_k = \alpha_k^2`, which lies at :math:`t = k/(K - 1)` and is interpolated in its log-SNR between
+(:class:`~ndm_ct.schedules.Tabulated`); flow matching runs from noise at 0 to data at 1, :math:`\tau = 1 - t`, and its
+velocity :math:`dz/d\tau` is the negative of ours.
+
+References:
+    Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, https://arxiv.org/abs/2206.00364
+    Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, https://arxiv.org/abs/2006.11239
+    Lipman et al., Flow Matching for Generative Modeling, https://arxiv.org/abs/2210.02747
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ndm_ct._config import Configurable
+from ndm_ct._shapes import keyword_names, validate_count
+from ndm_ct.model import NDM
+from ndm_ct.nn import FromDenoiser, FromScore, FromVelocity
+from ndm_ct.schedules import Rectified, Schedule, Tabulated, VarianceExploding
+
+__all__ = ["FlowTime", "OnTable", "from_denoiser", "from_eps", "from_score", "from_v", "from_velocity"]
+
+
+class OnTable(nn.Module, Configurable):
+    r"""A network that takes the index k of a table in place of t: :math:`\mathrm{net}(z, (K - 1)\,t)`.
+
+    Args:
+        net: ``net(z, k, **cond)``, k of shape ``(B,)``.
+        entries: K.
+        nearest: give it the nearest index, an integer; a network of sinusoidal features needs no such thing, one with a
+            learned vector for every index does, and is then constant in between.
+    """
+
+    def __init__(self, net: Callable[..., Any], entries: int, nearest: bool = False) -> None:
+        super().__init__()
+        self.net, self.entries, self.nearest = net, validate_count("entries", entries), nearest
+        self._accepted = keyword_names(net, 2)
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        """Conditioning keywords the network accepts, and whether it accepts any."""
+        return self._accepted
+
+    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        """The network's output at state z ``(B, *E)`` and time t ``(B,)``."""
+        k = (self.entries - 1) * t
+        return self.net(z, k.round().long() if self.nearest else k, **cond)
+
+
+class FlowTime(nn.Module, Configurable):
+    r"""The velocity dz/dt of a network with a clock of its own: :math:`\pm\mathrm{net}(z, s\tau)`.
+
+    Args:
+        net: the network.
+        data_at: its time at data, 1 (then :math:`\tau = 1 - t`, and the sign is minus) or 0 (:math:`\tau = t`).
+        time_scale: s.
+        time_first: call ``net(tau, z)``.
+    """
+
+    def __init__(
+        self, net: Callable[..., Any], data_at: int = 1, time_scale: float = 1.0, time_first: bool = False
+    ) -> None:
+        super().__init__()
+        if data_at not in (0, 1):
+            raise ValueError(f"data_at must be 0 or 1, the network's time at data, got {data_at!r}.")
+        self.net, self.data_at = net, data_at
+        self.time_scale, self.time_first = time_scale, time_first
+        self._accepted = keyword_names(net, 2)
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        """Conditioning keywords the network accepts, and whether it accepts any."""
+        return self._accepted
+
+    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        """dz/dt at state z ``(B, *E)`` and time t ``(B,)``."""
+        tau = self.time_scale * (1.0 - t if self.data_at == 1 else t)
+        velocity = self.net(tau, z, **cond) if self.time_first else self.net(z, tau, **cond)
+        return -velocity if self.data_at == 1 else velocity
+
+
+def from_denoiser(
+    net: Callable[..., Any], event_shape: Sequence[int], *, sigma_min: float = 0.002, sigma_max: float = 80.0
+) -> NDM:
+    r"""A denoiser :math:`D(z; \sigma) \approx E[x \mid x + \sigma\epsilon = z]`, as of EDM and k-diffusion.
+
+    Args:
+        net: ``net(z, sigma, **cond)``, z ``(B, *E)``, sigma ``(B,)``, to ``(B, *E)``: preconditioning included.
+        event_shape: E.
+        sigma_min: least noise; likelihoods are those of data with this noise.
+        sigma_max: most noise; the prior is :math:`N(0, \sigma_{max}^2 I)`.
+
+    Example:
+        >>> import ndm_ct, torch
+        >>> model = from_denoiser(lambda z, sigma: z / (1 + sigma[:, None] ** 2), (2,))  # N(0, I)
+        >>> ndm_ct.loglik(model, torch.zeros(1, 2)).item()  # - log 2 pi
+        -1.83...
+    """
+    return NDM(FromDenoiser(net), event_shape, schedule=VarianceExploding(sigma_min, sigma_max))
+
+
+def from_eps(
+    net: Callable[..., Any],
+    event_shape: Sequence[int],
+    *,
+    alphas_cumprod: Sequence[float] | Tensor,
+    nearest: bool = False,
+) -> NDM:
+    r"""A network that predicts noise, trained in discrete time: DDPM and its descendants.
+
+    Args:
+        net: ``net(z, k, **cond)`` to :math:`\hat\epsilon`, ``(B, *E)``; k ``(B,)`` is the index, 0 the least noise.
+        event_shape: E.
+        alphas_cumprod: :math:`\alpha_k^2`, K decreasing values in (0, 1).
+        nearest: whether the network knows integers only, see :class:`OnTable`.
+
+    Raises:
+        ValueError: the table does not decrease, or leaves (0, 1).
+    """
+    return _on_table(net, event_shape, alphas_cumprod, nearest, "eps")
+
+
+def from_v(
+    net: Callable[..., Any],
+    event_shape: Sequence[int],
+    *,
+    alphas_cumprod: Sequence[float] | Tensor,
+    nearest: bool = False,
+) -> NDM:
+    r"""A network that predicts :math:`v = \alpha\epsilon - \sigma x`; arguments and errors as of :func:`from_eps`."""
+    return _on_table(net, event_shape, alphas_cumprod, nearest, "v")
+
+
+def _on_table(
+    net: Callable[..., Any], event_shape: Sequence[int], table: Sequence[float] | Tensor, nearest: bool, prediction: str
+) -> NDM:
+    schedule = Tabulated(table)
+    predictor = OnTable(net, len(schedule.alphas_cumprod), nearest)
+    return NDM(predictor, event_shape, schedule=schedule, prediction=prediction)
+
+
+def from_velocity(
+    net: Callable[..., Any],
+    event_shape: Sequence[int],
+    *,
+    schedule: Schedule | None = None,
+    data_at: int = 1,
+    time_scale: float = 1.0,
+    time_first: bool = False,
+    t_min: float | None = None,
+) -> NDM:
+    r"""A network that predicts a velocity: flow matching, rectified flow, stochastic interpolants.
+
+    flow_matching and torchcfm count time from noise at 0 to data at 1 and estimate :math:`dz/d\tau = x - \epsilon`:
+    that is ``data_at=1``. Rectified flows of diffusers begin at data, and estimate :math:`\epsilon - x`:
+    ``data_at=0``, with ``time_scale=1000`` where their network's time ends at 1000.
+
+    Args:
+        net: ``net(z, tau, **cond)`` to ``(B, *E)``, tau ``(B,)``.
+        event_shape: E.
+        schedule: the path :math:`\alpha x + \sigma\epsilon`; None is the straight one, 1 - t and t.
+        data_at: the network's time at data, 1 or 0.
+        time_scale: factor of its time.
+        time_first: call ``net(tau, z, **cond)``, as torchcfm's examples do.
+        t_min: where likelihoods are taken; None is the schedule's own value, at which :math:`\sigma` is about 0.001.
+
+    Raises:
+        ValueError: ``data_at`` is neither 0 nor 1.
+
+    Example:
+        >>> import ndm_ct, torch
+        >>> def net(z, tau):  # x and noise both N(0, I): E[x - noise | z]
+        ...     return z * ((2 * tau - 1) / (tau**2 + (1 - tau) ** 2))[:, None]
+        >>> model = from_velocity(net, (2,))
+        >>> ndm_ct.loglik(model, torch.zeros(1, 2)).item()  # - log 2 pi, and log 0.999 twice
+        -1.83...
+    """
+    predictor = FromVelocity(FlowTime(net, data_at, time_scale, time_first))
+    return NDM(predictor, event_shape, schedule=Rectified() if schedule is None else schedule, t_min=t_min)
+
+
+def from_score(
+    net: Callable[..., Any], event_shape: Sequence[int], *, schedule: Schedule, t_min: float | None = None
+) -> NDM:
+    r"""A network that predicts :math:`\nabla_z \log p_t(z)`, as of the score SDEs.
+
+    Args:
+        net: ``net(z, t, **cond)`` to ``(B, *E)``, t ``(B,)`` in [0, 1].
+        event_shape: E.
+        schedule: that of training, such as ``VariancePreserving(0.1, 20)`` or ``VarianceExploding(0.01, 50)``.
+        t_min: where likelihoods are taken; the score SDEs take 1e-5. None is the schedule's own value.
+
+    Raises:
+        ValueError: :math:`\alpha_1 = 0`, where no score says anything about x.
+    """
+    return NDM(FromScore(net), event_shape, schedule=schedule, t_min=t_min)

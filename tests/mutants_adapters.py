@@ -1,0 +1,25 @@
+"""Mutants of networks from elsewhere: name, file of the package, text, replacement, tests."""
+
+ADAPTERS = (
+    ("velocities of flow matching with their own sign", "adapters/networks.py",
+     "return -velocity if", "return velocity if",
+     "adapters::test_velocities_are_those_of_the_data"),
+    ("flow matching on our clock", "adapters/networks.py", "(1.0 - t if self.data_at == 1 else t)", "t",
+     "adapters::test_velocities_are_those_of_the_data"),
+    ("a clock without its factor", "adapters/networks.py", "tau = self.time_scale * (", "tau = (",
+     "adapters::test_networks_see_the_times_they_were_trained_with"),
+    ("an index one too far", "adapters/networks.py", "k = (self.entries - 1) * t", "k = self.entries * t",
+     "adapters::test_networks_see_the_times_they_were_trained_with"),
+    ("nearest ignored", "adapters/networks.py", "k.round().long() if self.nearest else k", "k",
+     "adapters::test_networks_see_the_times_they_were_trained_with"),
+    ("v taken for eps", "adapters/networks.py", 'nearest, "v")', 'nearest, "eps")',
+     "adapters::test_velocities_are_those_of_the_data"),
+    ("a denoiser given scaled data", "nn/heads.py", "self.net(z / expand(c.alpha, z), (c", "self.net(z, (c",
+     "adapters::test_denoisers_work_under_schedules_that_scale"),
+    ("a denoiser given scaled noise", "nn/heads.py", "(c.sigma / c.alpha).to(z.dtype)", "c.sigma.to(z.dtype)",
+     "adapters::test_denoisers_work_under_schedules_that_scale"),
+    ("the variances of a DiT", "adapters/diffusers.py", "output[:, : z.shape[1]] if", "output[:, z.shape[1] :] if",
+     "adapters::TestDiffusers::test_learned_variances_of_a_dit_are_left_out"),
+    ("diffusers' flows with data at one", "adapters/diffusers.py", "event, data_at=0,", "event, data_at=1,",
+     "adapters::TestDiffusers::test_flow_matching_takes_their_euler_step"),
+)  # fmt: skip
