@@ -18,6 +18,7 @@ from ndm_ct import (
 from ndm_ct._errors import CheckpointError, PredictorError, SolverError
 from ndm_ct.bits import BitsInfo, bits_per_dim
 from ndm_ct.checkpoint import load, save
+from ndm_ct.distributions import distribution
 from ndm_ct.evaluation import Comparison, Evaluation, compare, evaluate
 from ndm_ct.guidance import guided
 from ndm_ct.likelihood import LikelihoodInfo, decode, encode, loglik
@@ -45,6 +46,7 @@ __all__ = [
     "compare",
     "decode",
     "discrete",
+    "distribution",
     "divergence",
     "elbo",
     "encode",

@@ -1,4 +1,4 @@
-"""Mutants of networks from elsewhere: name, file of the package, text, replacement, tests."""
+"""Mutants of adapters and distributions: name, file of the package, text, replacement, tests."""
 
 ADAPTERS = (
     ("velocities of flow matching with their own sign", "adapters/networks.py",
@@ -22,4 +22,14 @@ ADAPTERS = (
      "adapters::TestDiffusers::test_learned_variances_of_a_dit_are_left_out"),
     ("diffusers' flows with data at one", "adapters/diffusers.py", "event, data_at=0,", "event, data_at=1,",
      "adapters::TestDiffusers::test_flow_matching_takes_their_euler_step"),
+    ("a distribution without gradients", "distributions.py",
+     "return torch.is_grad_enabled() and any(", "return False and any(",
+     "distributions::test_gradients_reach_parameters_and_values"),
+    ("a graph nobody asked for", "distributions.py", "return torch.is_grad_enabled() and any(", "return any(",
+     "distributions::test_gradients_reach_parameters_and_values"),
+    ("conditioning that is not expanded", "distributions.py", "wide = self.expand(batch).cond", "wide = self.cond",
+     "distributions::test_conditioning_is_the_batch"),
+    ("the density of the noise", "distributions.py", "return x.reshape(*shape, *self.event_shape), info.loglik",
+     "return x.reshape(*shape, *self.event_shape), info.log_prior",
+     "distributions::test_draws_come_with_their_density"),
 )  # fmt: skip

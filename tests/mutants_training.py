@@ -46,8 +46,8 @@ TRAINING = (
     (
         "score head without alpha",
         "nn/heads.py",
-        " / expand(c.alpha, z)",
-        "",
+        "self.net(z, t, **cond)) / expand(c.alpha, z)",
+        "self.net(z, t, **cond))",
         "presets::test_score_is_that_of_the_kernel",
     ),
     (
