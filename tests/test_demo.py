@@ -87,8 +87,9 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
         if place == 0:
             assert bool((names["bound"] < 5.0).all())
             assert load(tmp_path / "ring.safetensors").event_shape == (2,)
-    assert len(parts) == 3
+    assert len(parts) == 4
     assert names["method"] == "ode"
+    assert names["p"].event_shape == (2,)
 
 
 def test_readme_opens_with_the_two_commands():

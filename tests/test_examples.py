@@ -548,6 +548,29 @@ def test_help_teaches(capsys):
     assert "--rows must be at least 2" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------------------------------------- diffusers' own training
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+def test_a_network_of_diffusers_scores_images(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    example = load("diffusers_likelihood")
+    few = ["--steps", "40", "--rows", "3", "--out", str(tmp_path), "--save", str(tmp_path / "unet")]
+    report = example.main(few)
+    assert report["bits_per_dim"] == pytest.approx(sum(report["rows"]) / 3)
+    assert report["stderr_estimate"] == pytest.approx(math.hypot(*report["rows_stderr"]) / 3)
+    assert report["bits_per_dim"] < math.log2(17.0) + 1.0  # 4.09 without any model
+    assert json.loads((tmp_path / "diffusers_likelihood.json").read_text())["rows"] == report["rows"]
+    assert_picture(tmp_path / "diffusers_likelihood.png", 500, 1000)
+    again = ndm_ct.adapters.from_diffusers(
+        diffusers.UNet2DModel.from_pretrained(tmp_path / "unet"), diffusers.DDPMScheduler()
+    )
+    images = example.data.digits().test[:3]
+    bits = ndm_ct.bits_per_dim(again, images, levels=17, generator=torch.Generator().manual_seed(2))
+    assert bits.tolist() == pytest.approx(report["rows"], rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------- compression, interpolation
 
 
