@@ -66,7 +66,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW
 _EPOCH, _VALIDATION = 1, 2
 
 # Settings younger than some checkpoints, with the values that leave them out.
-_LATER = {"cond_dropout": 0.0, "objective": None}
+_LATER = {"cond_dropout": 0.0, "objective": None, "patience": None}
 
 Row = dict[str, Any]
 Objective = Callable[..., Tensor]
@@ -78,7 +78,7 @@ class FitResult:
 
     Args:
         step: optimiser steps completed, earlier runs of the same ``run_dir`` included.
-        finished: whether all steps were done (not if interrupted or out of time).
+        finished: whether all steps were done, or patience ended (not if interrupted or out of time).
         history: rows with step, loss (nats per event, mean since the row before), lr, grad_norm, seconds, and
             bits_per_dim for integer data.
         validation: rows with step, validation_elbo (nats per event), validation_stderr, seconds, and
@@ -106,9 +106,10 @@ class _Settings:
     ema: float
     seed: int
     cond_dropout: float
+    patience: int | None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", *(["patience"] if self.patience is not None else [])):
             validate_count(name, getattr(self, name))
         choose("optimizer", self.optimizer, OPTIMIZERS)
         for name, ok, expected in (
@@ -151,6 +152,7 @@ def fit(
     validation: Any = None,
     validation_cond: Mapping[str, Any] | None = None,
     validate_every: int | None = None,
+    patience: int | None = None,
     run_dir: PathLike | None = None,
     checkpoint_every: int | None = None,
     log_every: int = 100,
@@ -195,6 +197,8 @@ def fit(
         validation: held-out data of the same kind.
         validation_cond: its conditioning.
         validate_every: steps between validations of the averaged weights; None is a tenth of ``steps``.
+        patience: stop after so many validations without a better one, and keep the weights of the best; None trains
+            to the end, and keeps the last.
         run_dir: folder of the training, made if missing.
         checkpoint_every: steps between checkpoints; None is 1000.
         log_every: steps between rows of the history.
@@ -220,6 +224,7 @@ def fit(
     settings = _Settings(
         steps, batch_size, lr, optimizer, weight_decay, grad_clip,
         min(1000, steps // 10) if warmup is None else warmup, lr_final, ema, seed, cond_dropout,
+        patience,
     )  # fmt: skip
     if not isinstance(model, NDM):
         raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
@@ -250,6 +255,7 @@ def _refuse_ineffective(arguments: Mapping[str, Any]) -> None:
     for name, needed in (
         ("validation_cond", "validation"),
         ("validate_every", "validation"),
+        ("patience", "validation"),
         ("checkpoint_every", "run_dir"),
     ):
         if arguments[name] is not None and arguments[needed] is None:
@@ -384,6 +390,8 @@ class _Training:
         self.average = _average(model, settings.ema)
         self.step, self.seconds, self.updating = 0, 0.0, False
         self.pending = (0.0, 0.0, 0)  # sums of loss and gradient norm since the last row, and their number
+        self.best, self.waited = -math.inf, 0  # of validations, and how many since; with patience only
+        self.best_weights: dict[str, Tensor] = {}
         self.identity: Row = {}
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
         if folder.path is not None:
@@ -398,7 +406,7 @@ class _Training:
         self.model.train()
         try:
             with bar, interrupt.caught(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                while self.step < settings.steps and not interrupt.requested and time.monotonic() - start < time_limit:
+                while not self._finished() and not interrupt.requested and time.monotonic() - start < time_limit:
                     loss = self._advance()
                     self.seconds = before + time.monotonic() - start
                     bits = self._bits(loss)
@@ -411,15 +419,21 @@ class _Training:
         finally:
             for module, training in modes:
                 module.training = training
-        finished = self.step == settings.steps
+        finished = self._finished()
         if self.folder.path is not None:
             self._checkpoint()
-        if settings.ema > 0.0 and self.step > 0:
+        if self.best_weights:
+            self.model.load_state_dict(self.best_weights)
+        elif settings.ema > 0.0 and self.step > 0:
             self.model.load_state_dict(self._averaged().state_dict())
         if self.folder.path is not None and finished:
             checkpoint.save(self.model, self.folder.model)
         history = tuple(row for row in self.folder.rows if "loss" in row)
         return FitResult(self.step, finished, history, tuple(row for row in self.folder.rows if "loss" not in row))
+
+    def _finished(self) -> bool:
+        patience = self.settings.patience
+        return self.step == self.settings.steps or (patience is not None and self.waited >= patience)
 
     def _advance(self) -> float:
         """One step; returns its loss."""
@@ -525,6 +539,15 @@ class _Training:
         if self.bins.quantisation is not None:
             row["validation_bits_per_dim"] = self.bins.bits(-mean)
         self.folder.add(row | {"seconds": self.seconds})
+        if self.settings.patience is not None:
+            self._compare(mean)
+
+    def _compare(self, bound: float) -> None:
+        """Keep the weights if they are the best so far."""
+        self.waited += 1
+        if bound > self.best:
+            self.best, self.waited = bound, 0
+            self.best_weights = {name: tensor.clone() for name, tensor in self._averaged().state_dict().items()}
 
     def _averaged(self) -> NDM:
         return self.model if self.average is None else cast(NDM, self.average.module)
@@ -547,9 +570,12 @@ class _Training:
             tensors |= {f"average.{name}": tensor for name, tensor in self._averaged().state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         if isinstance(self.objective, nn.Module):
             tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         description = {"step": self.step, "seconds": self.seconds, "pending": self.pending, "settings": self.identity}
+        if self.best_weights:
+            description |= {"best": self.best, "waited": self.waited}
         checkpoint.write(self.folder.checkpoint, tensors, {"kind": "training"} | description)
 
     def _restore(self) -> None:
@@ -569,6 +595,8 @@ class _Training:
             if isinstance(self.objective, nn.Module):
                 self.objective.load_state_dict(_under("objective.", tensors))
             self.step, self.seconds = description["step"], description["seconds"]
+            self.best_weights = _under("best.", tensors)
+            self.best, self.waited = description.get("best", -math.inf), description.get("waited", 0)
             loss, norm, count = description["pending"]
             self.pending = (loss, norm, count)
         self.folder.rewind(self.step)

@@ -19,7 +19,7 @@ from ndm_ct import checkpoint, schedules, transforms
 from ndm_ct.checkpoint import load, save
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.quantisation import Quantisation
-from ndm_ct.training import fit
+from ndm_ct.training import _seeds, fit
 
 
 class OwnNet(torch.nn.Module):
@@ -886,3 +886,65 @@ def test_networks_compiled_in_place_train_to_the_same_weights(tmp_path):
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
     assert same(load(tmp_path / "compiled" / "model.safetensors"), compiled)
+
+
+def overfitted(run_dir=None, patience=2, **others):
+    """Twelve rows, learned by heart: the validation bound has a maximum on the way."""
+    torch.manual_seed(0)
+    model = ndm_ct.NDM(Preconditioned(MLP(2, width=32)), event_shape=(2,), schedule=schedules.LinearLogSNR(-8.0, 6.0))
+    result = fit(
+        model, mixture(12), steps=400, batch_size=12, lr=1e-2, ema=0.9, validation=mixture(64, seed=9),
+        validate_every=10, patience=patience, run_dir=run_dir, progress=False, **others,
+    )  # fmt: skip
+    return model, result
+
+
+def test_patience_keeps_the_weights_of_the_best_validation(tmp_path):
+    model, result = overfitted(tmp_path / "run")
+    bounds = [row["validation_elbo"] for row in result.validation]
+    best = int(np.argmax(bounds))
+    assert result.finished
+    assert result.step == 10 * len(bounds) < 400
+    assert len(bounds) == best + 1 + 2  # two without a better one
+    last, _ = overfitted(patience=None, time_limit=None)
+    generator = torch.Generator().manual_seed(_seeds(0, 0, 2)[0])
+    x = mixture(64, seed=9)
+    with torch.no_grad():
+        found = torch.cat([ndm_ct.elbo(model, rows, generator=generator) for rows in x.split(12)])
+    assert found.mean().item() == pytest.approx(bounds[best], rel=1e-6)
+    assert not same(last, model)
+    assert same(load(tmp_path / "run" / "model.safetensors"), model)
+    again, repeated = overfitted(tmp_path / "run")
+    assert same(again, model)
+    assert repeated.step == result.step
+
+
+def test_patience_resumes_with_the_same_bits(tmp_path, monkeypatch):
+    expected, uninterrupted = overfitted()
+    import ndm_ct.training as module
+
+    original, calls = module.objectives.loss, []
+
+    def failing(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 10 * (len(uninterrupted.validation) - 1) + 5:  # after the best, before the end
+            raise KeyboardInterrupt
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(module.objectives, "loss", failing)
+    _, stopped = overfitted(tmp_path)
+    assert not stopped.finished
+    monkeypatch.setattr(module.objectives, "loss", original)
+    model, result = overfitted(tmp_path)
+    assert same(model, expected)
+    assert result.step == uninterrupted.step
+
+
+@pytest.mark.parametrize(("others", "message"), [
+    ({"patience": 0}, "patience"), ({"patience": 3, "validation": None}, "patience has no effect without validation"),
+])  # fmt: skip
+def test_patience_is_validated(others, message):
+    torch.manual_seed(0)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fit(ndm_ct.NDM(Preconditioned(MLP(2, width=8)), (2,)), mixture(12), steps=3,
+            **({"validation": mixture(8)} | others))  # fmt: skip
