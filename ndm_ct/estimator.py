@@ -1,0 +1,179 @@
+r"""A density estimator for tables, in the interface of scikit-learn.
+
+.. math::
+    \log p(x) = \log p_{NDM}\Bigl(\frac{x - m}{s}\Bigr) - \sum_i \log s_i
+
+with mean m and standard deviation s of every column of the training rows, and :math:`p_{NDM}` the probability flow of a
+diffusion: an exact density up to 32 columns, beyond an unbiased estimate.
+
+References:
+    Pedregosa et al., Scikit-learn: Machine Learning in Python, https://jmlr.org/papers/v12/pedregosa11a.html
+    Kingma et al., Variational Diffusion Models, https://arxiv.org/abs/2107.00630
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ndm_ct import likelihood
+from ndm_ct.model import NDM
+from ndm_ct.nn import MLP, Preconditioned
+from ndm_ct.sampling import sample
+from ndm_ct.schedules import LinearLogSNR
+from ndm_ct.training import fit
+
+try:
+    from sklearn.base import BaseEstimator, DensityMixin
+    from sklearn.utils import check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError("ndm_ct.estimator needs scikit-learn 1.6 or later: pip install 'ndm-ct[demo]'.") from error
+
+__all__ = ["NDMDensity"]
+
+_ROWS_AT_ONCE = 2048
+_LEAST_VALIDATION = 10
+
+
+class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
+    r"""The density of rows of a table.
+
+    Args:
+        width: of the perceptron's hidden layers.
+        depth: number of its residual blocks.
+        dropout: probability of dropping a hidden unit in training.
+        steps: most optimiser steps.
+        batch_size: rows per step.
+        lr: peak learning rate.
+        gamma_min: :math:`\gamma(0)`: the density is that of standardised rows with noise of standard deviation
+            :math:`e^{\gamma_{min}/2}`.
+        validation_fraction: share of the rows held out for early stopping; 0 trains all steps on all rows, as do tables
+            of which fewer than ten rows would be held out.
+        patience: validations, of which there are twenty, without a better one before training stops.
+        random_state: seed, or source of seeds, of weights, batches and held-out rows.
+        device: of torch; "auto" is a GPU where there is one.
+        verbose: whether to show a progress bar.
+
+    Attributes:
+        model_: the :class:`~ndm_ct.NDM` of standardised rows, trained in float32, kept in float64.
+        mean_: m, shape ``(n_features,)``.
+        scale_: s; 1 for columns that are constant.
+        n_steps_: optimiser steps done.
+        validation_: rows of the training's validation, see :class:`~ndm_ct.FitResult`.
+        n_features_in_: number of columns.
+        feature_names_in_: their names, if X was a table with names.
+
+    Example:
+        >>> rows = np.random.default_rng(0).normal(size=(200, 3)) * [1.0, 10.0, 100.0]
+        >>> density = NDMDensity(width=16, steps=50, random_state=0).fit(rows)
+        >>> density.score_samples(rows[:2]).shape, density.sample(5, random_state=1).shape
+        ((2,), (5, 3))
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int = 128,
+        depth: int = 3,
+        dropout: float = 0.0,
+        steps: int = 4000,
+        batch_size: int = 1024,
+        lr: float = 2e-3,
+        gamma_min: float = -9.0,
+        validation_fraction: float = 0.1,
+        patience: int | None = 4,
+        random_state: Any = None,
+        device: str = "auto",
+        verbose: int | bool = False,
+    ) -> None:
+        self.width = width
+        self.depth = depth
+        self.dropout = dropout
+        self.steps = steps
+        self.batch_size = batch_size
+        self.lr = lr
+        self.gamma_min = gamma_min
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> "NDMDensity":
+        """Train on rows ``(n_samples, n_features)``, two or more; y is ignored.
+
+        Raises:
+            ValueError: data that scikit-learn refuses, or a parameter out of range.
+            RuntimeError: the training diverged.
+        """
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise ValueError(f"validation_fraction must be in [0, 1), got {self.validation_fraction!r}.")
+        rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        random = check_random_state(self.random_state)
+        self.mean_, spread = rows.mean(axis=0), rows.std(axis=0)
+        self.scale_ = np.where(spread > 10.0 * np.finfo(np.float64).eps * np.abs(rows).max(axis=0), spread, 1.0)
+        z = torch.from_numpy((rows - self.mean_) / self.scale_).float()
+        held_out = int(self.validation_fraction * len(z))
+        options: dict[str, Any] = {}
+        if held_out >= _LEAST_VALIDATION:
+            z = z[torch.from_numpy(random.permutation(len(z)))]
+            z, validation = z[held_out:], z[:held_out]
+            every = max(1, self.steps // 20)
+            options = {"validation": validation, "validate_every": every, "patience": self.patience}
+        seed = int(random.randint(2**31 - 1))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            net = MLP(z.shape[1], width=self.width, depth=self.depth, dropout=self.dropout)
+        model = NDM(Preconditioned(net), (z.shape[1],), schedule=LinearLogSNR(self.gamma_min, 5.0))
+        model.to(self._device())
+        result = fit(
+            model, z, steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed, progress=bool(self.verbose),
+            **options,
+        )  # fmt: skip
+        # In float64 the steps of the solver, and with them the scores, do not depend on the batch.
+        self.model_ = model.eval().requires_grad_(False).double()
+        self.n_steps_, self.validation_ = result.step, result.validation
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Log-density of every row of X, in nats per row in the units of X, shape ``(n_samples,)``.
+
+        Beyond 32 columns the estimate takes its noise from a fixed seed: the same row and batch, the same number.
+        """
+        z = self._standardised(X)
+        log_p = [
+            likelihood.loglik(self.model_, part, generator=self._generator(0)).double().cpu()
+            for part in z.split(_ROWS_AT_ONCE)
+        ]
+        return torch.cat(log_p).numpy() - np.log(self.scale_).sum()
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean of :meth:`score_samples`, nats per row; y is ignored."""
+        return float(self.score_samples(X).mean())
+
+    def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+        """Draw rows, ``(n_samples, n_features)``, from the density that is scored.
+
+        Args:
+            n_samples: number of rows.
+            random_state: seed or source of seeds.
+        """
+        check_is_fitted(self)
+        seed = int(check_random_state(random_state).randint(2**31 - 1))
+        z = sample(self.model_, n_samples, batch_size=_ROWS_AT_ONCE, generator=self._generator(seed))
+        return z.double().cpu().numpy() * self.scale_ + self.mean_
+
+    def _standardised(self, X: Any) -> Tensor:
+        check_is_fitted(self)
+        rows = validate_data(self, X, dtype=np.float64, reset=False)
+        return torch.from_numpy((rows - self.mean_) / self.scale_).to(self.model_.device)
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.model_.device or "cpu").manual_seed(seed)
+
+    def _device(self) -> str:
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"

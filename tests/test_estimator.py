@@ -1,0 +1,128 @@
+"""The estimator of scikit-learn: its checks, the units of its density, early stopping, pipelines and searches."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn", minversion="1.6")
+
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import ndm_ct
+from ndm_ct.estimator import NDMDensity
+
+SCALES = np.array([1.0, 10.0, 0.01])
+
+
+def rows(n, seed=0):
+    """Correlated normal columns of very different scales, and their exact log-density."""
+    generator = np.random.default_rng(seed)
+    factor = np.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.5, 0.9]])
+    white = generator.normal(size=(n, 3))
+    x = (white @ factor.T) * SCALES + np.array([5.0, -100.0, 0.3])
+    log_p = -0.5 * (white**2).sum(1) - 1.5 * np.log(2.0 * np.pi) - np.log(np.diag(factor)).sum() - np.log(SCALES).sum()
+    return x, log_p
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return NDMDensity(width=32, steps=600, batch_size=512, random_state=0).fit(rows(4000)[0])
+
+
+@parametrize_with_checks([NDMDensity(width=8, depth=1, steps=3, batch_size=32, random_state=0)])
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+def test_densities_are_in_the_units_of_the_table(fitted):
+    """Normal data: the density is known; off by the log-determinant it would be off by 2.3 nats."""
+    x, log_p = rows(500, seed=1)
+    gap = fitted.score_samples(x) - log_p
+    assert abs(gap.mean()) < 0.08
+    assert gap.std() < 0.3
+    assert fitted.score(x) == pytest.approx(fitted.score_samples(x).mean())
+
+
+def test_changing_a_unit_changes_the_density_by_its_logarithm():
+    x, _ = rows(300)
+    density = NDMDensity(width=8, steps=20, random_state=0).fit(x)
+    other = clone(density).fit(x * [1.0, 1.0, 1000.0])
+    moved = other.score_samples(x[:50] * [1.0, 1.0, 1000.0])
+    np.testing.assert_allclose(moved, density.score_samples(x[:50]) - np.log(1000.0), atol=2e-3)
+
+
+def test_samples_have_the_moments_of_the_rows(fitted):
+    x = fitted.sample(2000, random_state=0)
+    mean, spread = rows(100_000)[0].mean(0), rows(100_000)[0].std(0)
+    assert (np.abs(x.mean(0) - mean) < 5.0 * spread / 2000**0.5).all()
+    np.testing.assert_allclose(x.std(0), spread, rtol=0.15)
+    np.testing.assert_array_equal(x, fitted.sample(2000, random_state=0))
+    assert not np.array_equal(x, fitted.sample(2000, random_state=1))
+
+
+def test_the_model_inside_is_one_of_the_library(fitted):
+    x, _ = rows(5)
+    z = (x - fitted.mean_) / fitted.scale_
+    import torch
+
+    log_p = ndm_ct.loglik(fitted.model_, torch.from_numpy(z)).double().numpy()
+    np.testing.assert_allclose(log_p - np.log(fitted.scale_).sum(), fitted.score_samples(x), atol=1e-5)
+
+
+def test_training_stops_early_on_rows_held_out():
+    x = np.random.default_rng(0).normal(size=(110, 3))
+    stopped = NDMDensity(width=64, steps=1000, lr=1e-2, patience=2, random_state=0).fit(x)
+    assert stopped.n_steps_ < 1000
+    bounds = [row["validation_elbo"] for row in stopped.validation_]
+    assert len(bounds) == int(np.argmax(bounds)) + 3
+    whole = NDMDensity(width=8, steps=20, validation_fraction=0.0, random_state=0).fit(x)
+    assert whole.n_steps_ == 20
+    assert whole.validation_ == ()
+
+
+def test_the_same_seed_gives_the_same_density():
+    x, _ = rows(200)
+    one, two, other = (NDMDensity(width=8, steps=20, random_state=seed).fit(x) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.score_samples(x), two.score_samples(x))
+    assert not np.array_equal(one.score_samples(x), other.score_samples(x))
+
+
+def test_constant_columns_do_not_break_it():
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    x[:, 1] = 3.0
+    density = NDMDensity(width=8, steps=20, random_state=0).fit(x)
+    assert density.scale_[1] == 1.0
+    assert np.isfinite(density.score_samples(x)).all()
+
+
+def test_pipelines_searches_and_pickles_take_it():
+    x, _ = rows(200)
+    pipeline = make_pipeline(StandardScaler(), NDMDensity(width=8, steps=20, random_state=0))
+    search = GridSearchCV(pipeline, {"ndmdensity__lr": [1e-4, 1e-2]}, cv=2).fit(x)
+    assert search.best_params_["ndmdensity__lr"] == 1e-2
+    again = pickle.loads(pickle.dumps(search.best_estimator_))
+    np.testing.assert_array_equal(again.score_samples(x), search.best_estimator_.score_samples(x))
+
+
+def test_tables_of_pandas_keep_their_names():
+    pandas = pytest.importorskip("pandas")
+    x, _ = rows(60)
+    table = pandas.DataFrame(x, columns=["a", "b", "c"])
+    density = NDMDensity(width=8, steps=5, random_state=0).fit(table)
+    assert density.feature_names_in_.tolist() == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="feature names"):
+        density.score_samples(table[["b", "a", "c"]])
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"validation_fraction": 1.0}, "validation_fraction"), ({"steps": 0}, "steps"), ({"lr": -1.0}, "lr"),
+    ({"width": 0}, "width"), ({"gamma_min": 6.0}, "gamma_m"),
+])  # fmt: skip
+def test_parameters_are_validated(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        NDMDensity(**({"width": 8, "steps": 5} | wrong)).fit(np.random.default_rng(0).normal(size=(60, 2)))
