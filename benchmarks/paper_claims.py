@@ -245,10 +245,10 @@ def spline_flow(recipe: Recipe, shape: tuple[int, ...]) -> transforms.Flow:
     Raises:
         ValueError: the recipe has none.
     """
-    import zuko
-
     if recipe.flow is None:
         raise ValueError("ndm-flow is for vectors; the recipe of images has no flow.")
+    import zuko
+
     count, width = recipe.flow
     return transforms.Flow(FromZuko(zuko.flows.NSF(*shape, transforms=count, hidden_features=(width, width))))
 
