@@ -96,26 +96,26 @@ class Recipe:
         width: of the NDMs' predictor, and of the diffusion of the same predictor.
         transform_width: of the network in F.
         levels: resolutions of a U-Net; 0: a perceptron.
-        flow: transforms of the spline flow and width of their perceptrons; None: no model with a flow.
         steps: optimiser steps.
         batch_size: rows per step.
         lr: peak learning rate.
         gamma: ends of the log-SNR schedule.
         test_rows: rows the flow's likelihood is measured on.
         samples: pairs of time and noise per test row for the bound.
+        flow: transforms of the spline flow and width of their perceptrons; None: no model with a flow.
     """
 
     load: Callable[[], data.Split]
     width: int
     transform_width: int
     levels: int
-    flow: tuple[int, int] | None
     steps: int
     batch_size: int
     lr: float = 2e-3
     gamma: tuple[float, float] = (-9.0, 5.0)
     test_rows: int = 1000
     samples: int = 64
+    flow: tuple[int, int] | None = None
 
     @property
     def models(self) -> list[str]:
@@ -124,17 +124,15 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe(data.digits, 16, 8, 2, None, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32),
-    "mnist": Recipe(
-        lambda: data.images("mnist", 14), 16, 8, 2, None, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4
-    ),
+    "digits": Recipe(data.digits, 16, 8, 2, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32),
+    "mnist": Recipe(lambda: data.images("mnist", 14), 16, 8, 2, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4),
     "fashion-mnist": Recipe(
-        lambda: data.images("fashion-mnist", 16), 16, 8, 2, None, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4
+        lambda: data.images("fashion-mnist", 16), 16, 8, 2, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4
     ),
-    "casp": Recipe(data.casp, 96, 64, 0, (2, 48), 2000, 1024),
-    "magic": Recipe(data.magic, 96, 64, 0, (2, 48), 2000, 1024),
-    "moons": Recipe(data.moons, 48, 32, 0, (2, 32), 1500, 1024),
-    "checkers": Recipe(data.checkers, 48, 32, 0, (2, 32), 1500, 1024),
+    "casp": Recipe(data.casp, 96, 64, 0, 2000, 1024, flow=(2, 48)),
+    "magic": Recipe(data.magic, 96, 64, 0, 2000, 1024, flow=(2, 48)),
+    "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(2, 32)),
+    "checkers": Recipe(data.checkers, 48, 32, 0, 1500, 1024, flow=(2, 32)),
 }
 
 PRESETS = {
@@ -169,21 +167,22 @@ class Variant:
             ValueError: an unknown base or change, or one of a transform the base does not have.
         """
         base, *changes = name.split("+")
-        found: dict[str, Any] = {}
+        learned = base.startswith("ndm") and base != "ndm-flow"  # what a change of F applies to
+        found: dict[str, Any] = {"transform": "flow"} if base == "ndm-flow" else {}
         for change in changes:
             if change in SCHEDULES or change == "learned":
                 found["schedule"] = change
             elif change in TIMES:
                 found["times"] = change
-            elif change in ("neural", "scaling") and base.startswith("ndm") and base != "ndm-flow":
+            elif change in ("neural", "scaling") and learned:
                 found["transform"] = change
-            elif change.startswith("F") and change[1:].isdecimal() and base.startswith("ndm") and base != "ndm-flow":
+            elif change.startswith("F") and change[1:].isdecimal() and learned:
                 found["transform_width"] = int(change[1:])
             else:
                 raise ValueError(f"{name}: {change!r} changes nothing in {base!r}")
         if base not in MODELS:
             raise ValueError(f"{name}: {base!r} is none of {', '.join(MODELS)}")
-        return Variant(base, **({"transform": "flow"} if base == "ndm-flow" else {}) | found)
+        return Variant(base, **found)
 
     @property
     def objective(self) -> Bound | None:

@@ -109,8 +109,10 @@ class _Settings:
     patience: int | None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", *(["patience"] if self.patience is not None else [])):
+        for name in ("steps", "batch_size"):
             validate_count(name, getattr(self, name))
+        if self.patience is not None:
+            validate_count("patience", self.patience)
         choose("optimizer", self.optimizer, OPTIMIZERS)
         for name, ok, expected in (
             ("lr", self.lr > 0.0, "positive"),
@@ -223,8 +225,7 @@ def fit(
     """
     settings = _Settings(
         steps, batch_size, lr, optimizer, weight_decay, grad_clip,
-        min(1000, steps // 10) if warmup is None else warmup, lr_final, ema, seed, cond_dropout,
-        patience,
+        min(1000, steps // 10) if warmup is None else warmup, lr_final, ema, seed, cond_dropout, patience,
     )  # fmt: skip
     if not isinstance(model, NDM):
         raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")

@@ -166,34 +166,41 @@ def test_data_lie_at_an_end(data_at):
         adapters.from_velocity(velocity, (D,), data_at=data_at)
 
 
-def test_paths_of_torchcfm_and_flow_matching_are_ours():
-    """Same x, same noise: the same state, and the velocity with its sign turned."""
+def of_torchcfm(noise, x, tau):
+    matching = pytest.importorskip("torchcfm.conditional_flow_matching")
+    return matching.ConditionalFlowMatcher(sigma=0.0).sample_location_and_conditional_flow(noise, x, tau)[1:]
+
+
+def of_flow_matching(noise, x, tau):
+    sample = pytest.importorskip("flow_matching.path").CondOTProbPath().sample(x_0=noise, x_1=x, t=tau)
+    return sample.x_t, sample.dx_t
+
+
+@pytest.mark.parametrize("path", [of_torchcfm, of_flow_matching])
+def test_paths_of_others_are_ours(path):
+    """Same x, same noise: the same state, and a network that estimates their velocity flows the other way."""
     x, noise = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(2))
     tau = torch.linspace(0.1, 0.9, 5)
-    process = adapters.from_velocity(velocity, (D,)).process
+    z, u = path(noise, x, tau)
+    asked = []
+
+    def net(state, time):
+        asked.append(time)
+        return u
+
+    model = adapters.from_velocity(net, (D,))
     t = 1.0 - tau.double()
-    state = process.state(x, t, noise)
-    target = noise - x  # dz/dt of (1 - t) x + t noise
-    found = []
-    try:
-        from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+    torch.testing.assert_close(model.process.state(x, t, noise), z)
+    torch.testing.assert_close(model.velocity(z, t), -u, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(asked[0], tau)
 
-        _, z, u = ConditionalFlowMatcher(sigma=0.0).sample_location_and_conditional_flow(noise, x, tau)
-        found.append((z, u))
-    except ImportError:
-        pass
-    try:
-        from flow_matching.path import CondOTProbPath
 
-        sample = CondOTProbPath().sample(x_0=noise, x_1=x, t=tau)
-        found.append((sample.x_t, sample.dx_t))
-    except ImportError:
-        pass
-    if not found:
-        pytest.skip("neither torchcfm nor flow_matching is installed")
-    for z, u in found:
-        torch.testing.assert_close(state, z)
-        torch.testing.assert_close(target, -u)
+def test_guidance_reaches_a_network_that_says_what_none_is():
+    model = adapters.from_eps(ndm_ct.nn.MLP(D, width=8, classes=3), (D,), alphas_cumprod=TABLE)
+    assert model.predictor.null == {"label": -1}
+    label = torch.tensor([0, 2])
+    x = ndm_ct.sample(model, 2, method="ddim", steps=2, guidance=2.0, label=label, generator=torch.Generator())
+    assert x.shape == (2, D)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")

@@ -23,18 +23,18 @@ References:
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ndm_ct._config import Configurable
-from ndm_ct._shapes import keyword_names, validate_count
+from ndm_ct._shapes import validate_count
 from ndm_ct.model import NDM
 from ndm_ct.nn import FromDenoiser, FromScore, FromVelocity
+from ndm_ct.nn.heads import Wrapper
 from ndm_ct.schedules import Rectified, Schedule, Tabulated, VarianceExploding
 
 __all__ = ["FlowTime", "OnTable", "from_denoiser", "from_eps", "from_score", "from_v", "from_velocity"]
 
 
-class OnTable(nn.Module, Configurable):
+class OnTable(Wrapper):
     r"""A network that takes the index k of a table in place of t: :math:`\mathrm{net}(z, (K - 1)\,t)`.
 
     Args:
@@ -45,13 +45,8 @@ class OnTable(nn.Module, Configurable):
     """
 
     def __init__(self, net: Callable[..., Any], entries: int, nearest: bool = False) -> None:
-        super().__init__()
-        self.net, self.entries, self.nearest = net, validate_count("entries", entries), nearest
-        self._accepted = keyword_names(net, 2)
-
-    def cond_names(self) -> tuple[frozenset[str], bool]:
-        """Conditioning keywords the network accepts, and whether it accepts any."""
-        return self._accepted
+        super().__init__(net)
+        self.entries, self.nearest = validate_count("entries", entries), nearest
 
     def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         """The network's output at state z ``(B, *E)`` and time t ``(B,)``."""
@@ -59,7 +54,7 @@ class OnTable(nn.Module, Configurable):
         return self.net(z, k.round().long() if self.nearest else k, **cond)
 
 
-class FlowTime(nn.Module, Configurable):
+class FlowTime(Wrapper):
     r"""The velocity dz/dt of a network with a clock of its own: :math:`\pm\mathrm{net}(z, s\tau)`.
 
     Args:
@@ -72,16 +67,10 @@ class FlowTime(nn.Module, Configurable):
     def __init__(
         self, net: Callable[..., Any], data_at: int = 1, time_scale: float = 1.0, time_first: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(net)
         if data_at not in (0, 1):
             raise ValueError(f"data_at must be 0 or 1, the network's time at data, got {data_at!r}.")
-        self.net, self.data_at = net, data_at
-        self.time_scale, self.time_first = time_scale, time_first
-        self._accepted = keyword_names(net, 2)
-
-    def cond_names(self) -> tuple[frozenset[str], bool]:
-        """Conditioning keywords the network accepts, and whether it accepts any."""
-        return self._accepted
+        self.data_at, self.time_scale, self.time_first = data_at, time_scale, time_first
 
     def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         """dz/dt at state z ``(B, *E)`` and time t ``(B,)``."""

@@ -40,25 +40,22 @@ from torch import Tensor, nn
 from ndm_ct._config import Configurable, Unconfigurable, to_config
 from ndm_ct._shapes import choose, expand, keyword_names
 
-__all__ = ["FromDenoiser", "FromScore", "FromVelocity", "Mixed", "Preconditioned", "null_of"]
+__all__ = ["FromDenoiser", "FromScore", "FromVelocity", "Mixed", "Preconditioned", "Wrapper", "null_of"]
 
 HEADS = ("x", "moments")
 
 
-class _Scheduled(nn.Module, Configurable):
-    """A predictor around a network that takes alpha and sigma from the model's schedule, which ``NDM`` binds.
+class Wrapper(nn.Module, Configurable):
+    """A network around another one, which gets its conditioning.
 
     Args:
-        net: ``net(z, t, **cond)``.
+        net: the other one; its first two arguments are state and time.
     """
 
     def __init__(self, net: Callable[..., Any]) -> None:
         super().__init__()
         self.net = net
         self._names, self._anything = keyword_names(net, 2)
-        # Kept out of the submodules: the schedule's parameters belong to the model's process. A copy of the model
-        # copies this reference along with the schedule it points at.
-        self.__dict__["_schedule"] = None
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         """Conditioning keywords the network accepts, and whether it accepts any."""
@@ -68,6 +65,20 @@ class _Scheduled(nn.Module, Configurable):
     def null(self) -> dict[str, Any]:
         """The conditioning that means none to the network, by name; empty if it does not say."""
         return null_of(self.net)
+
+
+class _Scheduled(Wrapper):
+    """A predictor around a network that takes alpha and sigma from the model's schedule, which ``NDM`` binds.
+
+    Args:
+        net: ``net(z, t, **cond)``.
+    """
+
+    def __init__(self, net: Callable[..., Any]) -> None:
+        super().__init__(net)
+        # Kept out of the submodules: the schedule's parameters belong to the model's process. A copy of the model
+        # copies this reference along with the schedule it points at.
+        self.__dict__["_schedule"] = None
 
     def bind_schedule(self, schedule: nn.Module) -> None:
         """Take alpha and sigma from ``schedule``, a callable of float64 time.
