@@ -4,15 +4,18 @@ r"""The claims of Neural Diffusion Models, put to the test: does a learned forwa
     python benchmarks/paper_claims.py --preset small     # about 8 hours on two CPU cores; stop and continue at will
     python benchmarks/paper_claims.py --preset small --data digits,casp --models diffusion,matched,ndm-x --seeds 0
     python benchmarks/paper_claims.py --preset small --on validation    # to choose recipes; never sees the test rows
+    python benchmarks/paper_claims.py --preset small --timing           # seconds per step, on a quiet machine
     python benchmarks/paper_claims.py --preset small --ablations --data digits,casp --out runs/ablations
 
 A *cell* is a data set, a model and a seed: a training (``fit``, with checkpoints) and its evaluation on the test set.
 Cells are independent; two processes may work on different ``--data`` of one ``--out``. Run again, the same command
-continues where it was stopped and computes nothing twice.
+continues where it was stopped and computes nothing twice. ``--on validation`` scores the same trainings on validation
+rows and keeps its results apart.
 
 ===============  ======================================================================================================
 diffusion        F the identity, the predictor of the NDMs
-matched          F the identity, a wider predictor: at least as many parameters as the NDMs have with their F
+matched          F the identity, at least as many parameters as the NDMs have with their F: a wider perceptron; the
+                 sum of the widest U-Net and of the narrowest second one that make up the number
 ndm-x            :math:`F = x + \sum_k b_k(t) f_k(x)` with a network f, head "x"
 ndm-moments      the same F, head "moments"
 ndm-x-eta        as ndm-x with a learned volatility
@@ -31,8 +34,10 @@ log-likelihood, both on test rows, in bits per dimension for images and nats for
 rows; parameters; seconds per optimiser step; for images the Frechet distance of samples at several numbers of steps, by
 "ddpm" and by "ddim"; and the energy distance between samples of the flow and of the reverse SDE, two different models
 where the head is "x" and F nonlinear. Differences from the matched diffusion are paired, seed by seed, with their
-standard error over seeds; at equal training time they are read off the validation curves. Writes ``results.json``,
-``results.md`` and ``curves.png`` into ``--out``.
+standard error over seeds; at equal training time they are read off the validation curves, where a step takes what
+``--timing`` measured: blocks of ``fit``, all models of a data set in turn, round after round, in seconds of the
+processor. Writes ``results.json``, ``results.md`` and ``curves.png`` into ``--out`` (``validation.json`` and so on with
+``--on validation``).
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
@@ -61,11 +66,13 @@ from ndm_ct.volatility import LearnedVolatility, Matched
 
 try:
     from benchmarks import data, features, metrics
+    from benchmarks.sampling_cost import timed
     from benchmarks.steps_vs_fid import levels_of
 except ImportError:  # run as a script
     import data
     import features
     import metrics
+    from sampling_cost import timed
     from steps_vs_fid import levels_of
 
 MODELS = ("diffusion", "matched", "ndm-x", "ndm-moments", "ndm-x-eta", "ndm-moments-eta", "ndm-flow")
@@ -85,6 +92,9 @@ TERMS = 2
 
 STEP_COUNTS = (100, 50, 10)
 """Steps of samples, "ddpm" and "ddim"."""
+
+ROUNDS, BLOCK = 7, 10
+"""Of the timing: rounds, and optimiser steps in a block."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +128,18 @@ class Recipe:
     flow: tuple[int, int] | None = None
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on."""
+        return json.loads(json.dumps({name: value for name, value in vars(self).items() if name != "load"}))
+
+    @property
     def models(self) -> list[str]:
         """Those of ``MODELS`` that fit the data."""
         return [name for name in MODELS if self.flow is not None or name != "ndm-flow"]
 
 
 RECIPES = {
-    "digits": Recipe(data.digits, 16, 8, 2, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32),
+    "digits": Recipe(data.digits, 16, 2, 2, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32),
     "mnist": Recipe(lambda: data.images("mnist", 14), 16, 8, 2, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4),
     "fashion-mnist": Recipe(
         lambda: data.images("fashion-mnist", 16), 16, 8, 2, 6000, 64, gamma=(-12.0, 5.0), test_rows=500, samples=4
@@ -206,8 +221,8 @@ def build(name: str, recipe: Recipe, shape: tuple[int, ...], std: float, seed: i
     schedule, t_min = schedule_of(variant, recipe)
     torch.manual_seed(seed)
     if not variant.base.startswith("ndm"):
-        width = recipe.width if variant.base == "diffusion" else matched_width(recipe, shape)
-        net = network(recipe, shape, width, None)
+        matched = variant.base == "matched"
+        net = matched_network(recipe, shape) if matched else network(recipe, shape, recipe.width, None)
         return ndm_ct.NDM(Preconditioned(net, data_std=std), shape, schedule=schedule, t_min=t_min)
     head = "moments" if "moments" in variant.base else "x"
     transform = transform_of(variant, recipe, shape)
@@ -257,13 +272,42 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def matched_width(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    """The least width at which a plain diffusion has as many parameters as the largest NDM."""
+class Sum(nn.Module):
+    """Networks of the same arguments whose outputs are added."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """The sum."""
+        return sum((part(z, t) for part in self.parts), torch.zeros_like(z))
+
+
+def matched_network(recipe: Recipe, shape: tuple[int, ...]) -> nn.Module:
+    """The predictor of a plain diffusion with at least as many parameters as the largest NDM, and hardly more.
+
+    One more channel makes a U-Net of width 16 larger by an eighth, far more than a small F: the rest is made up by a
+    second U-Net beside it.
+    """
     needed = max(parameters(build(name, recipe, shape, 1.0, 0)) for name in recipe.models if name.startswith("ndm"))
-    width = recipe.width
-    while parameters(network(recipe, shape, width, None)) < needed:
-        width += 1
-    return width
+
+    def least(of: Callable[[int], nn.Module], width: int) -> int:
+        while parameters(of(width)) < needed:
+            width += 1
+        return width
+
+    def alone(width: int) -> nn.Module:
+        return network(recipe, shape, width, None)
+
+    width = least(alone, recipe.width)
+    if not recipe.levels or parameters(alone(width)) == needed:
+        return alone(width)
+
+    def beside(other: int) -> nn.Module:
+        return Sum(alone(width - 1), alone(other))
+
+    return beside(least(beside, 1))
 
 
 @dataclass(frozen=True)
@@ -312,44 +356,75 @@ def unit(evaluation: ndm_ct.Evaluation) -> tuple[float, float]:
 def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate one cell, or continue; returns its entry of the results."""
     folder = options.out / "cells" / cell.name
-    done = folder / "result.json"
+    done = folder / f"{results_name(options.on)}.json"
     if done.exists():
-        return json.loads(done.read_text())
-    train, test = rows.split.train, rows.validation if options.on == "validation" else rows.split.test
-    model = build(cell.model, recipe, tuple(train.shape[1:]), rows.std, cell.seed)
-    trained = ndm_ct.fit(
-        model, train, steps=recipe.steps, batch_size=recipe.batch_size, lr=recipe.lr, seed=cell.seed,
-        objective=Variant.parse(cell.model).objective, quantisation=rows.bins, validation=rows.validation,
-        run_dir=folder, progress=not options.quiet, log_every=max(1, recipe.steps // 40),
-        validate_every=max(1, recipe.steps // 20),
-    )  # fmt: skip
-    if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
-        raise KeyboardInterrupt
-    model.requires_grad_(False)
-    ndm_ct.save(model, folder / "model.safetensors")
-    common = {"quantisation": rows.bins, "progress": False, "max_rows": options.rows or recipe.test_rows}
+        entry = json.loads(done.read_text())
+        if entry["recipe"] != recipe.settings:
+            raise RuntimeError(
+                f"{done} was made by another recipe, {entry['recipe']}; delete {folder} to make it anew."
+            )
+        return entry
+    model, curve = trained(cell, recipe, rows, folder, options)
+    scored = rows.split.test if options.on == "test" else rows.validation
+    common = {"quantisation": rows.bins, "progress": False}
     bound = ndm_ct.evaluate(
-        model,
-        test,
-        bound="elbo",
-        samples=recipe.samples,
-        run_dir=folder / "elbo",
-        **common | {"max_rows": options.rows},
-    )
-    flow = ndm_ct.evaluate(model, test, run_dir=folder / "ode", on_failure="nan", **common)
-    last = trained.history[-1]
+        model, scored, bound="elbo", samples=recipe.samples, run_dir=folder / f"elbo-{options.on}",
+        max_rows=options.rows, **common,
+    )  # fmt: skip
+    flow = ndm_ct.evaluate(
+        model, scored, run_dir=folder / f"ode-{options.on}", on_failure="nan",
+        max_rows=options.rows or recipe.test_rows, **common,
+    )  # fmt: skip
     entry = asdict(cell) | {
-        "parameters": parameters(model), "steps": recipe.steps, "seconds_per_step": last["seconds"] / last["step"],
-        "nelbo": unit(bound), "nll": unit(flow), "nll_failed": flow.failed, "nll_nfe": flow.nfe,
-        "curve": [
-            [row["step"], row["seconds"], row.get("validation_bits_per_dim", -row["validation_elbo"])]
-            for row in trained.validation
-        ],
+        "recipe": recipe.settings, "parameters": parameters(model), "nelbo": unit(bound), "nll": unit(flow),
+        "nll_failed": flow.failed, "nll_nfe": flow.nfe, "curve": curve,
         "fd": distances(model, rows, options) if rows.bins is not None and options.samples else {},
         "sde_ode": asdict(consistency(model, options.samples)) if options.samples else None,
     }  # fmt: skip
     write_atomically(done, json.dumps(entry, indent=1).encode())
     return entry
+
+
+def results_name(on: str) -> str:
+    """Of the files with results on test or validation rows."""
+    return "results" if on == "test" else on
+
+
+def fit(model: ndm_ct.NDM, name: str, recipe: Recipe, rows: Rows, *, steps: int, **settings: Any) -> ndm_ct.FitResult:
+    """``ndm_ct.fit`` by a recipe."""
+    return ndm_ct.fit(
+        model, rows.split.train, steps=steps, batch_size=recipe.batch_size, lr=recipe.lr,
+        objective=Variant.parse(name).objective, quantisation=rows.bins, **settings,
+    )  # fmt: skip
+
+
+def trained(
+    cell: Cell, recipe: Recipe, rows: Rows, folder: Path, options: argparse.Namespace
+) -> tuple[ndm_ct.NDM, list[list[float]]]:
+    """The trained model of a cell, and its validation bounds by step; trained here if it is not yet there."""
+    model = build(cell.model, recipe, tuple(rows.split.train.shape[1:]), rows.std, cell.seed)
+    result = fit(
+        model, cell.model, recipe, rows, steps=recipe.steps, seed=cell.seed, validation=rows.validation, run_dir=folder,
+        progress=not options.quiet, log_every=max(1, recipe.steps // 40), validate_every=max(1, recipe.steps // 20),
+    )  # fmt: skip
+    if not result.finished:  # Ctrl-C, which a training turns into a checkpoint
+        raise KeyboardInterrupt
+    model.requires_grad_(False)
+    ndm_ct.save(model, folder / "model.safetensors")
+    curve = [[row["step"], row.get("validation_bits_per_dim", -row["validation_elbo"])] for row in result.validation]
+    return model, curve
+
+
+def seconds_per_step(recipe: Recipe, rows: Rows, names: list[str]) -> dict[str, float]:
+    """Processor seconds of an optimiser step, the median over rounds in which all models have their turn."""
+    shape = tuple(rows.split.train.shape[1:])
+
+    def block(name: str) -> Callable[[], Any]:
+        model = build(name, recipe, shape, rows.std, 0)
+        return lambda: fit(model, name, recipe, rows, steps=BLOCK, progress=False)
+
+    seconds = timed({name: block(name) for name in names}, ROUNDS)
+    return {name: float(np.median(values)) / BLOCK for name, values in seconds.items()}
 
 
 def consistency(model: ndm_ct.NDM, samples: int) -> metrics.Distance:
@@ -396,41 +471,46 @@ def paired(
     return found
 
 
-def at_equal_time(entries: list[dict[str, Any]], baseline: str = "matched") -> list[dict[str, Any]]:
-    """Validation bounds of every model when the baseline of its seed finished training, off the curves.
+def at_equal_time(
+    entries: list[dict[str, Any]], seconds: dict[str, dict[str, float]], baseline: str = "matched"
+) -> list[dict[str, Any]]:
+    """Validation bounds of every model after the time that the baseline of its seed was trained, off the curves.
 
-    The learning rate had not come to its end for models that need longer: this favours the baseline.
+    Linear between two points of a curve. The learning rate had not come to its end for models that need longer: this
+    favours the baseline.
     """
-    ends = {(e["data"], e["seed"]): e["curve"][-1][1] for e in entries if e["model"] == baseline}
+    ends = {(e["data"], e["seed"]): e["recipe"]["steps"] for e in entries if e["model"] == baseline}
     found = []
     for entry in entries:
-        limit = ends.get((entry["data"], entry["seed"]))
-        reached = [value for _, seconds, value in entry["curve"] if limit is not None and seconds <= limit]
-        if reached:
-            found.append({**entry, "at_time": (reached[-1], math.nan)})
+        cost, last = seconds.get(entry["data"], {}), ends.get((entry["data"], entry["seed"]))
+        if last is not None and {entry["model"], baseline} <= cost.keys():
+            steps, values = np.array(entry["curve"]).T
+            value = float(np.interp(last * cost[baseline] / cost[entry["model"]], steps, values))
+            found.append({**entry, "at_time": (value, math.nan)})
     return found
 
 
-def markdown(entries: list[dict[str, Any]]) -> str:
+def markdown(entries: list[dict[str, Any]], seconds: dict[str, dict[str, float]]) -> str:
     """Tables: absolute values, and paired differences from the matched diffusion."""
-    lines = ["# Claims", "", "| data | model | seeds | parameters | NELBO | flow NLL | s / step |", "|" + "---|" * 7]
+    lines = ["# Claims", "", "| data | model | seeds | parameters | NELBO | flow NLL | ms / step |", "|" + "---|" * 7]
     gaps = {key: paired(entries, key) for key in ("nelbo", "nll")}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in entries:
         groups.setdefault((entry["data"], entry["model"]), []).append(entry)
     for (name, model), cells in groups.items():
         means = [np.mean([cell[key][0] for cell in cells]) for key in ("nelbo", "nll")]
-        step = np.mean([cell["seconds_per_step"] for cell in cells])
-        numbers = f"{cells[0]['parameters']} | {means[0]:.4f} | {means[1]:.4f} | {step:.4f}"
+        step = seconds.get(name, {}).get(model)
+        numbers = f"{cells[0]['parameters']} | {means[0]:.4f} | {means[1]:.4f} | {f'{1e3 * step:.1f}' if step else ''}"
         lines.append(f"| {name} | {model} | {len(cells)} | {numbers} |")
     lines += ["", "Differences from the matched diffusion, paired by seed (negative is better):", ""]
     lines += ["| data | model | NELBO | flow NLL |", "|---|---|---|---|"]
     for (name, model), (gap, error) in gaps["nelbo"].items():
         other, other_error = gaps["nll"][name, model]
         lines.append(f"| {name} | {model} | {gap:+.4f} ± {error:.4f} | {other:+.4f} ± {other_error:.4f} |")
-    timed = paired(at_equal_time(entries), "at_time") if entries else {}
-    lines += ["", "Validation bound at equal training time:", "", "| data | model | difference |", "|---|---|---|"]
-    lines += [f"| {name} | {model} | {gap:+.4f} ± {error:.4f} |" for (name, model), (gap, error) in timed.items()]
+    timed = paired(at_equal_time(entries, seconds), "at_time")
+    if timed:
+        lines += ["", "Validation bound at equal training time:", "", "| data | model | difference |", "|---|---|---|"]
+        lines += [f"| {name} | {model} | {gap:+.4f} ± {error:.4f} |" for (name, model), (gap, error) in timed.items()]
     drawn = [entry for entry in entries if entry["sde_ode"]]
     if drawn:
         lines += ["", "Energy distance between samples of flow and SDE, over its scatter where they have one law:", ""]
@@ -449,19 +529,19 @@ def markdown(entries: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def plot(entries: list[dict[str, Any]], path: Path) -> None:
-    """Validation bounds over steps and over seconds, a row of panels per data set."""
+def plot(entries: list[dict[str, Any]], seconds: dict[str, dict[str, float]], path: Path) -> None:
+    """Validation bounds over steps and, where timed, over seconds, a row of panels per data set."""
     from matplotlib.figure import Figure
 
     names, models = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("data", "model"))
     figure = Figure(figsize=(11, 3.2 * len(names)), layout="constrained")
     for name, axes in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
         for entry in (entry for entry in entries if entry["data"] == name):
-            curve = np.array(entry["curve"])
-            colour = f"C{models.index(entry['model'])}"
-            label = entry["model"] if entry["seed"] == 0 else None
-            for axis, column in zip(axes, (0, 1), strict=True):
-                axis.plot(curve[1:, column], curve[1:, 2], color=colour, label=label, linewidth=0.9)
+            steps, values = np.array(entry["curve"])[1:].T
+            style = {"color": f"C{models.index(entry['model'])}", "linewidth": 0.9}
+            axes[0].plot(steps, values, label=entry["model"] if entry["seed"] == 0 else None, **style)
+            if entry["model"] in seconds.get(name, {}):
+                axes[1].plot(seconds[name][entry["model"]] * steps, values, **style)
         axes[0].set(title=name, xlabel="steps", ylabel="validation bound")
         axes[1].set(xlabel="seconds of training")
         axes[0].legend(fontsize=7)
@@ -485,7 +565,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="default: those of the preset")
     add("--samples", type=int, default=1000, help="samples for the distances (1000); 0: none")
     add("--on", choices=("test", "validation"), default="test", help="rows to score; recipes are chosen on validation")
-    add("--out", type=Path, help="default: runs/paper_claims/PRESET, or PRESET-validation")
+    add("--timing", action="store_true", help="measure seconds per optimiser step instead, into timing.json")
+    add("--out", type=Path, help="default: runs/paper_claims/PRESET")
     add("--cache", type=Path, help="classifiers and features; default: cache in the output folder")
     add("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
@@ -499,36 +580,47 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--models: {error}.")
     preset = PRESETS[options.preset]
     options.rows = preset["rows"]
-    part = "-validation" if options.on == "validation" else ""
-    options.out = options.out or Path("runs/paper_claims") / f"{options.preset}{part}"
+    options.out = options.out or Path("runs/paper_claims") / options.preset
     options.cache = options.cache or options.out / "cache"
     for name in options.data:
         recipe = RECIPES[name]
         recipe = replace(recipe, steps=max(1, int(recipe.steps * preset["steps"])))
         rows = rows_of(recipe)
+        models = options.models or [*recipe.models, *(ABLATIONS if options.ablations else ())]
+        if options.timing:
+            known = timing(options.out)
+            known[name] = known.get(name, {}) | seconds_per_step(recipe, rows, models)
+            write_atomically(options.out / "timing.json", json.dumps(known, indent=1).encode())
+            continue
         for seed in options.seeds or preset["seeds"]:
-            for model in options.models or [*recipe.models, *(ABLATIONS if options.ablations else ())]:
+            for model in models:
                 entry = run(Cell(name, model, seed), recipe, rows, options)
                 print(
                     f"{name}, {model}, seed {seed}: NELBO {entry['nelbo'][0]:.4f}, NLL {entry['nll'][0]:.4f}",
                     flush=True,
                 )
-                write(options.out)
-    return write(options.out)
+                write(options.out, options.on)
+    return write(options.out, options.on)
 
 
-def write(out: Path) -> list[dict[str, Any]]:
+def timing(out: Path) -> dict[str, dict[str, float]]:
+    """Seconds per step by data set and model, as far as measured."""
+    file = out / "timing.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write(out: Path, on: str) -> list[dict[str, Any]]:
     """Results from all cells that are finished, those of other processes too."""
-    files = sorted((out / "cells").glob("*/result.json"))
+    name, seconds = results_name(on), timing(out)
+    files = sorted((out / "cells").glob(f"*/{name}.json"))
     entries = [json.loads(file.read_text()) for file in files]
     order = {name: place for place, name in enumerate([*RECIPES, *MODELS, *ABLATIONS])}
     entries.sort(key=lambda e: (order[e["data"]], order.get(e["model"], len(order)), e["model"], e["seed"]))
-    write_atomically(
-        out / "results.json", (json.dumps({"torch": torch.__version__, "cells": entries}, indent=1) + "\n").encode()
-    )
-    write_atomically(out / "results.md", markdown(entries).encode())
+    results = {"torch": torch.__version__, "seconds_per_step": seconds, "cells": entries}
+    write_atomically(out / f"{name}.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(out / f"{name}.md", markdown(entries, seconds).encode())
     if entries:
-        plot(entries, out / "curves.png")
+        plot(entries, seconds, out / ("curves.png" if on == "test" else f"curves_{on}.png"))
     return entries
 
 

@@ -23,7 +23,14 @@ def small(monkeypatch):
 
 
 def options(tmp_path, **others):
-    given = {"preset": "smoke", "data": "moons", "models": "matched,ndm-x", "seeds": "0,1", "out": tmp_path} | others
+    given = {
+        "preset": "smoke",
+        "data": "moons",
+        "models": "matched,ndm-x",
+        "seeds": "0,1",
+        "out": tmp_path,
+        "samples": 50,
+    } | others
     return [word for name, value in given.items() for word in (f"--{name}", str(value))] + ["--quiet"]
 
 
@@ -49,6 +56,10 @@ def test_cells_are_computed_once_and_differences_paired(tmp_path, small, monkeyp
     table = (tmp_path / "results.md").read_text()
     assert f"| moons | ndm-x | {gap:+.4f} ± {error:.4f} |" in table
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    recipe = paper_claims.RECIPES["moons"]
+    monkeypatch.setattr(paper_claims, "RECIPES", {"moons": replace(recipe, lr=1e-4)})
+    with pytest.raises(RuntimeError, match="made by another recipe"):
+        paper_claims.main(options(tmp_path))
 
 
 def test_recipes_can_be_chosen_without_the_test_rows(tmp_path, small, monkeypatch):
@@ -57,21 +68,39 @@ def test_recipes_can_be_chosen_without_the_test_rows(tmp_path, small, monkeypatc
     recipe = paper_claims.RECIPES["moons"]
     paper_claims.main(options(tmp_path, models="diffusion", seeds="0", on="validation"))
     assert all(torch.equal(data, paper_claims.rows_of(recipe).validation) for data in scored)
-    paper_claims.main(options(tmp_path / "test", models="diffusion", seeds="0"))
+    weights = (tmp_path / "cells" / "moons-diffusion-0" / "model.safetensors").read_bytes()
+    (entry,) = paper_claims.main(options(tmp_path, models="diffusion", seeds="0"))
     assert torch.equal(scored[-1], recipe.load().test)
+    assert (tmp_path / "cells" / "moons-diffusion-0" / "model.safetensors").read_bytes() == weights
+    kept = json.loads((tmp_path / "validation.json").read_text())["cells"]
+    assert kept[0]["curve"] == entry["curve"]
+    assert kept[0]["nelbo"] != entry["nelbo"]
+    assert json.loads((tmp_path / "results.json").read_text())["cells"] == [entry]
 
 
-def test_equal_time_is_read_off_the_curve():
+def test_equal_time_is_read_off_the_curve(tmp_path, small):
     def entry(model, curve):
-        return {"data": "moons", "model": model, "seed": 0, "curve": curve}
+        return {"data": "moons", "model": model, "seed": 0, "recipe": {"steps": 20}, "curve": curve}
 
-    base = entry("matched", [[10, 1.0, 5.0], [20, 2.0, 4.0]])
-    slow = entry("ndm-x", [[10, 1.9, 4.5], [20, 3.8, 3.0]])
-    timed = paper_claims.at_equal_time([base, slow])
-    assert [e["at_time"][0] for e in timed] == [4.0, 4.5]
+    base, slow = entry("matched", [[10, 5.0], [20, 4.0]]), entry("ndm-x", [[0, 6.0], [10, 4.5], [20, 3.0]])
+    timed = paper_claims.at_equal_time([base, slow], {"moons": {"matched": 1.0, "ndm-x": 1.6}})
+    assert [e["at_time"][0] for e in timed] == pytest.approx([4.0, 4.5 - 1.5 * 0.25])
     gap, error = paper_claims.paired(timed, "at_time")["moons", "ndm-x"]
-    assert gap == pytest.approx(0.5)
+    assert gap == pytest.approx(0.125)
     assert math.isnan(error)
+    assert paper_claims.at_equal_time([base, slow], {}) == []
+
+
+def test_steps_are_timed_apart_from_the_trainings(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(paper_claims, "ROUNDS", 1)
+    paper_claims.main([*options(tmp_path), "--timing"])
+    seconds = json.loads((tmp_path / "timing.json").read_text())["moons"]
+    assert seconds.keys() == {"matched", "ndm-x"}
+    assert all(value > 0.0 for value in seconds.values())
+    paper_claims.main(options(tmp_path))
+    table = (tmp_path / "results.md").read_text()
+    assert f" {1e3 * seconds['ndm-x']:.1f} |" in table
+    assert "at equal training time" in table
 
 
 @pytest.mark.parametrize("name", ["digits", "casp"])
@@ -85,7 +114,7 @@ def test_models_have_the_sizes_they_claim(name):
         model: paper_claims.parameters(paper_claims.build(model, recipe, shape, 1.0, 0)) for model in recipe.models
     }
     largest = max(size for model, size in sizes.items() if model.startswith("ndm"))
-    assert largest <= sizes["matched"] < 1.15 * largest
+    assert largest <= sizes["matched"] < 1.05 * largest
     assert sizes["diffusion"] < sizes["ndm-x"]
 
 
