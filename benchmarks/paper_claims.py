@@ -32,14 +32,14 @@ factor for every coordinate with the volatility that belongs to it, a log-SNR fo
 Models of images are trained on the centres of the bins, their first noise a third of a bin's half-width.
 
 Reported for each cell: the bound (NELBO, unbiased over times and noise) and the probability flow's negative
-log-likelihood (for images with truncated-normal dequantisation), both on test rows, in bits per dimension for images and nats for vectors, with standard errors over
-rows; parameters; seconds per optimiser step; for images the Frechet distance of samples at several numbers of steps, by
-"ddpm" and by "ddim"; and the energy distance between samples of the flow and of the reverse SDE, two different models
-where the head is "x" and F nonlinear. Differences from the matched diffusion are paired, seed by seed, with their
-standard error over seeds; at equal training time they are read off the validation curves, where a step takes what
-``--timing`` measured: blocks of ``fit``, all models of a data set in turn, round after round, in seconds of the
-processor. Writes ``results.json``, ``results.md`` and ``curves.png`` into ``--out`` (``validation.json`` and so on with
-``--on validation``).
+log-likelihood (of images by truncated-normal dequantisation), both on test rows, in bits per dimension for images and
+nats for vectors, with standard errors over rows; parameters; seconds per optimiser step; for images the Frechet
+distance of samples at several numbers of steps, by "ddpm" and by "ddim"; and the energy distance between samples of the
+flow and of the reverse SDE, two different models where the head is "x" and F nonlinear. Differences from the matched
+diffusion are paired, seed by seed, with their standard error over seeds; at equal training time they are read off the
+validation curves, where a step takes what ``--timing`` measured: blocks of ``fit``, all models of a data set in turn,
+round after round, in seconds of the processor. Writes ``results.json``, ``results.md`` and ``curves.png`` into
+``--out`` (``validation.json`` and so on with ``--on validation``).
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337

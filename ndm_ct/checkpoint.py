@@ -9,6 +9,7 @@ References:
     The safetensors format, https://github.com/huggingface/safetensors
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -222,8 +224,11 @@ def write(path: PathLike, tensors: Mapping[str, Any], description: dict[str, Any
     write_atomically(path, safetensors.torch.save(copies, {KEY: _signed(text, copies)}))
 
 
-def open_folder(path: PathLike, holds: str, what: str, leftovers: str, resume: bool) -> None:
-    """Make the folder of a run, and clear away what one that was killed while it wrote has left.
+@contextmanager
+def open_folder(path: PathLike, holds: str, what: str, leftovers: str, resume: bool) -> Iterator[None]:
+    """Make the folder of a run, keep other processes out, and clear away what one that was killed has left.
+
+    The lock is the operating system's, on the file ``.lock``: it ends with the process, however that ends.
 
     Args:
         path: the folder.
@@ -234,13 +239,28 @@ def open_folder(path: PathLike, holds: str, what: str, leftovers: str, resume: b
 
     Raises:
         ValueError: it is there, and ``resume`` is False.
+        BlockingIOError: another process, or another call of this one, is at work in the folder.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    if not resume and (folder / holds).exists():
-        raise ValueError(f"run_dir={str(path)!r} holds {what} and resume=False; choose another folder, or delete it.")
-    for leftover in folder.glob(leftovers):
-        leftover.unlink()
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BlockingIOError(
+            errno.EWOULDBLOCK,
+            f"run_dir={str(path)!r} is in use by another process; wait until that has ended, or choose another folder.",
+        ) from error
+    try:
+        if not resume and (folder / holds).exists():
+            raise ValueError(
+                f"run_dir={str(path)!r} holds {what} and resume=False; choose another folder, or delete it."
+            )
+        for leftover in folder.glob(leftovers):
+            leftover.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def write_atomically(path: PathLike, data: bytes) -> None:

@@ -34,7 +34,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,7 @@ def evaluate(
         ValueError: an argument out of range or without effect; data that do not fit the model; a ``run_dir`` of other
             settings, data or weights, which are named.
         CheckpointError: the rows in ``run_dir`` are damaged.
+        BlockingIOError: another process is at work in ``run_dir``.
         SolverError: the solve failed; carries t, dt and the rows' numbers in the data.
         KeyboardInterrupt: Ctrl-C before anything was finished.
 
@@ -268,14 +270,15 @@ def evaluate(
         ),
         _Limits(stderr, max_rows, time_limit), run_dir, resume, evaluate,
     )  # fmt: skip
-    reason = run.run(progress)
-    values = run.values()[0]
-    nll, error = _mean(values)
-    result = Evaluation(
-        nll=nll, stderr=error, estimator_stderr=run.estimator_stderr(), bits_per_dim=run.bits(nll),
-        bits_stderr=run.bits(error), values=values, nfe=run.nfe(0), **run.shared(reason),
-    )  # fmt: skip
-    run.summarise(result)
+    with run.in_folder():
+        reason = run.run(progress)
+        values = run.values()[0]
+        nll, error = _mean(values)
+        result = Evaluation(
+            nll=nll, stderr=error, estimator_stderr=run.estimator_stderr(), bits_per_dim=run.bits(nll),
+            bits_stderr=run.bits(error), values=values, nfe=run.nfe(0), **run.shared(reason),
+        )  # fmt: skip
+        run.summarise(result)
     return result
 
 
@@ -336,7 +339,7 @@ def compare(
         A :class:`Comparison`.
 
     Raises:
-        TypeError, ValueError, CheckpointError, SolverError, KeyboardInterrupt: as in :func:`evaluate`.
+        TypeError, ValueError, CheckpointError, BlockingIOError, SolverError, KeyboardInterrupt: as in :func:`evaluate`.
         ValueError: models that differ in event shape, dtype or device.
 
     Example:
@@ -353,18 +356,19 @@ def compare(
         ),
         _Limits(stderr, max_rows, time_limit), run_dir, resume, compare,
     )  # fmt: skip
-    reason = run.run(progress)
-    a, b = run.values()
-    (nll_a, error_a), (nll_b, error_b), (difference, error) = _mean(a), _mean(b), _mean(a - b)
-    total = error_a**2 + error_b**2
-    result = Comparison(
-        difference=difference, stderr=error, nll_a=nll_a, nll_b=nll_b, stderr_a=error_a, stderr_b=error_b,
-        correlation=float(torch.corrcoef(run.values())[0, 1]) if len(a) > 1 else math.nan,
-        variance_reduction=1.0 - error**2 / total if total > 0.0 else math.nan,
-        bits_per_dim=run.bits(difference), bits_stderr=run.bits(error), values_a=a, values_b=b, nfe_a=run.nfe(0),
-        nfe_b=run.nfe(1), **run.shared(reason),
-    )  # fmt: skip
-    run.summarise(result)
+    with run.in_folder():
+        reason = run.run(progress)
+        a, b = run.values()
+        (nll_a, error_a), (nll_b, error_b), (difference, error) = _mean(a), _mean(b), _mean(a - b)
+        total = error_a**2 + error_b**2
+        result = Comparison(
+            difference=difference, stderr=error, nll_a=nll_a, nll_b=nll_b, stderr_a=error_a, stderr_b=error_b,
+            correlation=float(torch.corrcoef(run.values())[0, 1]) if len(a) > 1 else math.nan,
+            variance_reduction=1.0 - error**2 / total if total > 0.0 else math.nan,
+            bits_per_dim=run.bits(difference), bits_stderr=run.bits(error), values_a=a, values_b=b, nfe_a=run.nfe(0),
+            nfe_b=run.nfe(1), **run.shared(reason),
+        )  # fmt: skip
+        run.summarise(result)
     return result
 
 
@@ -605,8 +609,16 @@ class _Folder:
         self.path, self.kind = Path("" if path is None else path), kind
         self.is_real = path is not None
         self.settings: Record = {}
-        if path is not None:
-            checkpoint.open_folder(path, self.journal.name, "scored rows", ".*.json*.tmp", resume)
+        self.resume = resume
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """For this evaluation alone."""
+        if not self.is_real:
+            yield
+            return
+        with checkpoint.open_folder(self.path, self.journal.name, "scored rows", ".*.json*.tmp", self.resume):
+            yield
 
     @property
     def journal(self) -> Path:
@@ -722,9 +734,16 @@ class _Run:
         generator = torch.Generator().manual_seed(_seed(settings.seed, 0, 0, _ORDER))
         self.order = torch.randperm(self.source.rows, generator=generator)
         self.folder = _Folder(run_dir, resume, kind)
+        self.models = models
         self.batches: list[_Batch] = []
-        if run_dir is not None:
-            self.batches = self.folder.read(self._identity(models), self.order)
+
+    @contextmanager
+    def in_folder(self) -> Iterator[None]:
+        """With the batches scored before, and no other process at work there."""
+        with self.folder.opened():
+            if self.folder.is_real:
+                self.batches = self.folder.read(self._identity(self.models), self.order)
+            yield
 
     @property
     def visited(self) -> int:

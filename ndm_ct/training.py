@@ -221,6 +221,7 @@ def fit(
         ValueError: an argument out of range or without effect; data that do not fit the model; a checkpoint of other
             settings, which are named.
         CheckpointError: the checkpoint in ``run_dir`` is damaged.
+        BlockingIOError: another process is at work in ``run_dir``.
         RuntimeError: loss, gradient or prediction became NaN or infinite; the last checkpoint is as it was.
     """
     settings = _Settings(
@@ -237,19 +238,17 @@ def fit(
     if time_limit is not None and not time_limit > 0.0:
         raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
     bins = Bins(model, quantisation, choose("dequantisation", dequantisation, DEQUANTISATIONS))
-    training = _Training(
-        model,
-        settings,
-        Source(data, cond or {}, bins, "data", fit),
-        None if validation is None else Source(validation, validation_cond or {}, bins, "validation", fit),
-        bins,
-        None if objective is objectives.loss else objective,
-        _Folder(run_dir, resume),
+    source = Source(data, cond or {}, bins, "data", fit)
+    held_out = None if validation is None else Source(validation, validation_cond or {}, bins, "validation", fit)
+    intervals = (
         validate_count("validate_every", max(1, steps // 10) if validate_every is None else validate_every),
         validate_count("checkpoint_every", 1000 if checkpoint_every is None else checkpoint_every),
         validate_count("log_every", log_every),
     )
-    return training.run(progress, math.inf if time_limit is None else time_limit)
+    own = None if objective is objectives.loss else objective
+    with _Folder.opened(run_dir, resume) as folder:
+        training = _Training(model, settings, source, held_out, bins, own, folder, *intervals)
+        return training.run(progress, math.inf if time_limit is None else time_limit)
 
 
 def _refuse_ineffective(arguments: Mapping[str, Any]) -> None:
@@ -290,12 +289,20 @@ def _seeds(*words: int) -> tuple[int, int]:
 class _Folder:
     """The files of a training; without a path nothing is written."""
 
-    def __init__(self, path: PathLike | None, resume: bool) -> None:
+    def __init__(self, path: PathLike | None) -> None:
         self.path = None if path is None else Path(path)
         self.rows: list[Row] = []
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: PathLike | None, resume: bool) -> Iterator["_Folder"]:
+        """The folder, of this training alone."""
+        folder = cls(path)
         if path is None:
+            yield folder
             return
-        checkpoint.open_folder(path, self.checkpoint.name, "a checkpoint", ".*.safetensors.*.tmp", resume)
+        with checkpoint.open_folder(path, folder.checkpoint.name, "a checkpoint", ".*.safetensors.*.tmp", resume):
+            yield folder
 
     @property
     def checkpoint(self) -> Path:

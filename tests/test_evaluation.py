@@ -570,7 +570,7 @@ def test_a_finished_evaluation_costs_nothing_and_can_be_continued(tmp_path):
     assert (more.rows, more.reason) == (400, "data")
     assert torch.equal(more.values[: result.rows], result.values)
     assert torch.equal(more.values, evaluate(net(), x, **COARSE).values)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["evaluation.json", "rows.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "evaluation.json", "rows.jsonl"]
     summary = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
     for name in ("nll", "stderr", "estimator_stderr", "rows", "reason", "nfe", "bits_per_dim"):
         assert summary[name] == getattr(more, name)
@@ -594,6 +594,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     deadline = time.monotonic() + 40.0
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and log.read_bytes().count(b"\n") > 2:
+            with pytest.raises(BlockingIOError, match=r"killed' is in use by another process"):
+                evaluate(net(), rows(96), **COARSE, run_dir=folder, batch_size=16)
             time.sleep(generator.uniform(0.0, 0.2))
             break
         time.sleep(0.002)
@@ -609,7 +611,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     result = evaluate(net(), rows(96), **COARSE, run_dir=folder, batch_size=16)
     assert same(result, evaluate(net(), rows(96), **COARSE, batch_size=16))
     assert sorted(i for line in journal(folder)[1:] for i in line["rows"]) == list(range(96))
-    assert sorted(p.name for p in folder.iterdir()) == ["evaluation.json", "rows.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "evaluation.json", "rows.jsonl"]
 
 
 @pytest.mark.parametrize(

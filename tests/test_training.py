@@ -648,6 +648,25 @@ def regular(run_dir, steps=60, seed=3):
     return model, result
 
 
+def test_a_folder_belongs_to_one_training(tmp_path):
+    """The second is refused, changes nothing, and may have the folder when the first has ended, however it did."""
+    refused = []
+
+    def objective(model, x, generator, **cond):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(BlockingIOError, match="is in use by another process; wait until"):
+            regular(tmp_path)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        refused.append(True)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        quick(toy(), objective=objective, run_dir=tmp_path)
+    assert refused == [True]
+    expected, _ = regular(tmp_path / "other")
+    assert same(regular(tmp_path)[0], expected)
+
+
 def test_killed_and_resumed_is_bit_identical(tmp_path):
     expected, uninterrupted = regular(tmp_path / "whole")
     script = tmp_path / "run.py"
@@ -681,7 +700,12 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     assert strip(result.validation) == strip(uninterrupted.validation)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(strip(lines), key=str) == sorted(strip([*result.history, *result.validation]), key=str)
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.safetensors", "log.jsonl", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
+        "checkpoint.safetensors",
+        "log.jsonl",
+        "model.safetensors",
+    ]
     assert same(load(folder / "model.safetensors"), model)
     raw = checkpoint.read(folder / "checkpoint.safetensors", "training")[1]
     whole = checkpoint.read(tmp_path / "whole" / "checkpoint.safetensors", "training")[1]
