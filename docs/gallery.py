@@ -32,7 +32,7 @@ ARGUMENTS = {
     "compression": "",
     "interpolation": "",
     "out_of_distribution": "--network digits",
-    "diffusers_likelihood": "--steps 300 --rows 10",
+    "diffusers_likelihood": "--steps 200 --rows 8",
 }
 """What examples run with, in the order of the gallery. One that is not here comes last and runs with its defaults."""
 
