@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,15 @@ ARGUMENTS = {
 }
 """What examples run with, in the order of the gallery. One that is not here comes last and runs with its defaults."""
 
+INTRODUCTION = """
+Each example is one script in `examples/`; it answers one question, measures the answer and draws it. The numbers and
+pictures here were made when this site was built, with one thread.
+"""
+
 LIMIT = 600
 """Seconds for one example."""
+
+_COMMANDS = re.compile(r"(?:^    python .*\n)+", re.MULTILINE)
 
 log = logging.getLogger("mkdocs.hooks.gallery")
 
@@ -57,7 +66,7 @@ def on_config(config: Any) -> None:
 
 def on_files(files: Files, config: Any) -> Files:
     """Run what has changed and write the pages."""
-    index = f"# Gallery\n\n{(ROOT / 'docs' / 'gallery.txt').read_text()}\n"
+    index = f"# Gallery\n\n{INTRODUCTION}\n"
     for script in examples():
         folder = made(script)
         pictures = sorted(folder.glob("*.png"), key=lambda picture: (picture.stem != script.stem, picture.stem))
@@ -108,6 +117,7 @@ def _page(script: Path, title: str, text: str, folder: Path, pictures: list[Path
     report = folder / f"{script.stem}.json"
     reading = json.loads(report.read_text())["reading"] if report.exists() else "*Not run in this build.*"
     shown = "\n\n".join(f"![{title}]({picture.name})" for picture in pictures)
+    text = _COMMANDS.sub(lambda found: f"```\n{textwrap.dedent(found[0])}```\n", text)
     command = " ".join(["python", f"examples/{script.name}", ARGUMENTS.get(script.stem, "")]).strip()
     source = "".join(f"    {line}\n" for line in script.read_text().splitlines())
     return (

@@ -94,5 +94,5 @@ def _exported() -> list[str]:
     for node in _source("__init__").body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             found = sorted(ast.literal_eval(node.value), key=str.lower)
-            return [name for name in found if name not in sum(modules().values(), [])]
+            return [name for name in found if not any(name in names for names in modules().values())]
     raise LookupError("ndm_ct/__init__.py has no __all__")

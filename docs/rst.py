@@ -8,7 +8,7 @@ roles ``func``, ``class``, ``meth``,        a link where the name has an entry, 
 ``mod``
 a directive ``code-block``                  a fence
 a simple table                              a table of Markdown
-``References:``                             a list, one entry each
+``References:``, ``Args of every method:``  a list, one entry each
 ``Example:``                                ``Examples:``, under which griffe looks for doctests
 ``Args:`` of a ``NamedTuple``               ``Attributes:``, since griffe sees no constructor there
 ==========================================  =================================================
@@ -21,8 +21,8 @@ from typing import Any
 
 import griffe
 
-LINE = 120
-"""Where the sources wrap."""
+FULL = 108
+"""Sources wrap at 120 characters, and the text of a docstring is indented by 4 to 12."""
 
 WITHOUT_PAGE = {"cli", "demo", "__main__"}
 """Modules that are command lines; they have no page in the reference, and no links lead to them."""
@@ -63,15 +63,19 @@ def markdown(text: str, owner: griffe.Object | None = None, package: griffe.Modu
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     if isinstance(owner, griffe.Class) and "NamedTuple" in map(str, owner.bases):
         text = re.sub(r"^Args:$", "Attributes:", text, flags=re.MULTILINE)
-    text = re.sub(r"^References:\n((?:    .*\n)+)", _references, text, flags=re.MULTILINE)
+    text = re.sub(r"^(References|Args of every method):\n((?:    .*\n)+)", _list, text, flags=re.MULTILINE)
     return re.sub(r"^Returns:\n((?:    .*\n|\n)+)", _returns, text, flags=re.MULTILINE)
 
 
 def _directive(found: re.Match[str]) -> str:
     indent, name, argument, body = found.groups()
     lines = [line.strip() if name == "math" else line[len(indent) + 4 :] for line in body.strip("\n").split("\n")]
+    if name == "math":
+        lines = [line for line in lines if line]
+        if r"\\" in body and r"\begin" not in body:
+            lines = [r"\begin{aligned}", *lines, r"\end{aligned}"]
     opening, closing = (r"\[", r"\]") if name == "math" else (f"```{argument}", "```")
-    block = [opening, *(line for line in lines if line or name != "math"), closing]
+    block = [opening, *lines, closing]
     return "\n" + "".join(f"{indent}{line}".rstrip() + "\n" for line in block) + "\n"
 
 
@@ -128,18 +132,19 @@ def _target(name: str, owner: griffe.Object, package: griffe.Module) -> str | No
     return path if public else None
 
 
-def _references(found: re.Match[str]) -> str:
-    lines = [line.strip() for line in found[1].splitlines()]
+def _list(found: re.Match[str]) -> str:
+    """A list, one entry each; an entry goes on where the line before was full and this one does not begin another."""
+    lines = [line.strip() for line in found[2].splitlines()]
     entries = lines[:1]
     for line, before in zip(lines[1:], lines, strict=False):
-        wrapped = len(before) + 4 + 1 + len(line.split()[0]) > LINE and "http" not in before
+        wrapped = len(before) + 1 + len(line.split()[0]) > FULL and "http" not in before
         whole = re.search(r"http|\(\d{4}\)", entries[-1]) and not line.startswith("http") and not line[0].islower()
         if wrapped and not whole:
             entries[-1] += f" {line}"
         else:
             entries.append(line)
     items = (re.sub(r"(https?://\S+[^\s,.;])", r"<\1>", entry) for entry in entries)
-    return "**References**\n\n" + "".join(f"- {item}\n" for item in items)
+    return f"**{found[1]}**\n\n" + "".join(f"- {item}\n" for item in items)
 
 
 def _returns(found: re.Match[str]) -> str:
