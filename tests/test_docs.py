@@ -7,11 +7,14 @@ import contextlib
 import importlib
 import inspect
 import io
+import pkgutil
 import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from ndm_ct import grids, presets, sampling
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if "```python" in path.read_text())
@@ -33,8 +36,8 @@ def assert_alike(printed: str, written: str) -> None:
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     text = (DOCS / f"{page}.md").read_text()
-    if "from diffusers" in text:
-        pytest.importorskip("diffusers")
+    for package in re.findall(r"^(?:from|import) (diffusers|zuko)\b", text, re.MULTILINE):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     names, trained = {}, False
     for code, written in BLOCK.findall(text):
@@ -48,6 +51,25 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
             assert NUMBER.sub("#", printed.getvalue()).split() == NUMBER.sub("#", written).split()
         else:
             assert printed.getvalue() == ""
+
+
+def test_names_in_the_pages_exist():
+    """In tables too, whose code is not run."""
+    text = "".join(path.read_text() for path in DOCS.glob("*.md"))
+    for name in set(
+        re.findall(
+            r"(?<![\w.])(?:ndm_ct|adapters|nn|objectives|presets|schedules|timesampling|transport)\.[\w.]+\w", text
+        )
+    ):
+        path = name if name.startswith("ndm_ct.") else f"ndm_ct.{name}"
+        assert pkgutil.resolve_name(path) is not None
+    for method in re.findall(r'\bmethod="(\w+)"', text):
+        assert method in sampling.METHODS, method
+    for grid in re.findall(r'\bgrid="(\w+)"', text):
+        assert grid in grids.GRIDS
+    presets_named = set(re.findall(r"^\| `(\w+)` \| `\w+`", (DOCS / "choosing.md").read_text(), re.MULTILINE))
+    assert presets_named
+    assert presets_named <= set(presets.PRESETS)
 
 
 def test_pages_with_code_are_those_that_have_some():
