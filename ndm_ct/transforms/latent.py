@@ -4,10 +4,10 @@ r"""Maps between data x and latents y that do not move with time; the process ru
     q(z_t \mid x) = E_{q(y \mid x)} N(z_t;\ \alpha_t y,\ \sigma_t^2 I), \qquad
     \log p(x) \ge E_{q(y \mid x)} [\log p(y) + w]
 
-===============  =====================================  ==========================================================
-:class:`Flow`    y = h(x), invertible                   :math:`w = \log|\det \partial h/\partial x|`; equality
-:class:`Encoder` :math:`y \sim N(m(x), s(x)^2)`         :math:`w = \log p(x \mid y) - \log q(y \mid x)`
-===============  =====================================  ==========================================================
+================  =====================================  ==========================================================
+:class:`Flow`     y = h(x), invertible                   :math:`w = \log|\det \partial h/\partial x|`; equality
+:class:`Encoder`  :math:`y \sim N(m(x), s(x)^2)`         :math:`w = \log p(x \mid y) - \log q(y \mid x)`
+================  =====================================  ==========================================================
 
 With p(y) the bound of a diffusion over y these are the objectives of INDM and of LSGM.
 
