@@ -10,7 +10,8 @@ Every estimator is then repeated and compared with it:
 * ``RMSE``: root mean square of (estimate - exact) over rows and repeats, nats per row;
 * ``bias``: its mean, and that mean in units of its own standard error over rows and repeats;
 * ``work``: wall seconds per row x RMSE^2. For an unbiased estimator it does not depend on how often one repeats it, so
-  its ratio is how many times faster one method reaches the accuracy of another.
+  its ratio is how many times faster one method reaches the accuracy of another. With an exact trace nothing is left to
+  average: there a peer's seconds are compared with ours at the same RMSE, between two of our tolerances.
 
 Three more measurements: the mean over many test rows (time against that of the paths alone), the rowwise solver beside
 the batch-coupled one, and the calibration of the reported standard errors. Writes ``likelihood_cost.json``,
@@ -297,6 +298,34 @@ def plot(table: list[Measurement], path: Path) -> None:
     plt.close(figure)
 
 
+def sampled_ratios(table: list[Measurement]) -> list[str]:
+    """How many times faster our best setting reaches an accuracy, by work."""
+    winners = best(table)
+    mine = min((m for m in winners.values() if m.ours), key=lambda m: m.work)
+    lines = [f"Equal accuracy: {mine.method} {mine.setting} is faster than the best setting of"]
+    lines += [f"- {m.method} ({m.setting}): {m.work / mine.work:,.1f} times" for m in winners.values() if not m.ours]
+    usual = [m for m in table if m.method == "score_sde" and m.setting == "tol 1e-05"]
+    return lines + [f"- the usual protocol ({m.method}, {m.setting}): {m.work / mine.work:,.1f} times" for m in usual]
+
+
+def exact_ratios(table: list[Measurement]) -> list[str]:
+    """Seconds of the peers over ours at the same RMSE, one line per peer, its settings from coarse to fine.
+
+    Ours are interpolated in logarithms between the settings that no other of ours beats in both.
+    """
+    ours: list[Measurement] = []
+    for m in sorted((m for m in table if m.ours), key=lambda m: m.seconds):
+        if not ours or m.rmse < ours[-1].rmse:
+            ours.append(m)
+    errors, seconds = (np.log([getattr(m, name) for m in reversed(ours)]) for name in ("rmse", "seconds"))
+    lines = ["Seconds over those of ndm_ct exact at the same RMSE:"]
+    for method in dict.fromkeys(m.method for m in table if not m.ours):
+        peers = [m for m in table if m.method == method]
+        ratios = [m.seconds / float(np.exp(np.interp(np.log(m.rmse), errors, seconds))) for m in peers]
+        lines.append(f"- {method}: " + ", ".join(f"{r:.1f} ({m.setting})" for r, m in zip(ratios, peers, strict=True)))
+    return lines
+
+
 def markdown(tables: dict[str, list[Measurement]], extra: dict[str, Any]) -> str:
     """The report a person reads."""
     lines = ["# What a log-likelihood costs", "", f"Machine: {extra['machine']}. Times are per row, in batches.", ""]
@@ -314,15 +343,7 @@ def markdown(tables: dict[str, list[Measurement]], extra: dict[str, Any]) -> str
             f"{m.forward:.0f} | {m.vjps:.0f} | {m.work:.3g} | {'' if m.z_std is None else f'{m.z_std:.2f}'} |"
             for m in table
         ]
-        winners = best(table)
-        mine = min((m for m in winners.values() if m.ours), key=lambda m: m.work)
-        lines += ["", f"Equal accuracy: {mine.method} {mine.setting} is faster than the best setting of"]
-        lines += [
-            f"- {m.method} ({m.setting}): {m.work / mine.work:,.1f} times" for m in winners.values() if not m.ours
-        ]
-        usual = [m for m in table if m.method == "score_sde" and m.setting == "tol 1e-05"]
-        lines += [f"- the usual protocol ({m.method}, {m.setting}): {m.work / mine.work:,.1f} times" for m in usual]
-        lines.append("")
+        lines += ["", *(exact_ratios(table) if all("exact" in m.method for m in table) else sampled_ratios(table)), ""]
     for name, mean in extra["dataset_mean"].items():
         lines += [
             f"Mean over {mean['rows']} rows of {name}: {mean['nll']:.2f} ± {mean['stderr']:.2f} nats, of which the "
