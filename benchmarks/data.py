@@ -13,11 +13,9 @@ moons, checkers    two dimensions, drawn here
 Your own images are given by a path: :func:`dataset`.
 """
 
-import gzip
 import hashlib
 import importlib.util
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
+from ndm_ct.files import idx, levels_of_images, pictures
+
 __all__ = [
-    "Split", "casp", "checkers", "dataset", "digits", "fingerprint", "idx", "images", "magic", "moons", "photo_patches",
+    "Split", "casp", "checkers", "dataset", "digits", "fingerprint", "images", "magic", "moons", "photo_patches",
 ]  # fmt: skip
 
 FOLDERS = {
@@ -40,9 +40,6 @@ FOLDERS = {
 }
 """Environment variable, default folder, and where the files come from."""
 
-
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-"""Endings of the files of an image folder."""
 
 TEST_SHARE = 10
 """One image in so many is held out where the files know no test set."""
@@ -163,28 +160,14 @@ def _npz(path: Path) -> Split:
             None if values is None else _labels(values, count)
             for values, count in ((first("y_train"), len(train)), (first("y_test"), len(test)))
         ]
-        return Split(_levels(train, path), _levels(test, path), *labels, levels=256)
+        return Split(levels_of_images(train, path), levels_of_images(test, path), *labels, levels=256)
     pixels, classes = first("images", "x", "arr_0"), first("labels", "y", "arr_1")
     if pixels is None:
         raise ValueError(
             f"{path} holds the arrays {', '.join(sorted(arrays))}; expected train and test, x_train and x_test, or one "
             "of images, x, arr_0."
         )
-    return _held_out(_levels(pixels, path), None if classes is None else _labels(classes, len(pixels)))
-
-
-def _levels(array: np.ndarray, path: Path) -> Tensor:
-    """Images as ``(N, C, H, W)``, whatever the place of the channels."""
-    if array.dtype != np.uint8:
-        raise ValueError(f"{path} holds images of dtype {array.dtype}, expected uint8 levels 0 ... 255.")
-    pixels = torch.as_tensor(array)
-    if pixels.ndim == 3:
-        return pixels[:, None]
-    if pixels.ndim == 4 and pixels.shape[3] in (1, 3):
-        return pixels.permute(0, 3, 1, 2).contiguous()
-    if pixels.ndim == 4 and pixels.shape[1] in (1, 3):
-        return pixels
-    raise ValueError(f"{path} holds an array of shape {array.shape}, expected (N, H, W), (N, H, W, C) or (N, C, H, W).")
+    return _held_out(levels_of_images(pixels, path), None if classes is None else _labels(classes, len(pixels)))
 
 
 def _image_folder(path: Path, size: int | None) -> Split:
@@ -196,24 +179,9 @@ def _image_folder(path: Path, size: int | None) -> Split:
 
 def _pictures(folder: Path, size: int | None) -> tuple[Tensor, Tensor | None]:
     """All pictures below a folder; the sub-folders, if all are in one, are the classes."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("a folder of images needs Pillow: pip install pillow.") from error
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
-    if not files:
-        raise FileNotFoundError(f"{str(folder)!r} holds no images ({', '.join(PICTURES)}).")
-    opened = []
-    for file in files:
-        with Image.open(file) as picture:
-            image = picture if picture.mode in ("L", "RGB") else picture.convert("RGBA")
-            if image.mode == "RGBA":  # transparent pixels have any colour: they are to be white
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            pixels = torch.as_tensor(np.array(image))
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-        opened.append(pixels if size is None else _average_down(pixels[None], size)[0])
-    if any(len(pixels) == 3 for pixels in opened):
-        opened = [pixels.expand(3, -1, -1) for pixels in opened]
+    opened, files = pictures(folder)
+    if size is not None:
+        opened = [_average_down(pixels[None], size)[0] for pixels in opened]
     shapes = {tuple(pixels.shape) for pixels in opened}
     if len(shapes) > 1:
         raise ValueError(f"the images in {str(folder)!r} have {len(shapes)} different shapes; choose one by --size.")
@@ -222,20 +190,6 @@ def _pictures(folder: Path, size: int | None) -> tuple[Tensor, Tensor | None]:
         return torch.stack(opened), None
     names = sorted(set(classes))
     return torch.stack(opened), torch.tensor([names.index(name) for name in classes])
-
-
-def idx(path: Path) -> np.ndarray:
-    """An array in the idx format, plain or gzipped."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        zero, kind, ndim = struct.unpack(">HBB", file.read(4))
-        if zero != 0 or kind != 8:
-            raise ValueError(f"{path} is no idx file of unsigned bytes (it starts with {zero}, {kind}).")
-        shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
-        values = np.frombuffer(file.read(), np.uint8)
-    if values.size != np.prod(shape):
-        raise ValueError(f"{path} is cut off: {values.size} values, its header says {shape}.")
-    return values.reshape(shape)
 
 
 def images(name: str, size: int = 28, folder: Path | None = None) -> Split:

@@ -174,8 +174,7 @@ def generators(seed: int, count: int, batch: int) -> Iterator[tuple[int, torch.G
 
 def levels_of(x: Tensor, bins: Quantisation) -> Tensor:
     """The levels of real-valued samples: the bin each value lies in, the outermost ones for values beyond."""
-    low = bins.range[0]
-    return ((x.double() - low) / (2.0 * bins.half_width)).floor().clamp(0, bins.levels - 1).to(torch.uint8)
+    return bins.nearest(x).to(torch.uint8)
 
 
 class Store:

@@ -90,6 +90,10 @@ class Quantisation:
         low, high = self.range
         return low + (high - low) * (x.to(dtype) + 0.5) / self.levels
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """Levels of real values, int64: the bin each lies in, the outermost ones for values beyond."""
+        return ((x.double() - self.range[0]) / (2.0 * self.half_width)).floor().clamp(0, self.levels - 1).long()
+
     def validate_centres(self, x: Tensor, name: str = "x") -> None:
         """Check that real ``x`` are bin centres, up to rounding.
 
