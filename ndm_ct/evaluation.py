@@ -586,12 +586,23 @@ class _Batch:
         return {"start": self.start} | tensors | {"nfe": self.nfe, "seconds": self.seconds}
 
     @classmethod
-    def from_json(cls, record: Record) -> "_Batch":
+    def from_json(cls, record: Record, models: int) -> "_Batch":
+        """Read a record; raises ValueError, KeyError, TypeError, OverflowError or RuntimeError if it is none."""
+        _validate_entries(record, [field.name for field in fields(cls)])
+        rows = torch.tensor(record["rows"])
         nll, variance = (
             torch.tensor([[math.nan if v is None else v for v in row] for row in record[name]], dtype=torch.float64)
             for name in ("nll", "variance")
         )
-        return cls(record["start"], torch.tensor(record["rows"]), nll, variance, record["nfe"], record["seconds"])
+        shape = (models, len(rows))
+        if not len(rows) or not rows.dtype == torch.int64 or not shape == nll.shape == variance.shape:
+            raise ValueError(f"rows, nll and variance do not describe {models} values of each row")
+        nfe = record["nfe"]
+        if len(nfe) != models or not all(isinstance(count, int) and count >= 0 for count in nfe):
+            raise ValueError(f"nfe is {nfe!r}, expected {models} counts")
+        if not record["seconds"] >= 0.0:
+            raise ValueError(f"seconds is {record['seconds']!r}, expected a time")
+        return cls(record["start"], rows, nll, variance, nfe, record["seconds"])
 
 
 def _without_nan(values: Tensor) -> list[list[float | None]]:
@@ -625,13 +636,18 @@ class _Folder:
         text = self.journal.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         try:
-            header, *records = map(json.loads, whole.splitlines())
-            kind, saved, form = header["kind"], header["settings"], header["format"]
-            batches = [_Batch.from_json(record) for record in records]
-        except (ValueError, KeyError, TypeError) as error:
+            header, *records = lines = [checkpoint.parse(line) for line in whole.split(b"\n")[:-1]]
+            kind, saved, form = header["kind"], dict(header["settings"]), header["format"]
+            _validate_entries(header, ["format", "kind", "settings"])
+            models = 2 if kind == "comparison" else 1
+            batches = [_Batch.from_json(record, models) for record in records]
+        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:  # RecursionError is one
             raise self._damaged(f"a line cannot be read ({error})") from error
         if form != FORMAT:
             raise self._damaged(f"format {form!r}, this version reads format {FORMAT}")
+        for number, line in enumerate(lines, 1):
+            if line != _signed(_unsigned(line)) and line != _unsigned(line):
+                raise self._damaged(f"the checksum of line {number} does not match")
         self._validate_settings(kind, saved)
         done = 0
         for batch in batches:
@@ -679,7 +695,23 @@ class _Folder:
 
 
 def _encoded(record: Record) -> bytes:
-    return json.dumps(record, allow_nan=False).encode() + b"\n"
+    """A line: the record after a digest of it."""
+    return json.dumps(_signed(record), allow_nan=False).encode() + b"\n"
+
+
+def _signed(record: Record) -> Record:
+    return {"sha256": hashlib.sha256(json.dumps(record).encode()).hexdigest()} | record
+
+
+def _validate_entries(record: Record, names: list[str]) -> None:
+    others = sorted(_unsigned(record).keys() - names)
+    if others:
+        raise ValueError(f"unknown entries {', '.join(map(repr, others))}")
+
+
+def _unsigned(record: Record) -> Record:
+    """Without the digest, which lines of earlier versions do not have."""
+    return {name: value for name, value in record.items() if name != "sha256"}
 
 
 class _Raw(Bins):

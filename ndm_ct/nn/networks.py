@@ -35,6 +35,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 _FREQUENCIES = 16
 _GROUPS = 8
+_MOST_LEVELS = 16
 _NO_LABEL = -1
 
 _INPUT_GAIN = 2.0  # more than He's: structure finer than the whole needs units that bend within it
@@ -277,6 +278,8 @@ class UNet(_Network):
         super().__init__()
         self.channels, self.width = validate_count("channels", channels), validate_count("width", width)
         self.levels, self.outputs = validate_count("levels", levels), _validate_outputs(outputs)
+        if levels > _MOST_LEVELS:
+            raise ValueError(f"levels must be at most {_MOST_LEVELS}, got {levels}; each halves the sides of images.")
         self.dropout = dropout
         widths = [width if level == 0 else 4 * width for level in range(levels)]
         embedding = self._set_embeddings(4 * width, time, classes)
