@@ -369,7 +369,6 @@ def write(path, model, change, kind="model"):
 def rewrite(path, change, kind):
     description, tensors = checkpoint.read(path, kind)
     change(description, tensors)
-    description = {"format": checkpoint.FORMAT} | description
     copies = {name: tensor.contiguous() for name, tensor in tensors.items()}
     text = json.dumps(description)
     path.write_bytes(checkpoint.safetensors.torch.save(copies, {checkpoint.KEY: checkpoint._signed(text, copies)}))
