@@ -48,12 +48,12 @@ from tqdm import tqdm
 from ndm_ct import bits, checkpoint, likelihood, objectives
 from ndm_ct._config import Unconfigurable, to_config
 from ndm_ct._errors import CheckpointError, SolverError
-from ndm_ct._shapes import choose, event_size, some, validate_cond, validate_count
+from ndm_ct._shapes import choose, event_size, some, validate_cond, validate_count, validate_positive
 from ndm_ct.checkpoint import PathLike
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.likelihood import Trace
 from ndm_ct.model import NDM
-from ndm_ct.quantisation import Quantisation
+from ndm_ct.quantisation import Quantisation, validate_quantisation
 from ndm_ct.rows import Bins, Source
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
@@ -414,11 +414,7 @@ class _Settings:
         validate_count("batch_size", self.batch_size)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an int of at least 0, got {self.seed!r}.")
-        if self.quantisation is not None and not isinstance(self.quantisation, Quantisation):
-            raise TypeError(
-                f"quantisation must be an ndm_ct.quantisation.Quantisation, got {type(self.quantisation).__name__}; "
-                "pass Quantisation(levels=256)."
-            )
+        validate_quantisation(self.quantisation)
         if self.dequantisation != "uniform" and self.quantisation is None:
             raise ValueError("dequantisation has no effect without quantisation; it is for integer data.")
         if self.bound == "elbo":
@@ -455,8 +451,8 @@ class _Limits:
             validate_count("max_rows", self.max_rows)
         for name, unit in (("stderr", "nats"), ("time_limit", "seconds")):
             value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number of {unit}, got {value!r}.")
+            if value is not None:
+                validate_positive(name, value, f" ({unit})")
 
 
 @dataclass(frozen=True)
@@ -745,7 +741,7 @@ class _Run:
         # The one whose network prescribes dtype and device, if there is one.
         model = next((model for model in models.values() if model.dtype is not None), next(iter(models.values())))
         self.raw = _Raw(model, settings.quantisation, model.dtype or _dtype_of(data))
-        self.source = Source(data, cond or {}, self.raw, "data", caller)
+        self.source = Source(data, {} if cond is None else cond, self.raw, "data", caller)
         for each in models.values():
             validate_cond(self.source.cond, each._cond_names, each._cond_anything, caller)
         self.device = model.device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
@@ -805,6 +801,8 @@ class _Run:
         except SolverError as error:
             raise _of_data(error, rows) from error
         nll, variance = (torch.stack([getattr(s, name) for s in scores]).cpu() for name in ("nll", "variance"))
+        if self.settings.on_failure == "raise":
+            _validate_finite(nll, rows)
         batch = _Batch(start, rows, nll, variance, [s.nfe for s in scores], time.monotonic() - began)
         self.folder.add(batch)
         self.batches.append(batch)
@@ -920,6 +918,16 @@ def _dtype_of(data: Any) -> torch.dtype:
     if isinstance(example, Tensor) and example.is_floating_point():
         return example.dtype
     return torch.get_default_dtype()
+
+
+def _validate_finite(nll: Tensor, rows: Tensor) -> None:
+    bad = rows[~nll.isfinite().all(0)].tolist()
+    if bad:
+        raise SolverError(
+            f"the log-likelihood is not finite in rows {some(bad)} of data, beyond the range of its dtype; rescale or "
+            "drop them, use a model in float64, or pass on_failure='nan' to leave them out.",
+            rows=tuple(bad),
+        )
 
 
 def _of_data(error: SolverError, rows: Tensor) -> SolverError:

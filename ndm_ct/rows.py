@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ndm_ct import objectives
-from ndm_ct._shapes import as_time, event_size, validate_cond, validate_data
+from ndm_ct._shapes import as_time, event_size, validate_cond, validate_data, validate_dense
 from ndm_ct.checkpoint import memory
 from ndm_ct.model import NDM
-from ndm_ct.quantisation import Quantisation
+from ndm_ct.quantisation import Quantisation, validate_quantisation
 
 __all__ = ["DEQUANTISATIONS", "Bins", "Source"]
 
@@ -29,6 +29,7 @@ class Bins:
     """How data become what the model is trained on, and its nats become bits per dimension."""
 
     def __init__(self, model: NDM, quantisation: Quantisation | None, dequantisation: str) -> None:
+        validate_quantisation(quantisation)
         if quantisation is not None and dequantisation == "centres" and model.transform.latent:
             raise ValueError(
                 f"dequantisation='centres' decodes levels from z_0, which holds latents of "
@@ -41,6 +42,7 @@ class Bins:
 
     def validate(self, x: Tensor, name: str) -> Tensor:
         """Check rows as given."""
+        validate_dense(x, name)
         if self.quantisation is None:
             if not (x.is_floating_point() or x.is_complex()):
                 raise TypeError(
@@ -112,6 +114,8 @@ class Source:
             self.rows = self.data.shape[0]
         if self.rows < 1:
             raise ValueError(f"{name} has no rows.")
+        if not isinstance(cond, Mapping):
+            raise TypeError(f"cond must be a mapping of tensors by name, got {type(cond).__name__}.")
         self.cond = {key: self._validated_cond(key, value) for key, value in cond.items()}
         model = bins.model
         validate_cond(self.cond, model._cond_names, model._cond_anything, caller)

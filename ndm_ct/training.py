@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from ndm_ct import checkpoint, objectives
 from ndm_ct._errors import CheckpointError, PredictorError
-from ndm_ct._shapes import choose, validate_count
+from ndm_ct._shapes import choose, validate_count, validate_number, validate_positive
 from ndm_ct.checkpoint import PathLike
 from ndm_ct.guidance import nulled
 from ndm_ct.model import NDM
@@ -111,6 +111,9 @@ class _Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             validate_count(name, getattr(self, name))
+        for name in ("lr", "weight_decay", "grad_clip", "warmup", "lr_final", "ema", "cond_dropout"):
+            if (value := getattr(self, name)) is not None or name != "grad_clip":
+                validate_number(name, value)
         if self.patience is not None:
             validate_count("patience", self.patience)
         choose("optimizer", self.optimizer, OPTIMIZERS)
@@ -223,8 +226,9 @@ def fit(
         CheckpointError: the checkpoint in ``run_dir`` is damaged.
         RuntimeError: loss, gradient or prediction became NaN or infinite; the last checkpoint is as it was.
     """
+    cond = {} if cond is None else cond
     settings = _Settings(
-        steps, batch_size, lr, optimizer, weight_decay, grad_clip,
+        validate_count("steps", steps), batch_size, lr, optimizer, weight_decay, grad_clip,
         min(1000, steps // 10) if warmup is None else warmup, lr_final, ema, seed, cond_dropout, patience,
     )  # fmt: skip
     if not isinstance(model, NDM):
@@ -233,14 +237,16 @@ def fit(
         raise ValueError("model has no parameter that requires a gradient: there is nothing to train.")
     _refuse_ineffective(locals())
     if cond_dropout > 0.0:
-        _validate_droppable(model, cond or {})
-    if time_limit is not None and not time_limit > 0.0:
-        raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+        _validate_droppable(model, cond)
+    if time_limit is not None:
+        validate_positive("time_limit", time_limit, " (seconds)")
+    if objective is not None and not callable(objective):
+        raise TypeError(f"objective must be callable as objective(model, x, ...), got {type(objective).__name__}.")
     bins = Bins(model, quantisation, choose("dequantisation", dequantisation, DEQUANTISATIONS))
     training = _Training(
         model,
         settings,
-        Source(data, cond or {}, bins, "data", fit),
+        Source(data, cond, bins, "data", fit),
         None if validation is None else Source(validation, validation_cond or {}, bins, "validation", fit),
         bins,
         None if objective is objectives.loss else objective,
