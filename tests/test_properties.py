@@ -217,7 +217,7 @@ def bounds_do_not_exceed_the_density(case, seed):
     assert bool((bound <= gaussian().log_prob(case.plain) + slack).all())
 
 
-METHODS = st.sampled_from(["ode", "ddpm", "ddim", "heun", "dpmpp_2m", "unipc", "sde", "pndm", "deis"])
+METHODS = st.sampled_from(["ode", "ddpm", "ddim", "heun", "dpmpp_2m", "unipc", "sde", "pndm", "deis3"])
 
 
 @holds(
