@@ -144,7 +144,7 @@ def validate_number(argument: str, value: Any) -> None:
         raise ValueError(f"{argument} is an integer of more than 64 bits, {value}; write it as a float.")
 
 
-def validate_positive(argument: str, value: Any, unit: str = "") -> None:
+def validate_positive(argument: str, value: Any, unit: str | None = None) -> None:
     """Refuse what is no positive finite number.
 
     Raises:
@@ -152,7 +152,8 @@ def validate_positive(argument: str, value: Any, unit: str = "") -> None:
     """
     validate_number(argument, value)
     if not 0.0 < value < math.inf:
-        raise ValueError(f"{argument} must be positive and finite{unit}, got {value!r}.")
+        expected = "positive and finite" if unit is None else f"a positive number of {unit}"
+        raise ValueError(f"{argument} must be {expected}, got {value!r}.")
 
 
 def validate_shape(argument: str, value: Any) -> tuple[int, ...]:

@@ -108,7 +108,7 @@ def bits_per_dim(
     _refuse_ineffective(bound, dequantisation, ode_options)
     count = validate_count("samples", 1 if samples is None else samples)
     if stderr is not None:
-        validate_positive("stderr", stderr, " (bits per dimension)")
+        validate_positive("stderr", stderr, "bits per dimension")
     scale = event_size(model.data_shape) * math.log(2.0)
     with torch.no_grad():
         if bound == "elbo":

@@ -452,7 +452,7 @@ class _Limits:
         for name, unit in (("stderr", "nats"), ("time_limit", "seconds")):
             value = getattr(self, name)
             if value is not None:
-                validate_positive(name, value, f" ({unit})")
+                validate_positive(name, value, unit)
 
 
 @dataclass(frozen=True)

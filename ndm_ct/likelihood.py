@@ -345,7 +345,7 @@ class Options:
     def _validate_stderr(self, estimator: TraceEstimator | Quadrature) -> None:
         if self.stderr is None:
             return
-        validate_positive("stderr", self.stderr, " (nats)")
+        validate_positive("stderr", self.stderr, "nats")
         if self.differentiable:
             raise ValueError("stderr has no effect on gradients; leave it out with differentiable.")
         if not isinstance(estimator, Quadrature | Exact):

@@ -239,7 +239,7 @@ def fit(
     if cond_dropout > 0.0:
         _validate_droppable(model, cond)
     if time_limit is not None:
-        validate_positive("time_limit", time_limit, " (seconds)")
+        validate_positive("time_limit", time_limit, "seconds")
     if objective is not None and not callable(objective):
         raise TypeError(f"objective must be callable as objective(model, x, ...), got {type(objective).__name__}.")
     bins = Bins(model, quantisation, choose("dequantisation", dequantisation, DEQUANTISATIONS))
