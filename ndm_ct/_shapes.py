@@ -3,7 +3,9 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+import numbers
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,7 +26,12 @@ __all__ = [
     "validate_cond",
     "validate_count",
     "validate_data",
+    "validate_dense",
+    "validate_number",
+    "validate_positive",
+    "validate_shape",
     "validate_time",
+    "validate_values",
 ]
 
 
@@ -119,9 +126,69 @@ def validate_count(argument: str, value: Any) -> int:
     """A whole number of at least one (steps, probes, samples)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument} must be an int, got {type(value).__name__} ({value!r}).")
-    if value < 1:
-        raise ValueError(f"{argument} must be at least 1, got {value}.")
+    if not 1 <= value <= sys.maxsize:
+        raise ValueError(f"{argument} must be at least 1{', and fit 64 bits' if value > 1 else ''}, got {value}.")
     return value
+
+
+def validate_number(argument: str, value: Any) -> None:
+    """Refuse what is no number that tensors can be multiplied by; ranges, NaN and infinities are the caller's.
+
+    Raises:
+        TypeError: a word, a list, a tensor, a bool.
+        ValueError: an int of more than 64 bits.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__} ({value!r}).")
+    if isinstance(value, numbers.Integral) and abs(int(value)) > sys.maxsize:
+        raise ValueError(f"{argument} is an integer of more than 64 bits, {value}; write it as a float.")
+
+
+def validate_positive(argument: str, value: Any, unit: str | None = None) -> None:
+    """Refuse what is no positive finite number.
+
+    Raises:
+        TypeError, ValueError: as of :func:`validate_number`; zero or less, NaN or infinite.
+    """
+    validate_number(argument, value)
+    if not 0.0 < value < math.inf:
+        expected = "positive and finite" if unit is None else f"a positive number of {unit}"
+        raise ValueError(f"{argument} must be {expected}, got {value!r}.")
+
+
+def validate_shape(argument: str, value: Any) -> tuple[int, ...]:
+    """A sequence of sizes of at least one.
+
+    Raises:
+        TypeError: no sequence of whole numbers.
+        ValueError: one below 1.
+    """
+    sizes = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value,)
+    if sizes == (value,) or not all(isinstance(size, numbers.Integral) for size in sizes):
+        raise TypeError(f"{argument} must be a sequence of ints such as (2,) or (3, 32, 32), got {value!r}.")
+    if not all(1 <= size <= sys.maxsize for size in sizes):
+        raise ValueError(f"{argument} must have positive sizes, got {value!r}.")
+    return tuple(map(int, sizes))
+
+
+def validate_dense(x: Any, name: str) -> Tensor:
+    """Check that ``x`` is an ordinary tensor.
+
+    Raises:
+        TypeError: it is none, or nested, sparse or quantised.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor(...).")
+    if x.is_nested or x.layout is not torch.strided or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
+        raise TypeError(f"{name} is a {kind} tensor, expected a dense one; convert it with its own method.")
+    return x
+
+
+def validate_values(x: Tensor, name: str) -> None:
+    """Refuse a tensor of the device "meta", which has none."""
+    if x.is_meta:
+        raise ValueError(f"{name} is on device meta, which holds no values; make it on the CPU or an accelerator.")
 
 
 def validate_data(
@@ -140,8 +207,7 @@ def validate_data(
         TypeError: not a tensor, or integer, bool or complex.
         ValueError: wrong shape, dtype, device, or NaN/inf in named rows.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor(...).")
+    validate_dense(x, name)
     if not x.is_floating_point():
         raise TypeError(
             f"{name} has dtype {x.dtype}, but a density needs real data; convert with {name}.to(torch.float32), "
@@ -161,6 +227,7 @@ def validate_data(
         raise ValueError(f"{name} is on device {x.device}, the model on {device}; move one with .to({str(device)!r}).")
     if dtype is not None and x.dtype != dtype:
         raise ValueError(f"{name} has dtype {x.dtype}, the model {dtype}; convert one with .to({dtype}).")
+    validate_values(x, name)
     rows = bad_rows(x)
     if rows:
         raise ValueError(f"{name} has NaN or inf in rows {some(rows)}; drop or repair them.")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct import likelihood, objectives
-from ndm_ct._shapes import as_time, choose, event_size, validate_count
+from ndm_ct._shapes import as_time, choose, event_size, validate_count, validate_positive
 from ndm_ct.likelihood import Trace
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation
@@ -107,6 +107,8 @@ def bits_per_dim(
     ode_options = {"stderr": stderr, "trace": trace, "rtol": rtol, "atol": atol, "method": method}
     _refuse_ineffective(bound, dequantisation, ode_options)
     count = validate_count("samples", 1 if samples is None else samples)
+    if stderr is not None:
+        validate_positive("stderr", stderr, "bits per dimension")
     scale = event_size(model.data_shape) * math.log(2.0)
     with torch.no_grad():
         if bound == "elbo":

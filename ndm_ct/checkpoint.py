@@ -12,9 +12,10 @@ References:
 import errno
 import hashlib
 import json
+import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndm_ct._config import Unconfigurable, from_config, to_config
 from ndm_ct._errors import CheckpointError
@@ -37,6 +39,9 @@ FORMAT = 1
 EXTERNAL = "external"
 _PREFIXES = (("predictor.", "predictor"), ("process.transform.", "transform"))
 KEY = "ndm_ct"
+_MOST_OBJECTS = 1000
+_OPERATION = 2**14
+"""Bytes that an operation counts for while a model is made: modules take memory, and time, of their own."""
 
 PathLike = str | os.PathLike[str]
 
@@ -128,8 +133,12 @@ def _rebuild(config: Any, tensors: dict[str, Tensor], predictor: Any, transform:
     given = {"predictor": predictor, "transform": transform}
     for name, value in given.items():
         _validate_given(name, value, config[name])
-    with _describing(), torch.device("meta"):  # names and shapes without memory
-        _compare(_skeleton(_parts(config, given), tensors), tensors, config)
+    objects = json.dumps(config).count("{")
+    if objects > _MOST_OBJECTS:
+        raise CheckpointError(f"the description has {objects} objects, a model at most {_MOST_OBJECTS}.")
+    with _describing(), _Budget(tensors), torch.device("meta"):  # names and shapes without memory
+        skeleton = _skeleton(_parts(config, given), tensors)
+    _compare(skeleton, tensors, config)
     # Forked: the initial weights, soon replaced, take nothing from the caller's random numbers.
     with _describing(), torch.random.fork_rng(devices=[]):
         parts = _parts(config, given)
@@ -153,10 +162,29 @@ def _describing() -> Iterator[None]:
     """Whatever a constructor finds wrong is the file's fault."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, KeyError):  # a missing entry is named by the caller
         raise
-    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+    except Exception as error:
         raise CheckpointError(f"the description does not make a model: {error}") from error
+
+
+class _Budget(TorchDispatchMode):
+    """Refuses to make far more than the file holds, in bytes of tensors and in operations.
+
+    An honest model takes a few times the memory of its file while it is made, a few operations for each tensor, and
+    something beside that for what no file holds, such as the bases of a ``Blur``.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.left = 2**27 + sum(32 * tensor.nbytes + 16 * _OPERATION for tensor in tensors.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.left -= _OPERATION + (result.nbytes if isinstance(result, Tensor) else 0)
+        if self.left < 0:
+            raise CheckpointError("the description asks for far more memory than the tensors of the file take.")
+        return result
 
 
 def _validate_given(name: str, value: Any, config: Any) -> None:
@@ -187,7 +215,24 @@ def _skeleton(parts: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module
 
 
 def _compare(skeleton: nn.Module, tensors: Mapping[str, Tensor], config: dict[str, Any]) -> None:
-    expected = skeleton.state_dict()
+    external = tuple(prefix for prefix, part in _PREFIXES if config[part] == EXTERNAL)
+    # A network of this library takes the file's precision; one passed in keeps its own.
+    compare(skeleton.state_dict(), tensors, lambda name: not name.startswith(external))
+
+
+def compare(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], converts: Callable[[str], bool] = lambda _: False
+) -> None:
+    """Check that a file has the tensors that are expected.
+
+    Args:
+        expected: by name.
+        tensors: the file's.
+        converts: whether the tensor of this name takes any floating dtype.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes differ.
+    """
     for problem, names in (("lacks", expected.keys() - tensors), ("has unexpected", tensors.keys() - expected.keys())):
         if names:
             raise CheckpointError(f"the file {problem} tensors {_some(names)}; the model's structure differs.")
@@ -197,9 +242,8 @@ def _compare(skeleton: nn.Module, tensors: Mapping[str, Tensor], config: dict[st
             raise CheckpointError(
                 f"tensor {name!r} has shape {tuple(tensor.shape)} in the file, {tuple(wanted.shape)} in the model."
             )
-        own = not any(name.startswith(prefix) and config[part] == EXTERNAL for prefix, part in _PREFIXES)
-        # A network of this library takes the file's precision; one passed in keeps its own.
-        if tensor.dtype != wanted.dtype and not (own and tensor.is_floating_point() and wanted.is_floating_point()):
+        both_real = tensor.is_floating_point() and wanted.is_floating_point()
+        if tensor.dtype != wanted.dtype and not (both_real and converts(name)):
             raise CheckpointError(
                 f"tensor {name!r} has dtype {tensor.dtype} in the file, {wanted.dtype} in the model; convert the "
                 f"module with .to({tensor.dtype}) before loading."
@@ -312,7 +356,7 @@ def read(path: PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if text is None:
         raise CheckpointError(f"{path}: a safetensors file, but not written by this library (no {KEY!r} metadata).")
     try:
-        description = json.loads(text)
+        description = parse(text)
         digest, found = description.pop("sha256"), (description["format"], description["kind"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the description is no JSON object of this library's kind ({error}).") from error
@@ -324,6 +368,28 @@ def read(path: PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         hint = "; fit(run_dir=...) resumes it; its model is in model.safetensors" if kind == "model" else ""
         raise CheckpointError(f"{path}: holds a {found[1]!r}, expected a {kind!r}{hint}.")
     return description, tensors
+
+
+def parse(text: str | bytes) -> Any:
+    """Read JSON whose numbers are finite.
+
+    Raises:
+        ValueError: it is no JSON, or has a NaN or an infinity.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {number} is not finite")
+    return value
+
+
+def _whole(number: str) -> int:
+    _finite(number)
+    return int(number)
 
 
 def _writable(name: str, tensor: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.distribution import Distribution
 
+from ndm_ct._shapes import validate_dense
 from ndm_ct.likelihood import Trace, decode, loglik
 from ndm_ct.model import NDM
 
@@ -59,9 +60,11 @@ class NDMDistribution(Distribution):
             value: shape ``(..., *E)``, whose leading part broadcasts with the batch shape.
 
         Raises:
+            TypeError: not a dense tensor of real numbers.
             ValueError: the last dimensions are not the event's, or the leading ones do not broadcast.
         """
         event = self.event_shape
+        validate_dense(value, "value")
         if value.shape[value.ndim - len(event) :] != event:
             raise ValueError(f"value must end in the event shape {tuple(event)}, got shape {tuple(value.shape)}.")
         leading = value.shape[: value.ndim - len(event)]
@@ -112,6 +115,9 @@ class NDMDistribution(Distribution):
         }
 
     def _noise(self, sample_shape: Any) -> tuple[torch.Size, Tensor, dict[str, Any]]:
+        sizes = sample_shape if isinstance(sample_shape, tuple | list) else [None]
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"sample_shape must be a sequence of sizes such as (4,), got {sample_shape!r}.")
         shape = torch.Size(sample_shape) + self.batch_shape
         dtype, device = self.model.dtype or torch.get_default_dtype(), self.model.device or torch.device("cpu")
         generator = self.options.get("generator")

@@ -49,12 +49,12 @@ from tqdm import tqdm
 from ndm_ct import bits, checkpoint, likelihood, objectives
 from ndm_ct._config import Unconfigurable, to_config
 from ndm_ct._errors import CheckpointError, SolverError
-from ndm_ct._shapes import choose, event_size, some, validate_cond, validate_count
+from ndm_ct._shapes import choose, event_size, some, validate_cond, validate_count, validate_positive
 from ndm_ct.checkpoint import PathLike
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.likelihood import Trace
 from ndm_ct.model import NDM
-from ndm_ct.quantisation import Quantisation
+from ndm_ct.quantisation import Quantisation, validate_quantisation
 from ndm_ct.rows import Bins, Source
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
@@ -418,11 +418,7 @@ class _Settings:
         validate_count("batch_size", self.batch_size)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an int of at least 0, got {self.seed!r}.")
-        if self.quantisation is not None and not isinstance(self.quantisation, Quantisation):
-            raise TypeError(
-                f"quantisation must be an ndm_ct.quantisation.Quantisation, got {type(self.quantisation).__name__}; "
-                "pass Quantisation(levels=256)."
-            )
+        validate_quantisation(self.quantisation)
         if self.dequantisation != "uniform" and self.quantisation is None:
             raise ValueError("dequantisation has no effect without quantisation; it is for integer data.")
         if self.bound == "elbo":
@@ -459,8 +455,8 @@ class _Limits:
             validate_count("max_rows", self.max_rows)
         for name, unit in (("stderr", "nats"), ("time_limit", "seconds")):
             value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number of {unit}, got {value!r}.")
+            if value is not None:
+                validate_positive(name, value, unit)
 
 
 @dataclass(frozen=True)
@@ -590,12 +586,23 @@ class _Batch:
         return {"start": self.start} | tensors | {"nfe": self.nfe, "seconds": self.seconds}
 
     @classmethod
-    def from_json(cls, record: Record) -> "_Batch":
+    def from_json(cls, record: Record, models: int) -> "_Batch":
+        """Read a record; raises ValueError, KeyError, TypeError, OverflowError or RuntimeError if it is none."""
+        _validate_entries(record, [field.name for field in fields(cls)])
+        rows = torch.tensor(record["rows"])
         nll, variance = (
             torch.tensor([[math.nan if v is None else v for v in row] for row in record[name]], dtype=torch.float64)
             for name in ("nll", "variance")
         )
-        return cls(record["start"], torch.tensor(record["rows"]), nll, variance, record["nfe"], record["seconds"])
+        shape = (models, len(rows))
+        if not len(rows) or not rows.dtype == torch.int64 or not shape == nll.shape == variance.shape:
+            raise ValueError(f"rows, nll and variance do not describe {models} values of each row")
+        nfe = record["nfe"]
+        if len(nfe) != models or not all(isinstance(count, int) and count >= 0 for count in nfe):
+            raise ValueError(f"nfe is {nfe!r}, expected {models} counts")
+        if not record["seconds"] >= 0.0:
+            raise ValueError(f"seconds is {record['seconds']!r}, expected a time")
+        return cls(record["start"], rows, nll, variance, nfe, record["seconds"])
 
 
 def _without_nan(values: Tensor) -> list[list[float | None]]:
@@ -637,13 +644,18 @@ class _Folder:
         text = self.journal.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         try:
-            header, *records = map(json.loads, whole.splitlines())
-            kind, saved, form = header["kind"], header["settings"], header["format"]
-            batches = [_Batch.from_json(record) for record in records]
-        except (ValueError, KeyError, TypeError) as error:
+            header, *records = lines = [checkpoint.parse(line) for line in whole.split(b"\n")[:-1]]
+            kind, saved, form = header["kind"], dict(header["settings"]), header["format"]
+            _validate_entries(header, ["format", "kind", "settings"])
+            models = 2 if kind == "comparison" else 1
+            batches = [_Batch.from_json(record, models) for record in records]
+        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:  # RecursionError is one
             raise self._damaged(f"a line cannot be read ({error})") from error
         if form != FORMAT:
             raise self._damaged(f"format {form!r}, this version reads format {FORMAT}")
+        for number, line in enumerate(lines, 1):
+            if line != _signed(_unsigned(line)) and line != _unsigned(line):
+                raise self._damaged(f"the checksum of line {number} does not match")
         self._validate_settings(kind, saved)
         done = 0
         for batch in batches:
@@ -691,7 +703,23 @@ class _Folder:
 
 
 def _encoded(record: Record) -> bytes:
-    return json.dumps(record, allow_nan=False).encode() + b"\n"
+    """A line: the record after a digest of it."""
+    return json.dumps(_signed(record), allow_nan=False).encode() + b"\n"
+
+
+def _signed(record: Record) -> Record:
+    return {"sha256": hashlib.sha256(json.dumps(record).encode()).hexdigest()} | record
+
+
+def _validate_entries(record: Record, names: list[str]) -> None:
+    others = sorted(_unsigned(record).keys() - names)
+    if others:
+        raise ValueError(f"unknown entries {', '.join(map(repr, others))}")
+
+
+def _unsigned(record: Record) -> Record:
+    """Without the digest, which lines of earlier versions do not have."""
+    return {name: value for name, value in record.items() if name != "sha256"}
 
 
 class _Raw(Bins):
@@ -725,7 +753,7 @@ class _Run:
         # The one whose network prescribes dtype and device, if there is one.
         model = next((model for model in models.values() if model.dtype is not None), next(iter(models.values())))
         self.raw = _Raw(model, settings.quantisation, model.dtype or _dtype_of(data))
-        self.source = Source(data, cond or {}, self.raw, "data", caller)
+        self.source = Source(data, {} if cond is None else cond, self.raw, "data", caller)
         for each in models.values():
             validate_cond(self.source.cond, each._cond_names, each._cond_anything, caller)
         self.device = model.device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
@@ -792,6 +820,8 @@ class _Run:
         except SolverError as error:
             raise _of_data(error, rows) from error
         nll, variance = (torch.stack([getattr(s, name) for s in scores]).cpu() for name in ("nll", "variance"))
+        if self.settings.on_failure == "raise":
+            _validate_finite(nll, rows)
         batch = _Batch(start, rows, nll, variance, [s.nfe for s in scores], time.monotonic() - began)
         self.folder.add(batch)
         self.batches.append(batch)
@@ -907,6 +937,16 @@ def _dtype_of(data: Any) -> torch.dtype:
     if isinstance(example, Tensor) and example.is_floating_point():
         return example.dtype
     return torch.get_default_dtype()
+
+
+def _validate_finite(nll: Tensor, rows: Tensor) -> None:
+    bad = rows[~nll.isfinite().all(0)].tolist()
+    if bad:
+        raise SolverError(
+            f"the log-likelihood is not finite in rows {some(bad)} of data, beyond the range of its dtype; rescale or "
+            "drop them, use a model in float64, or pass on_failure='nan' to leave them out.",
+            rows=tuple(bad),
+        )
 
 
 def _of_data(error: SolverError, rows: Tensor) -> SolverError:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._errors import PredictorError
-from ndm_ct._shapes import keyword_names, nearest
+from ndm_ct._shapes import keyword_names, nearest, validate_number
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 
@@ -78,10 +78,11 @@ def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> N
     """
     if not isinstance(model, NDM):
         raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__} ({scale!r}).")
+    validate_number("scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale!r}; 1 is the conditional model.")
+    if null is not None and not isinstance(null, Mapping):
+        raise TypeError(f"null must be a mapping of values by name, got {type(null).__name__}.")
     null = null_of(model.predictor) if null is None else dict(null)
     _validate_null(model, null)
     predictor = _Guided(model.predictor, float(scale), null)

@@ -24,14 +24,13 @@ References:
     further sweeps an accuracy needs
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ndm_ct._shapes import as_time, event_size, sum_event, take_rows
+from ndm_ct._shapes import as_time, event_size, sum_event, take_rows, validate_positive
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.model import NDM
 from ndm_ct.quadrature import Sweeps, Totals, linear_logdet
@@ -162,7 +161,7 @@ def loglik(
         cond: conditioning of predictor and transform; tensors with one entry per row of x go with their rows.
 
     Returns:
-        Shape ``(B,)``, in the dtype of ``x``; with ``return_info`` a pair.
+        Shape ``(B,)``, in the dtype of ``x``, -inf below its range; with ``return_info`` a pair.
 
     Raises:
         ValueError, TypeError: unusable data, options or conditioning, named in the message.
@@ -337,7 +336,8 @@ class Options:
         origin: tuple[Tensor, int] | None = None,
     ) -> Problem:  # fmt: skip
         rtol, atol = (tolerance if value is None else value for value in (self.rtol, self.atol))
-        method = self.method or ("dopri5" if self.differentiable == "adjoint" else "rowwise")
+        default = "dopri5" if self.differentiable == "adjoint" else "rowwise"
+        method = default if self.method is None else self.method
         return Problem(
             model, start, interval, rtol, atol, method, self.on_failure, self.differentiable, cond, origin=origin
         )
@@ -345,8 +345,7 @@ class Options:
     def _validate_stderr(self, estimator: TraceEstimator | Quadrature) -> None:
         if self.stderr is None:
             return
-        if not 0.0 < self.stderr < math.inf:
-            raise ValueError(f"stderr must be a positive number of nats, got {self.stderr!r}.")
+        validate_positive("stderr", self.stderr, "nats")
         if self.differentiable:
             raise ValueError("stderr has no effect on gradients; leave it out with differentiable.")
         if not isinstance(estimator, Quadrature | Exact):

@@ -145,9 +145,7 @@ class NDM(nn.Module):
         for name, value, kind in (("transform", transform, Transform), ("schedule", schedule, Schedule)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__} of ndm_ct, got {type(value).__name__}.")
-        self.event_shape = tuple(int(size) for size in event_shape)
-        if any(size < 1 for size in self.event_shape):
-            raise ValueError(f"event_shape must have positive sizes, got {self.event_shape}.")
+        self.event_shape = _shapes.validate_shape("event_shape", event_shape)
         self.prediction = _shapes.choose("prediction", prediction, PREDICTIONS)
         self.process = ForwardProcess(transform, schedule, volatility)
         self.predictor = predictor
@@ -328,15 +326,22 @@ class NDM(nn.Module):
 
         Returns:
             Shape of ``z``.
+
+        Raises:
+            PredictorError: the prediction, or what follows from it, is NaN or infinite (with time and rows).
         """
         time = self._validated_state(z, t, cond, self.velocity)
-        return self.flow(z.dtype, **cond)(time, z)
+        velocity = self.flow(z.dtype, **cond)(time, z)
+        validate_prediction(velocity, time)
+        return velocity
 
     def score(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2`; arguments and shapes as in ``velocity``."""
         time = self._validated_state(z, t, cond, self.score)
         F, _ = self.moments(z, time, **cond)
-        return self.flow(z.dtype, **cond).score(time, z, F)
+        score = self.flow(z.dtype, **cond).score(time, z, F)
+        validate_prediction(score, time)
+        return score
 
     def _validated_state(
         self, z: Tensor, t: float | Tensor, cond: dict[str, Any], caller: Callable[..., Any]
@@ -445,6 +450,7 @@ class NDM(nn.Module):
         Raises:
             ValueError: scale is negative or not finite.
         """
+        _shapes.validate_number("stochasticity", scale)
         if not (math.isfinite(scale) and scale >= 0.0):
             raise ValueError(f"stochasticity must be a finite number >= 0, got {scale!r}.")
         other = copy.copy(self)
@@ -495,6 +501,7 @@ def _prior_scale(schedule: Schedule) -> float:
 def _validate_t_min(t_min: float | None, schedule: Schedule) -> float:
     if t_min is None:
         return schedule.safe_t_min
+    _shapes.validate_number("t_min", t_min)
     if not 0.0 <= t_min < 1.0:
         raise ValueError(f"t_min must lie in [0, 1), got {t_min!r}.")
     with torch.no_grad():

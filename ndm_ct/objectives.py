@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ndm_ct._shapes import as_time, expand, sum_event, validate_count
 from ndm_ct.model import NDM, validate_prediction
-from ndm_ct.quantisation import Quantisation
+from ndm_ct.quantisation import Quantisation, validate_quantisation
 from ndm_ct.timesampling import TimeSampler
 from ndm_ct.transforms import Identity, Path
 
@@ -339,8 +339,9 @@ def _stratified(points: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
     for stratum in points:
         values = torch.stack(stratum)
         means.append(values.mean(0))
-        total, single = values.sum(1), len(stratum) == 1
-        variances.append(torch.full_like(total[0], math.nan) if single else total.var(0) / len(stratum))
+        total = values.sum(1)
+        unknown = len(stratum) == 1 or total.numel() == 0
+        variances.append(torch.full_like(total[0], math.nan) if unknown else total.var(0) / len(stratum))
     count = len(points)
     return torch.stack(means).mean(0), torch.stack(variances).detach().sum(0) / count**2
 
@@ -452,6 +453,7 @@ def _validate(
     model: NDM, x: Tensor, cond: dict[str, Any], caller: Callable[..., Any], quantisation: Quantisation | None
 ) -> None:
     model.validate(x, cond, caller)
+    validate_quantisation(quantisation)
     if quantisation is not None:
         quantisation.validate_centres(x)
         if model.transform.latent:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._shapes import append_axes, expand, of_time
+from ndm_ct._shapes import append_axes, expand, of_time, validate_number
 from ndm_ct.schedules import Coefficients, Schedule
 from ndm_ct.transforms import Transform
 
@@ -85,6 +85,8 @@ class ForwardProcess(nn.Module):
                 "volatility must be a float or a callable of t, got a tensor; for a learned constant pass an nn.Module "
                 "whose forward(t) returns it."
             )
+        if not callable(volatility):
+            validate_number("volatility", volatility)
         if not callable(volatility) and not (math.isfinite(volatility) and volatility >= 0.0):
             raise ValueError(f"volatility must be a float >= 0 or a callable of t, got {volatility!r}.")
         self.transform, self.schedule, self.volatility = transform, schedule, volatility

@@ -27,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._shapes import some, sum_event
+from ndm_ct._shapes import some, sum_event, validate_dense, validate_number, validate_values
 
-__all__ = ["Quantisation"]
+__all__ = ["Quantisation", "validate_quantisation"]
+
+_MOST_LEVELS = 2**32
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,16 @@ class Quantisation:
     range: tuple[float, float] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or self.levels < 2:
-            raise ValueError(f"levels must be an int of at least 2, got {self.levels!r}.")
+        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 2 <= self.levels <= _MOST_LEVELS:
+            raise ValueError(f"levels must be an int of at least 2, and at most {_MOST_LEVELS}, got {self.levels!r}.")
+        interval = f"range must be an interval (lo, hi) with lo < hi, got {self.range!r}."
+        if not (isinstance(self.range, tuple | list) and len(self.range) == 2):
+            raise ValueError(interval)
         low, high = self.range
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"range must be an interval (lo, hi) with lo < hi, got {self.range!r}.")
+        for end in (low, high):
+            validate_number("range", end)
+        if not (low < high and math.isfinite(high - low)):
+            raise ValueError(interval)
 
     @property
     def half_width(self) -> float:
@@ -65,23 +72,26 @@ class Quantisation:
         """Check that ``x`` is an integer tensor with values in [0, levels).
 
         Raises:
-            TypeError: not a tensor, or not of an integer dtype.
+            TypeError: not a dense tensor, or not of an integer dtype.
             ValueError: values outside [0, levels), with their rows.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor of integers, got {type(x).__name__}.")
+        validate_dense(x, name)
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise TypeError(
                 f"{name} has dtype {x.dtype}; bits per dimension are defined for integer levels "
                 f"0 ... {self.levels - 1}. Undo your scaling and convert with .to(torch.uint8), or use loglik for "
                 "continuous data."
             )
-        outside = (x < 0) | (x.long() >= self.levels)
+        validate_values(x, name)
+        if x.ndim == 0:
+            raise ValueError(f"{name} has no axis of rows; expected shape (B, *E).")
+        level = x.long()  # wide unsigned integers have few operations of their own, and their largest become negative
+        outside = (level < 0) | (level >= self.levels)
         if bool(outside.any()):
-            rows = torch.nonzero(outside.reshape(x.shape[0], -1).any(1)).flatten().tolist()
+            rows = torch.nonzero(outside.flatten(1).any(1) if x.ndim > 1 else outside).flatten().tolist()
             raise ValueError(
-                f"{name} has values outside [0, {self.levels}) in rows {some(rows)} (smallest {int(x.min())}, largest "
-                f"{int(x.max())}); pass levels= to fit the data."
+                f"{name} has values outside [0, {self.levels}) in rows {some(rows)} (smallest {int(level.min())}, "
+                f"largest {int(level.max())}); pass levels= to fit the data."
             )
         return x
 
@@ -153,3 +163,16 @@ class Quantisation:
         eps = (z.double() - alpha * self.centres(x, torch.float64)) / sigma
         mass = math.erf(self.half_width * alpha / sigma / math.sqrt(2.0))
         return -sum_event(0.5 * eps**2 + math.log(sigma * mass * math.sqrt(2.0 * math.pi)))
+
+
+def validate_quantisation(bins: Any) -> None:
+    """Refuse what is neither a :class:`Quantisation` nor None.
+
+    Raises:
+        TypeError: for example a number of levels.
+    """
+    if bins is not None and not isinstance(bins, Quantisation):
+        raise TypeError(
+            f"quantisation must be an ndm_ct.quantisation.Quantisation, got {type(bins).__name__}; pass "
+            "Quantisation(levels=256)."
+        )

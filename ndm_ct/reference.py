@@ -215,6 +215,8 @@ class GaussianMixture(NDM):
         if not torch.allclose(covs, covs.mT) or not bool((torch.linalg.eigvalsh(covs) > 0).all()):
             raise ValueError("covs must be symmetric and positive definite.")
         transform = Identity() if transform is None else transform
+        if not isinstance(transform, Transform):
+            raise TypeError(f"transform must be a Transform of ndm_ct, got {type(transform).__name__}.")
         if transform.latent or not transform.linear:
             raise ValueError(f"the exact model needs a transform linear in x, got {type(transform).__name__}.")
         schedule = LinearLogSNR() if schedule is None else schedule

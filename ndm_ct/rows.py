@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -11,20 +12,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ndm_ct import objectives
-from ndm_ct._shapes import as_time, event_size, validate_cond, validate_data
+from ndm_ct._shapes import as_time, event_size, validate_cond, validate_data, validate_dense
 from ndm_ct.checkpoint import memory
 from ndm_ct.model import NDM
-from ndm_ct.quantisation import Quantisation
+from ndm_ct.quantisation import Quantisation, validate_quantisation
 
 __all__ = ["DEQUANTISATIONS", "Bins", "Source"]
 
 DEQUANTISATIONS = ("uniform", "centres")
+
+_AT_ONCE = 2**22
+"""Bytes of data that are checked or hashed at a time; no more of a memory-mapped array is in memory then."""
 
 
 class Bins:
     """How data become what the model is trained on, and its nats become bits per dimension."""
 
     def __init__(self, model: NDM, quantisation: Quantisation | None, dequantisation: str) -> None:
+        validate_quantisation(quantisation)
         if quantisation is not None and dequantisation == "centres" and model.transform.latent:
             raise ValueError(
                 f"dequantisation='centres' decodes levels from z_0, which holds latents of "
@@ -37,6 +42,7 @@ class Bins:
 
     def validate(self, x: Tensor, name: str) -> Tensor:
         """Check rows as given."""
+        validate_dense(x, name)
         if self.quantisation is None:
             if not (x.is_floating_point() or x.is_complex()):
                 raise TypeError(
@@ -89,33 +95,55 @@ class Bins:
 
 
 class Source:
-    """Rows of data and their conditioning, checked once (a Dataset's as they come)."""
+    """Rows of data and their conditioning, checked once (a Dataset's as they come).
+
+    Tensors stay where they are, and arrays are copied; a memory-mapped array stays in its file, of which rows are read
+    when they are needed.
+    """
 
     def __init__(self, data: Any, cond: Mapping[str, Any], bins: Bins, name: str, caller: Callable[..., Any]) -> None:
         self.bins, self.name = bins, name
-        self.data: Tensor | Dataset[Tensor]
+        self.data: Tensor | np.memmap | Dataset[Tensor]
         if isinstance(data, Dataset):
             self.data = data
             self.rows = len(cast(Any, data))
         else:
-            self.data = bins.validate(self._as_tensor(data), name)
+            self.data = data if isinstance(data, np.memmap) else self._as_tensor(data)
+            for rows, part in self._parts(self.data):
+                bins.validate(part, f"{name}{rows}")
             self.rows = self.data.shape[0]
         if self.rows < 1:
             raise ValueError(f"{name} has no rows.")
+        if not isinstance(cond, Mapping):
+            raise TypeError(f"cond must be a mapping of tensors by name, got {type(cond).__name__}.")
         self.cond = {key: self._validated_cond(key, value) for key, value in cond.items()}
         model = bins.model
         validate_cond(self.cond, model._cond_names, model._cond_anything, caller)
 
     def _as_tensor(self, data: Any) -> Tensor:
         if isinstance(data, np.ndarray):
-            if data.dtype.kind == "f":
-                return torch.tensor(data, dtype=self.bins.dtype, device=self.bins.model.device)
-            return torch.tensor(data.astype(np.int64) if data.dtype.kind == "u" and data.itemsize > 1 else data)
+            tensor = torch.from_numpy(np.array(data, dtype=_readable(data.dtype), order="C"))
+            return tensor.to(self.bins.model.device, self.bins.dtype if tensor.is_floating_point() else None)
         if isinstance(data, Tensor):
             return data
         raise TypeError(
             f"{self.name} must be a tensor, an array or a map-style Dataset of tensors, got {type(data).__name__}."
         )
+
+    def _parts(self, data: Tensor | np.memmap) -> Iterator[tuple[str, Tensor]]:
+        """The rows in order, and their name: all of a tensor, a mapped array's bit by bit."""
+        if isinstance(data, Tensor) or data.nbytes <= _AT_ONCE:
+            yield "", self._as_tensor(data)
+            return
+        size = max(1, _AT_ONCE // data[:1].nbytes)
+        for start in range(0, len(data), size):
+            yield f"[{start}:{start + size}]", self._mapped(data, slice(start, start + size))
+
+    def _mapped(self, data: np.memmap, rows: Any) -> Tensor:
+        """Rows of a mapped array, which leaves no more of itself in memory."""
+        part = self._as_tensor(data[rows])
+        _let_go(data)
+        return part
 
     def _validated_cond(self, key: str, value: Any) -> Tensor:
         value = torch.as_tensor(value)
@@ -130,6 +158,8 @@ class Source:
         """Rows as the model is trained on them."""
         if isinstance(self.data, Tensor):
             x = self.data[rows]
+        elif isinstance(self.data, np.memmap):
+            x = self._mapped(self.data, rows.numpy())
         else:
             items = [self.data[row] for row in rows.tolist()]
             if not all(isinstance(item, Tensor) for item in items):
@@ -142,6 +172,34 @@ class Source:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for a training to continue; of a Dataset only the length is known."""
-        tensors = dict(self.cond) | ({"": self.data} if isinstance(self.data, Tensor) else {})
-        digests = {key: hashlib.sha256(memory(value)).hexdigest() for key, value in tensors.items()}
+        digests = {key: _sha256([value]) for key, value in self.cond.items()}
+        if not isinstance(self.data, Dataset):
+            digests[""] = _sha256(part for _, part in self._parts(self.data))
         return {"rows": self.rows, "sha256": digests}
+
+
+def _readable(dtype: np.dtype) -> np.dtype:
+    """What torch can read, and has operations for."""
+    if dtype.kind == "u" and dtype.itemsize > 1:
+        return np.dtype(np.int64)
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        return np.dtype(np.float64)
+    return dtype.newbyteorder("=")
+
+
+def _sha256(parts: Iterable[Tensor]) -> str:
+    """Of the values, whatever they are divided into."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(memory(part))
+    return digest.hexdigest()
+
+
+def _let_go(data: np.memmap) -> None:
+    """Drop what has been read of a mapped file from this process' memory; it is read again when it is needed."""
+    base: Any = data
+    while isinstance(base, np.ndarray):
+        base = base.base
+    # Not of mode "c", whose changes are in memory alone.
+    if isinstance(base, mmap.mmap) and data.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)

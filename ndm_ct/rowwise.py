@@ -154,8 +154,7 @@ def odeint_rows(
     _shapes.choose("on_failure", on_failure, ("raise", "nan"))
     _shapes.validate_count("max_steps", max_steps)
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+        _shapes.validate_positive(name, value)
     nodes = None if nodes is None else _validate_nodes(nodes, state[0], min(t0, t1), max(t0, t1))
     packing = Packing(tuple(part.shape for part in state))
     solve = _Solve(function, packing, t0, t1, rtol, atol, scale, nodes, on_failure == "nan", max_steps)

@@ -12,6 +12,7 @@ the adaptive solve of the reverse SDE, ``"sde_adaptive"``, every row with steps 
 (:mod:`ndm_ct.samplers.adaptive`), and those of :mod:`ndm_ct.samplers` on a time grid (:mod:`ndm_ct.grids`).
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,7 +158,7 @@ def sample(
         >>> x.shape, info.nfe
         (torch.Size([5, 2]), 10)
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= sys.maxsize:
         raise ValueError(f"n must be a non-negative int, got {n!r}.")
     validate_randomness(generator, n)
     if batch_size is not None:
@@ -169,8 +170,13 @@ def sample(
             f"method must be a name or a class of ndm_ct.samplers, got {type(method).__name__}; "
             "functools.partial(DEIS, order=2) is one with options."
         )
-    dtype = dtype or model.dtype or torch.get_default_dtype()
-    device = torch.device(device) if device is not None else model.device or torch.device("cpu")
+    for name, flag in (("denoise", denoise), ("trajectory", trajectory), ("return_info", return_info)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {type(flag).__name__} ({flag!r}).")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable as callback(t, z), got {type(callback).__name__}.")
+    dtype = _floating(model.dtype or torch.get_default_dtype() if dtype is None else dtype)
+    device = _usable(device) if device is not None else model.device or torch.device("cpu")
     if guidance is not None:
         model = guided(model, guidance)
     if denoise and model.prediction == "moments":
@@ -212,6 +218,19 @@ def sample(
             warnings.warn(f"interrupted: {done} of {n} samples are finished and returned.", stacklevel=2)
     x = torch.cat([part.x for part in parts]).to(dtype)
     return (x, _joined([part.info for part in parts])) if return_info else x
+
+
+def _floating(dtype: Any) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating dtype of torch such as torch.float32, got {dtype!r}.")
+    return dtype
+
+
+def _usable(device: Any) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # the last from builds without the device
+        raise ValueError(f"device={device!r} is none that can be used here ({str(error).splitlines()[0]}).") from error
 
 
 def _refuse(method: Method, options: dict[str, Any], reason: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ndm_ct._config import Configurable
+from ndm_ct._shapes import validate_count, validate_number
 
 __all__ = [
     "Coefficients",
@@ -211,6 +212,8 @@ def _variance_preserving(gamma: Tensor, dgamma: Tensor) -> Coefficients:
 
 
 def _increasing(name_low: str, low: float, name_high: str, high: float) -> None:
+    for name, value in ((name_low, low), (name_high, high)):
+        validate_number(name, value)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"{name_low} must be below {name_high}, both finite; got {low!r} and {high!r}.")
 
@@ -278,6 +281,8 @@ class SubVariancePreserving(Schedule):
 
 
 def _validate_beta(beta_min: float, beta_max: float) -> None:
+    for name, value in (("beta_min", beta_min), ("beta_max", beta_max)):
+        validate_number(name, value)
     if not 0.0 < beta_min <= beta_max < math.inf:
         raise ValueError(f"0 < beta_min <= beta_max must hold, got {beta_min!r} and {beta_max!r}.")
 
@@ -297,6 +302,7 @@ class VarianceExploding(Schedule):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         super().__init__()
+        validate_number("sigma_min", sigma_min)
         if not sigma_min > 0.0:
             raise ValueError(f"sigma_min must be positive, got {sigma_min!r}.")
         _increasing("sigma_min", sigma_min, "sigma_max", sigma_max)
@@ -318,6 +324,7 @@ class Cosine(Schedule):
 
     def __init__(self, offset: float = 0.008) -> None:
         super().__init__()
+        validate_number("offset", offset)
         if not 0.0 <= offset < 1.0:
             raise ValueError(f"offset must lie in [0, 1), got {offset!r}.")
         self.offset = offset
@@ -381,8 +388,7 @@ class LearnedLogSNR(Schedule):
     ) -> None:
         super().__init__()
         _increasing("gamma_min", gamma_min, "gamma_max", gamma_max)
-        if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}.")
+        validate_count("features", features)
         self.gamma_min, self.gamma_max, self.features, self.learn_ends = gamma_min, gamma_max, features, learn_ends
         if learn_ends:
             self.first = nn.Parameter(torch.tensor(float(gamma_min)))
@@ -425,7 +431,10 @@ class Tabulated(Schedule):
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
         super().__init__()
-        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").flatten()
+        try:
+            table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").flatten()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(f"alphas_cumprod must be a sequence of numbers or a tensor ({error}).") from error
         if table.numel() < 2:
             raise ValueError(f"alphas_cumprod needs at least 2 entries, got {table.numel()}.")
         if not bool(((table > 0) & (table < 1)).all() and (table.diff() < 0).all()):

@@ -18,7 +18,6 @@ References:
 """
 
 import itertools
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,8 +124,7 @@ class _Guarded:
 
 def validate_tolerance(name: str, value: float, dtype: torch.dtype) -> float:
     """A positive tolerance; warns where ``dtype`` cannot reach it."""
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+    _shapes.validate_positive(name, value)
     floor = 4.0 * torch.finfo(dtype).eps
     if value < floor:
         warnings.warn(f"{name}={value:g} is below what {dtype} can resolve ({floor:.1g}).", stacklevel=3)

@@ -49,8 +49,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ndm_ct import checkpoint, objectives
-from ndm_ct._errors import PredictorError
-from ndm_ct._shapes import choose, validate_count
+from ndm_ct._errors import CheckpointError, PredictorError
+from ndm_ct._shapes import choose, validate_count, validate_number, validate_positive
 from ndm_ct.checkpoint import PathLike
 from ndm_ct.guidance import nulled
 from ndm_ct.model import NDM
@@ -111,6 +111,9 @@ class _Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             validate_count(name, getattr(self, name))
+        for name in ("lr", "weight_decay", "grad_clip", "warmup", "lr_final", "ema", "cond_dropout"):
+            if (value := getattr(self, name)) is not None or name != "grad_clip":
+                validate_number(name, value)
         if self.patience is not None:
             validate_count("patience", self.patience)
         choose("optimizer", self.optimizer, OPTIMIZERS)
@@ -224,8 +227,9 @@ def fit(
         BlockingIOError: another process is at work in ``run_dir``.
         RuntimeError: loss, gradient or prediction became NaN or infinite; the last checkpoint is as it was.
     """
+    cond = {} if cond is None else cond
     settings = _Settings(
-        steps, batch_size, lr, optimizer, weight_decay, grad_clip,
+        validate_count("steps", steps), batch_size, lr, optimizer, weight_decay, grad_clip,
         min(1000, steps // 10) if warmup is None else warmup, lr_final, ema, seed, cond_dropout, patience,
     )  # fmt: skip
     if not isinstance(model, NDM):
@@ -234,11 +238,13 @@ def fit(
         raise ValueError("model has no parameter that requires a gradient: there is nothing to train.")
     _refuse_ineffective(locals())
     if cond_dropout > 0.0:
-        _validate_droppable(model, cond or {})
-    if time_limit is not None and not time_limit > 0.0:
-        raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+        _validate_droppable(model, cond)
+    if time_limit is not None:
+        validate_positive("time_limit", time_limit, "seconds")
+    if objective is not None and not callable(objective):
+        raise TypeError(f"objective must be callable as objective(model, x, ...), got {type(objective).__name__}.")
     bins = Bins(model, quantisation, choose("dequantisation", dequantisation, DEQUANTISATIONS))
-    source = Source(data, cond or {}, bins, "data", fit)
+    source = Source(data, cond, bins, "data", fit)
     held_out = None if validation is None else Source(validation, validation_cond or {}, bins, "validation", fit)
     intervals = (
         validate_count("validate_every", max(1, steps // 10) if validate_every is None else validate_every),
@@ -325,13 +331,16 @@ class _Folder:
         """Keep the log lines up to ``step``."""
         if self.path is None:
             return
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        for line in lines:
+        lines = self.log.read_bytes().split(b"\n") if self.log.exists() else [b""]
+        for number, line in enumerate(lines[:-1], 1):  # the last is empty, or cut off by a kill
             try:
                 row = json.loads(line)
-            except ValueError:  # cut off by a kill, so the last, and later than the checkpoint
-                break
-            if row["step"] <= step:
+                done = row["step"] <= step
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{self.log}: line {number} cannot be read ({error}); mend or delete the line to continue."
+                ) from error
+            if done:
                 self.rows.append(row)
         checkpoint.write_atomically(self.log, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
@@ -371,6 +380,29 @@ class _Interrupt:
         if self.requested:  # the second one is impatient
             raise KeyboardInterrupt
         self.requested = True
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """How far a training had come when it wrote its checkpoint; the fields are those of :class:`_Training`."""
+
+    step: int
+    seconds: float
+    pending: tuple[float, float, int]
+    best: float
+    waited: int
+
+    @classmethod
+    def from_json(cls, description: Mapping[str, Any], steps: int) -> "_Progress":
+        """Read it from a description; raises KeyError, TypeError or ValueError if that is no progress of ``steps``."""
+        loss, norm, pending = description["pending"]
+        counts = {"step": description["step"], "pending": pending, "waited": description.get("waited", 0)}
+        for name, value in counts.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= steps:
+                raise ValueError(f"{name} is {value!r}, expected an integer from 0 to {steps}")
+        sums = (float(loss), float(norm), pending)
+        best = float(description.get("best", -math.inf))
+        return cls(counts["step"], float(description["seconds"]), sums, best, counts["waited"])
 
 
 class _Training:
@@ -588,28 +620,57 @@ class _Training:
 
     def _restore(self) -> None:
         saved = self.folder.read_checkpoint()
-        if saved is not None:
-            description, tensors = saved
-            self._validate_settings(description["settings"])
-            self.model.load_state_dict(_under("model.", tensors))
-            if self.average is not None:
-                self._averaged().load_state_dict(_under("average.", tensors))
-                self.average.n_averaged.fill_(description["step"])
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _under("optimizer.", tensors).items():
-                index, key = name.split(".", 1)
-                state.setdefault(int(index), {})[key] = tensor
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-            if isinstance(self.objective, nn.Module):
-                self.objective.load_state_dict(_under("objective.", tensors))
-            self.step, self.seconds = description["step"], description["seconds"]
-            self.best_weights = _under("best.", tensors)
-            self.best, self.waited = description.get("best", -math.inf), description.get("waited", 0)
-            loss, norm, count = description["pending"]
-            self.pending = (loss, norm, count)
-        self.folder.rewind(self.step)
+        if saved is None:
+            self.folder.rewind(0)
+            return
+        description, tensors = saved
+        self._validate_settings(description.get("settings"))
+        try:
+            progress = _Progress.from_json(description, self.settings.steps)
+            checkpoint.compare(self._expected(tensors), tensors)
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder.checkpoint}: not the state of this training ({error}); move it away to start again."
+            ) from error
+        self.folder.rewind(progress.step)  # here, for a damaged log leaves the model as it was
+        self.model.load_state_dict(_under("model.", tensors))
+        if self.average is not None:
+            self._averaged().load_state_dict(_under("average.", tensors))
+            self.average.n_averaged.fill_(progress.step)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimizer.", tensors).items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        if isinstance(self.objective, nn.Module):
+            self.objective.load_state_dict(_under("objective.", tensors))
+        self.step, self.seconds, self.pending = progress.step, progress.seconds, progress.pending
+        self.best_weights = _under("best.", tensors)
+        self.best, self.waited = progress.best, progress.waited
 
-    def _validate_settings(self, saved: Row) -> None:
+    def _expected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint of this training holds; of the optimiser, for the parameters that had a gradient."""
+        weights = self.model.state_dict()
+        expected = {f"model.{name}": tensor for name, tensor in weights.items()}
+        if self.average is not None:
+            expected |= {f"average.{name}": tensor for name, tensor in weights.items()}
+        if any(name.startswith("best.") for name in tensors):
+            expected |= {f"best.{name}": tensor for name, tensor in weights.items()}
+        if isinstance(self.objective, nn.Module):
+            expected |= {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        moved = {name.split(".")[0] for name in _under("optimizer.", tensors)}
+        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(ordered):
+            if str(index) in moved:
+                state = {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+                expected |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        return expected
+
+    def _validate_settings(self, saved: Any) -> None:
+        if not isinstance(saved, dict):
+            raise CheckpointError(
+                f"{self.folder.checkpoint}: the settings are a {type(saved).__name__}, not an object."
+            )
         saved = _LATER | saved
         differing = [name for name, value in self.identity.items() if saved.get(name) != value]
         if differing:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mutants_adapters import ADAPTERS
 from mutants_latent import LATENT
+from mutants_reliability import RELIABILITY
 from mutants_samplers import SAMPLERS
 from mutants_training import TRAINING
 
@@ -578,7 +579,7 @@ MUTANTS = (
         "if len(rows) > 0 and not bool(values.nan_to_num().any()):", "if False:",
         "errors::test_a_predictor_autograd_cannot_see_through_is_refused",
     ),
-    *(Mutant(*each) for each in (*ADAPTERS, *LATENT, *SAMPLERS, *TRAINING)),
+    *(Mutant(*each) for each in (*ADAPTERS, *LATENT, *RELIABILITY, *SAMPLERS, *TRAINING)),
 )  # fmt: skip
 
 

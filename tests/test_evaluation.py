@@ -621,7 +621,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
         (lambda text: text.replace('"nll": [[', '"nll": [', 1), "cannot be read"),
         (lambda text: "\n" + text, "cannot be read"),
         (lambda text: text + text.splitlines()[1] + "\n", "does not follow"),
-        (lambda text: text.replace('"rows": [', '"rows": [1, ', 1), "does not follow"),
+        (lambda text: text.replace('"rows": [', '"rows": [1, ', 1), "do not describe 1 values of each row"),
         (lambda text: text.replace('"format": 1', '"format": 2'), "reads format 1"),
     ],
     ids=["key", "shape", "empty line", "twice", "other rows", "newer"],

@@ -19,10 +19,10 @@ __all__ = ["FromZuko", "GaussianDecoder", "GaussianEncoder"]
 
 def _perceptron(inputs: int, outputs: int, width: int, depth: int) -> nn.Sequential:
     """``depth`` hidden layers of ``width`` units."""
-    sizes = [inputs, *[validate_count("width", width)] * validate_count("depth", depth)]
+    validate_count("width", width)
     layers: list[nn.Module] = []
-    for size in sizes[:-1]:
-        layers += [nn.Linear(size, width), nn.SiLU()]
+    for layer in range(validate_count("depth", depth)):
+        layers += [nn.Linear(width if layer else inputs, width), nn.SiLU()]
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ndm_ct._config import Configurable
-from ndm_ct._shapes import event_size, keyword_names, some, validate_count
+from ndm_ct._shapes import event_size, keyword_names, some, validate_count, validate_number, validate_shape
 
 __all__ = ["MLP", "TimeEmbedding", "UNet"]
 
@@ -35,6 +35,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 _FREQUENCIES = 16
 _GROUPS = 8
+_MOST_LEVELS = 16
 _NO_LABEL = -1
 
 _INPUT_GAIN = 2.0  # more than He's: structure finer than the whole needs units that bend within it
@@ -203,11 +204,9 @@ class MLP(_Network):
         classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        for size in self.event_shape:
-            validate_count("event_shape", size)
+        self.event_shape = validate_shape("event_shape", [event_shape] if isinstance(event_shape, int) else event_shape)
         self.width, self.depth = validate_count("width", width), validate_count("depth", depth)
-        self.outputs, self.dropout = _validate_outputs(outputs), dropout
+        self.outputs, self.dropout = _validate_outputs(outputs), _validate_dropout(dropout)
         size = event_size(self.event_shape)
         embedding = self._set_embeddings(width, time, classes)
         self.input = _linear(size, width, _INPUT_GAIN)
@@ -277,7 +276,9 @@ class UNet(_Network):
         super().__init__()
         self.channels, self.width = validate_count("channels", channels), validate_count("width", width)
         self.levels, self.outputs = validate_count("levels", levels), _validate_outputs(outputs)
-        self.dropout = dropout
+        if levels > _MOST_LEVELS:
+            raise ValueError(f"levels must be at most {_MOST_LEVELS}, got {levels}; each halves the sides of images.")
+        self.dropout = _validate_dropout(dropout)
         widths = [width if level == 0 else 4 * width for level in range(levels)]
         embedding = self._set_embeddings(4 * width, time, classes)
         self.input = nn.Conv2d(channels, width, 3, padding=1)
@@ -337,6 +338,13 @@ class _ConvolutionBlock(nn.Module):
 
 def _validate_outputs(outputs: int | None) -> int | None:
     return None if outputs is None else validate_count("outputs", outputs)
+
+
+def _validate_dropout(dropout: float) -> float:
+    validate_number("dropout", dropout)
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be a probability, got {dropout!r}.")
+    return dropout
 
 
 def _output_shape(z: Tensor, outputs: int | None) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._shapes import expand, of_time
+from ndm_ct._shapes import expand, of_time, validate_number, validate_shape
 from ndm_ct.transforms.base import Transform, jvp_in_time
 
 __all__ = ["Blur", "Subspaces", "TimeScaling"]
@@ -69,11 +69,12 @@ class _Spectral(Transform):
 
     def __init__(self, event_shape: tuple[int, ...]) -> None:
         super().__init__()
+        event_shape = validate_shape("event_shape", event_shape)
         if len(event_shape) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs an event of at least two axes (H, W), got event_shape={event_shape}."
             )
-        self.event_shape = tuple(event_shape)
+        self.event_shape = event_shape
         # Plain float64 attributes: a change of the model's dtype must not round the basis.
         self._rows, self._columns = (_dct(size) for size in self.event_shape[-2:])
 
@@ -123,6 +124,8 @@ class Blur(_Spectral):
 
     def __init__(self, event_shape: tuple[int, ...], blur: float = 20.0, floor: float = 1e-3) -> None:
         super().__init__(event_shape)
+        for name, value in (("blur", blur), ("floor", floor)):
+            validate_number(name, value)
         if not (blur >= 0.0 and 0.0 < floor <= 1.0):
             raise ValueError(f"blur >= 0 and 0 < floor <= 1 must hold, got {blur!r} and {floor!r}.")
         self.blur, self.floor = blur, floor

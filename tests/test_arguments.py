@@ -1,0 +1,141 @@
+"""Arguments that are none: every public function names the one that is wrong, and never fails somewhere inside.
+
+What came is drawn from things people pass by mistake. The function takes it, or raises ``TypeError`` or ``ValueError``
+in this library's own words, which name the argument.
+"""
+
+import math
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ndm_ct
+from ndm_ct import NDM, adapters, nn, reference, schedules, transforms
+from ndm_ct.quantisation import Quantisation
+
+DOCUMENTED = (ValueError, TypeError, ndm_ct.SolverError, ndm_ct.PredictorError)
+HERE = Path(ndm_ct.__file__).parent
+SHORT = schedules.LinearLogSNR(-4, 3)
+X = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+LEVELS = torch.arange(6).reshape(3, 2)
+
+
+def exact():
+    return reference.Gaussian(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.5, 2.0]]), schedule=SHORT)
+
+
+def net(classes=None):
+    return NDM(nn.Preconditioned(nn.MLP(2, width=4, depth=1, classes=classes)), (2,), schedule=SHORT)
+
+
+WRONG = {
+    "None": None,
+    "NaN": math.nan,
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "-1": -1,
+    "0": 0,
+    "half": 0.5,
+    "True": True,
+    "huge": 10**30,
+    "huger": 10**400,
+    "tiny": 1e-300,
+    "word": "a",
+    "empty": "",
+    "bytes": b"x",
+    "list": [1, 2],
+    "nothing": [],
+    "pair": (1.0, 2.0),
+    "mapping": {},
+    "scalar": torch.tensor(1.0),
+    "vector": torch.tensor([1.0, 2.0]),
+    "numpy's": np.int64(2),
+    "object": object(),
+}
+
+TOLERANCES = ("rtol", "atol")
+FLOW = (*TOLERANCES, "trace", "stderr", "method", "on_failure")
+CALLS = {
+    "loglik": (lambda **k: ndm_ct.loglik(exact(), X, **k), FLOW),
+    "encode": (lambda **k: ndm_ct.encode(exact(), X, return_info=True, **k), FLOW),
+    "elbo": (lambda **k: ndm_ct.elbo(exact(), X, **k), ("quantisation", "generator")),
+    "loss": (lambda **k: ndm_ct.loss(exact(), X, **k), ("generator",)),
+    "sample": (
+        lambda n=2, **k: ndm_ct.sample(exact(), n, **k),
+        ("n", "method", *TOLERANCES, "denoise", "return_info", "dtype", "device", "batch_size"),
+    ),
+    "sample on a grid": (
+        lambda **k: ndm_ct.sample(exact(), 2, method="ddpm", **({"steps": 3} | k)),
+        ("stochasticity", "callback", "trajectory", "generator"),
+    ),
+    "bits_per_dim": (
+        lambda **k: ndm_ct.bits_per_dim(exact(), LEVELS, **({"levels": 8} | k)),
+        ("levels", "bound", "dequantisation", "range", "stderr", *TOLERANCES, "method"),
+    ),
+    "evaluate": (
+        lambda **k: ndm_ct.evaluate(exact(), X, progress=False, **k),
+        ("cond", "quantisation", "dequantisation", "bound", "samples", "batch_size", "max_rows", "seed", "time_limit")
+        + FLOW,
+    ),
+    "fit": (
+        lambda **k: ndm_ct.fit(net(), X, progress=False, **({"steps": 1} | k)),
+        ("batch_size", "optimizer", "grad_clip", "warmup", "lr_final", "ema", "cond", "cond_dropout", "quantisation")
+        + ("dequantisation", "validate_every", "patience", "checkpoint_every", "log_every", "seed", "time_limit"),
+    ),
+    "distribution": (lambda **k: ndm_ct.distribution(exact(), **k).log_prob(X), (*TOLERANCES, "trace", "method")),
+    "draws of a distribution": (lambda **k: ndm_ct.distribution(exact()).sample(**k), ("sample_shape",)),
+    "Quantisation": (Quantisation, ("levels", "range")),
+    "NDM": (
+        lambda **k: NDM(**({"predictor": lambda z, t: z, "event_shape": (2,)} | k)),
+        ("predictor", "event_shape", "transform", "schedule", "volatility", "prediction", "t_min"),
+    ),
+    "LinearLogSNR": (schedules.LinearLogSNR, ("gamma_min", "gamma_max")),
+    "LearnedLogSNR": (schedules.LearnedLogSNR, ("gamma_min", "gamma_max")),
+    "VariancePreserving": (schedules.VariancePreserving, ("beta_min", "beta_max")),
+    "SubVariancePreserving": (schedules.SubVariancePreserving, ("beta_min", "beta_max")),
+    "VarianceExploding": (schedules.VarianceExploding, ("sigma_min", "sigma_max")),
+    "Cosine": (schedules.Cosine, ("offset",)),
+    "Tabulated": (schedules.Tabulated, ("alphas_cumprod",)),
+    "from_denoiser": (
+        lambda **k: adapters.from_denoiser(lambda z, s: z, **({"event_shape": (2,)} | k)),
+        ("event_shape", "sigma_min", "sigma_max"),
+    ),
+    "from_eps": (
+        lambda **k: adapters.from_eps(lambda z, k: z, **({"event_shape": (2,), "alphas_cumprod": [0.9, 0.1]} | k)),
+        ("event_shape", "alphas_cumprod"),
+    ),
+    "from_velocity": (
+        lambda **k: adapters.from_velocity(lambda z, t: z, **({"event_shape": (2,)} | k)),
+        ("event_shape", "schedule", "t_min"),
+    ),
+    "Blur": (lambda **k: transforms.Blur(**({"event_shape": (4, 4)} | k)), ("event_shape", "blur", "floor")),
+    "MLP": (lambda **k: nn.MLP(**({"event_shape": 2, "width": 4} | k)), ("event_shape", "outputs", "dropout")),
+    "UNet": (lambda **k: nn.UNet(**({"channels": 1, "width": 4} | k)), ("levels", "dropout")),
+    "guided": (lambda **k: ndm_ct.guided(net(classes=3), **({"scale": 2.0} | k)), ("scale", "null")),
+}
+
+
+def complaint(function, arguments):
+    """The error of a call, None if there is none; of any other type than those documented it is raised."""
+    try:
+        function(**arguments)
+    except DOCUMENTED as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [(call, name) for call, (_, names) in CALLS.items() for name in names], ids=lambda part: part
+)
+@pytest.mark.filterwarnings("ignore:.*is below what.*")  # a tolerance of 1e-300 is said to be out of reach, and taken
+def test_what_is_no_argument_is_named(call, name):
+    errors = {kind: complaint(CALLS[call][0], {name: value}) for kind, value in WRONG.items()}
+    errors = {kind: error for kind, error in errors.items() if error is not None}
+    assert len(errors) >= 4
+    for kind, error in errors.items():
+        raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        assert raised.is_relative_to(HERE), f"{kind}: {error!r} comes from {raised}"
+        assert name in str(error), f"{kind}: {error!r}"

@@ -1,0 +1,213 @@
+"""Everything random follows the generator or the seed that was passed, and touches no other.
+
+A walk over the package finds every public function and method with such an argument; each must be in one of the two
+tables below, so a new one cannot be forgotten.
+"""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+
+import ndm_ct
+from ndm_ct import NDM, discrete, nn, objectives, process, reference, samplers, schedules, solvers, stepping
+from ndm_ct.bits import dequantised
+from ndm_ct.divergence import Hutchinson
+from ndm_ct.grids import time_grid
+from ndm_ct.model import IsotropicNormal
+from ndm_ct.quantisation import Quantisation
+from ndm_ct.regression import Regression
+from ndm_ct.rows import Bins, Source
+from ndm_ct.timesampling import LossHistory
+from ndm_ct.transforms import Composed, Encoder, Identity
+from ndm_ct.transport import Straight, curvature
+
+ARGUMENTS = {"generator", "seed", "random_state"}
+SHORT = schedules.LinearLogSNR(-6.0, 5.0)
+X = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+X64 = X.double()
+LEVELS = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
+COARSE = {"rtol": 1e-3, "atol": 1e-3}
+
+
+def random_functions():
+    """Names and functions of the package that take a source of randomness."""
+    for info in pkgutil.walk_packages(ndm_ct.__path__, "ndm_ct."):
+        name = info.name.removeprefix("ndm_ct.")
+        if any(part.startswith("_") for part in name.split(".")) or name in ("cli", "demo"):
+            continue
+        if name == "estimator":
+            pytest.importorskip("sklearn", minversion="1.6")
+        module = importlib.import_module(info.name)
+        for public in getattr(module, "__all__", ()):
+            thing = getattr(module, public)
+            if getattr(thing, "__module__", None) != module.__name__:
+                continue
+            found = {f"{name}.{public}": thing.__init__ if inspect.isclass(thing) else thing}
+            if inspect.isclass(thing):
+                methods = {key: value for key, value in vars(thing).items() if inspect.isfunction(value)}
+                found |= {f"{name}.{public}.{key}": value for key, value in methods.items() if key[0] != "_"}
+                found |= {f"{name}.{public}": methods["__call__"]} if "__call__" in methods else {}
+            for key, function in found.items():
+                if inspect.isroutine(function) and ARGUMENTS & inspect.signature(function).parameters.keys():
+                    yield key
+
+
+def built(make):
+    """What ``make`` returns, its weights always the same, torch's generator left alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
+def model():
+    net = built(lambda: NDM(nn.Preconditioned(nn.MLP(2, width=8, depth=1)), (2,), schedule=SHORT))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.05
+    return net
+
+
+def encoder():
+    parts = nn.GaussianEncoder, nn.GaussianDecoder
+    return built(lambda: Encoder(*(part((2,), (2,), width=4) for part in parts), (2,)))
+
+
+def latent():
+    return NDM(lambda z, t: 0.5 * z, (2,), transform=encoder(), schedule=SHORT)
+
+
+def unknown_prior():
+    """A prior that does not know its divergence from a normal, so that it is sampled."""
+    means = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    return reference.GaussianMixture(torch.tensor([0.5, 0.5]), means, torch.eye(2).repeat(2, 1, 1), schedule=SHORT)
+
+
+def trained(seed):
+    net = model()
+    ndm_ct.fit(net, X, steps=2, batch_size=2, seed=seed, progress=False)
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+def density(**options):
+    from ndm_ct.estimator import NDMDensity
+
+    return NDMDensity(width=4, depth=1, steps=2, **options).fit(X.numpy())
+
+
+def sampler():
+    made = samplers.NAMES["ddpm"](model())
+    made.prepare(time_grid(SHORT, 0.0, 2))
+    return made
+
+
+def sde(g):
+    grid = torch.linspace(1.0, 0.5, 3, dtype=torch.float64)
+    return solvers.sdeint(lambda t, y: -y, lambda t, y: torch.ones(()).to(y), X64, grid, generator=g).state[0]
+
+
+def bins(dequantised=True):
+    return Bins(model(), Quantisation(8) if dequantised else None, "uniform")
+
+
+INTEGERS = {"levels": 8, **COARSE}
+FOLLOWS = {
+    "bits.bits_per_dim": lambda g: ndm_ct.bits_per_dim(model(), LEVELS, generator=g, **INTEGERS),
+    "bits.dequantised": lambda g: dequantised(model(), Quantisation(8), LEVELS, "uniform", 1, g)[0],
+    "discrete.estimate_residuals": lambda g: discrete.estimate_residuals(model(), X, times=3, generator=g).moments,
+    "distributions.distribution": lambda g: ndm_ct.distribution(model(), generator=g, **COARSE).sample((3,)),
+    "divergence.Hutchinson.bind": lambda g: Hutchinson(16).bind(X, g)(lambda z: z**2 + z.flip(1), X)[1],
+    "likelihood.loglik": lambda g: ndm_ct.loglik(model(), X, trace="quadrature", generator=g, **COARSE),
+    "likelihood.encode": lambda g: (
+        ndm_ct.encode(model(), X, trace="hutchinson", generator=g, return_info=True, **COARSE)[1].logdet
+    ),
+    "likelihood.decode": lambda g: (
+        ndm_ct.decode(model(), X, trace="hutchinson", generator=g, return_info=True, **COARSE)[1].logdet
+    ),
+    "model.NDM.to_latent": lambda g: latent().to_latent(X, generator=g)[0],
+    "model.NDM.prior_divergence": lambda g: unknown_prior().prior_divergence(Identity().along(X64), X64, g),
+    "model.NDM.sample_prior": lambda g: model().sample_prior(3, generator=g, dtype=torch.float32, device="cpu"),
+    "model.IsotropicNormal.sample": lambda g: IsotropicNormal((2,)).sample(3, generator=g),
+    "objectives.Bound.forward": lambda g: objectives.Bound(LossHistory())(model(), X, generator=g),
+    "objectives.elbo": lambda g: ndm_ct.elbo(model(), X, samples=3, generator=g),
+    "objectives.elbo_discrete": lambda g: objectives.elbo_discrete(model(), X, steps=4, generator=g),
+    "objectives.loss": lambda g: ndm_ct.loss(model(), X, generator=g),
+    "objectives.prior_term": lambda g: objectives.prior_term(unknown_prior(), X64, generator=g),
+    "objectives.reconstruction_term": lambda g: objectives.reconstruction_term(
+        model(), Quantisation(8).centres(LEVELS, torch.float32), quantisation=Quantisation(8), generator=g
+    ),
+    "process.ForwardProcess.sample": lambda g: process.ForwardProcess(Identity(), SHORT, 1.0).sample(
+        X, torch.tensor(0.5).double(), generator=g
+    ),
+    "quantisation.Quantisation.uniform": lambda g: Quantisation(8).uniform(LEVELS, torch.float32, g),
+    "quantisation.Quantisation.truncated_normal": lambda g: Quantisation(8).truncated_normal(
+        LEVELS, 1.0, 0.1, torch.float32, g
+    ),
+    "reference.GaussianMixture.sample_data": lambda g: unknown_prior().sample_data(3, generator=g),
+    "regression.Regression": lambda g: Regression("eps")(model(), X, generator=g),
+    "rows.Bins.real": lambda g: bins().real(LEVELS, g),
+    "rows.Bins.elbo": lambda g: bins(False).elbo(model(), X, g, {}),
+    "rows.Source.batch": lambda g: Source(LEVELS, {}, bins(), "data", ndm_ct.fit).batch(torch.arange(3), g)[0],
+    "samplers.adaptive.sde_rows": lambda g: samplers.adaptive.sde_rows(model(), X, generator=g).z,
+    "sampling.sample": lambda g: ndm_ct.sample(model(), 3, method="sde", steps=3, generator=g),
+    "solvers.sdeint": sde,
+    "stepping.Sampler.step": lambda g: sampler().step(X, 1.0, 0.5, generator=g),
+    "stepping.walk": lambda g: stepping.walk(sampler(), X, time_grid(SHORT, 0.0, 2), generator=g),
+    "transforms.base.Composed.to_latent": lambda g: Composed(Identity(), encoder()).to_latent(X, generator=g)[0],
+    "transforms.latent.Encoder.to_latent": lambda g: encoder().to_latent(X, generator=g)[0],
+    "transport.Straight.forward": lambda g: Straight()(model(), X, generator=g),
+    "transport.curvature": lambda g: curvature(model(), X, generator=g),
+}
+SEEDED = {
+    "evaluation.evaluate": lambda seed: (
+        ndm_ct.evaluate(model(), X, trace="hutchinson", seed=seed, progress=False, **COARSE).values
+    ),
+    "evaluation.compare": lambda seed: (
+        ndm_ct.compare(model(), model(), X, trace="hutchinson", seed=seed, progress=False, **COARSE).values_a
+    ),
+    "training.fit": trained,
+    "estimator.NDMDensity": lambda seed: torch.tensor(density(random_state=seed).score_samples(X.numpy())),
+    "estimator.NDMDensity.sample": lambda seed: torch.tensor(density(random_state=0).sample(3, random_state=seed)),
+}
+DRAWS_NOTHING = {
+    "divergence.Exact.bind",  # its probes are the unit vectors
+    "divergence.TraceEstimator.bind",  # a protocol
+    "transforms.base.Transform.to_latent",  # y is x
+    "transforms.latent.Flow.to_latent",  # one to one
+}
+
+
+def test_nothing_random_is_left_out():
+    assert set(random_functions()) == FOLLOWS.keys() | SEEDED.keys() | DRAWS_NOTHING
+
+
+def drawn(name, seed, others):
+    """The result with a seed, while torch's own generator stands somewhere, and stays there."""
+    torch.manual_seed(others)
+    before = torch.get_rng_state()
+    result = SEEDED[name](seed) if name in SEEDED else FOLLOWS[name](torch.Generator().manual_seed(seed))
+    assert torch.equal(torch.get_rng_state(), before)
+    return result.detach()
+
+
+@pytest.mark.parametrize("name", sorted(FOLLOWS | SEEDED))
+def test_it_follows_its_source_alone(name):
+    if name.startswith("estimator"):
+        pytest.importorskip("sklearn", minversion="1.6")
+    first, again, other = drawn(name, 1, 0), drawn(name, 1, 99), drawn(name, 2, 0)
+    assert torch.equal(first, again)
+    assert first.shape == other.shape
+    assert not torch.equal(first, other)
+    assert bool(first.isfinite().all())
+
+
+@pytest.mark.parametrize("name", sorted(set(FOLLOWS) - {"rows.Source.batch"}))
+def test_torchs_own_generator_serves_where_none_is_passed(name):
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(FOLLOWS[name](None).detach())
+    assert torch.equal(*results[:2])
+    assert not torch.equal(*results[1:])
