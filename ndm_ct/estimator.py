@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ndm_ct import likelihood
 from ndm_ct.model import NDM
-from ndm_ct.nn import MLP, Preconditioned
+from ndm_ct.nn import MLP, FromZuko, Preconditioned
 from ndm_ct.sampling import sample
 from ndm_ct.schedules import LinearLogSNR
 from ndm_ct.training import fit
+from ndm_ct.transforms import Flow, Identity, Transform
 
 try:
     from sklearn.base import BaseEstimator, DensityMixin
@@ -47,6 +48,8 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         steps: most optimiser steps.
         batch_size: rows per step.
         lr: peak learning rate.
+        flow: spline transforms of an invertible :math:`F(x, t) = h(x)` that is learned too, by the package zuko; 0: F
+            is the identity. Two help tables with narrow ridges, at about twice the time.
         gamma_min: :math:`\gamma(0)`: the density is that of standardised rows with noise of standard deviation
             :math:`e^{\gamma_{min}/2}`.
         validation_fraction: share of the rows held out for early stopping; 0 trains all steps on all rows, as do tables
@@ -81,6 +84,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         steps: int = 4000,
         batch_size: int = 1024,
         lr: float = 2e-3,
+        flow: int = 0,
         gamma_min: float = -9.0,
         validation_fraction: float = 0.1,
         patience: int | None = 4,
@@ -94,6 +98,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.steps = steps
         self.batch_size = batch_size
         self.lr = lr
+        self.flow = flow
         self.gamma_min = gamma_min
         self.validation_fraction = validation_fraction
         self.patience = patience
@@ -126,7 +131,8 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             net = MLP(z.shape[1], width=self.width, depth=self.depth, dropout=self.dropout)
-        model = NDM(Preconditioned(net), (z.shape[1],), schedule=LinearLogSNR(self.gamma_min, 5.0))
+            transform = self._transform(z.shape[1])
+        model = NDM(Preconditioned(net), (z.shape[1],), transform=transform, schedule=LinearLogSNR(self.gamma_min, 5.0))
         model.to(self._device())
         result = fit(
             model, z, steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed, progress=bool(self.verbose),
@@ -136,6 +142,16 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.model_ = model.eval().requires_grad_(False).double()
         self.n_steps_, self.validation_ = result.step, result.validation
         return self
+
+    def _transform(self, columns: int) -> Transform:
+        if not self.flow:
+            return Identity()
+        try:
+            import zuko
+        except ImportError as error:
+            raise ImportError(f"flow={self.flow!r} needs zuko: pip install zuko, or take flow=0.") from error
+        hidden = (max(8, self.width // 2),) * 2
+        return Flow(FromZuko(zuko.flows.NSF(columns, transforms=self.flow, hidden_features=hidden)))
 
     def score_samples(self, X: Any) -> np.ndarray:
         """Log-density of every row of X, in nats per row in the units of X, shape ``(n_samples,)``.

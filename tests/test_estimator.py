@@ -126,3 +126,20 @@ def test_tables_of_pandas_keep_their_names():
 def test_parameters_are_validated(wrong, message):
     with pytest.raises(ValueError, match=message):
         NDMDensity(**({"width": 8, "steps": 5} | wrong)).fit(np.random.default_rng(0).normal(size=(60, 2)))
+
+
+def test_a_flow_inside_keeps_units_and_density():
+    pytest.importorskip("zuko")
+    x, _ = rows(4000)
+    density = NDMDensity(width=32, flow=1, steps=400, batch_size=512, random_state=0).fit(x)
+    fresh, exact = rows(500, seed=1)
+    gap = density.score_samples(fresh) - exact
+    assert abs(gap.mean()) < 0.1
+    latent, logdet = density.model_.transform.to_latent(density._standardised(fresh))
+    assert float(logdet.abs().max()) > 0.05  # it has been learned, and its determinant counts
+    assert float((latent - density._standardised(fresh)).abs().max()) > 0.05
+    again = pickle.loads(pickle.dumps(density))
+    np.testing.assert_array_equal(again.score_samples(fresh[:20]), density.score_samples(fresh[:20]))
+    drawn = density.sample(2000, random_state=0)
+    np.testing.assert_allclose(drawn.mean(0) / SCALES, x.mean(0) / SCALES, atol=0.15)
+    np.testing.assert_allclose(np.cov((drawn / SCALES).T), np.cov((x / SCALES).T), atol=0.15)
