@@ -9,14 +9,15 @@ deviation s for all coordinates of arrays with more axes; of d coordinates x in 
 Integer levels become :math:`-\log P(x)` of their bins (:mod:`ndm_ct.quantisation`); the models are trained on the
 centres, with :math:`\sigma_0/\alpha_0` a third of a bin's half-width.
 
-``config.json`` holds the settings, the scale and the versions they ran on; with the weights in ``model.safetensors`` it
+``config.json`` holds the settings, the scale and the versions it began on; with the weights in ``model.safetensors`` it
 makes the model, with the data the training.
 """
 
 import json
 import math
+import platform
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -328,11 +329,13 @@ def train(
     folder = Path(folder)
     if settings.data is None:
         raise ValueError("data is missing: what is the model to be trained on?")
-    rows = read(settings.data, settings.array)
+    settings = replace(settings, data=str(Path(settings.data).resolve()))  # the run may go on from elsewhere
+    rows = read(cast(str, settings.data), settings.array)
     levels = settings.levels or (256 if rows.are_levels else None)
     held_out = int(settings.validation_fraction * len(rows.values))
     event_shape = tuple(rows.values.shape[1:])
-    mean, scale = (None, None) if levels else _moments(rows.values[: len(rows.values) - held_out], settings.data)
+    train_rows = rows.values[: len(rows.values) - held_out]
+    mean, scale = (None, None) if levels else _moments(train_rows, cast(str, settings.data))
     config = {
         "format": FORMAT, "settings": asdict(settings), "levels": levels, "mean": mean, "scale": scale,
         "columns": rows.columns, "event_shape": event_shape,
@@ -343,7 +346,7 @@ def train(
     if device is not None:
         model.to(device)
     run = _run(model, config)
-    values = run.of(rows, settings.data)
+    values = run.of(rows, cast(str, settings.data))
     images = len(event_shape) == 3
     options: dict[str, Any] = {}
     if run.bins is not None:
@@ -381,7 +384,8 @@ def _keep(config: dict[str, Any], folder: Path) -> None:
     path = folder / "config.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(config, indent=1) + "\n").encode())
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        write_atomically(path, (json.dumps(config | {"versions": versions}, indent=1) + "\n").encode())
         return
     known = _config(folder)
     differing = [

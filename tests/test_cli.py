@@ -127,11 +127,13 @@ def test_formats_hold_the_same_rows(trained, tmp_path):
         np.testing.assert_array_equal(result, results[0])
 
 
-def test_a_run_goes_on_by_its_folder_alone(tmp_path, capsys):
+def test_a_run_goes_on_by_its_folder_alone(tmp_path, capsys, monkeypatch):
     data = write_csv(tmp_path / "train.csv", table(200))
+    monkeypatch.chdir(tmp_path)
     ok("train", data, "--out", tmp_path / "whole", *QUICK)
-    code = cli.main(["train", str(data), "--out", str(tmp_path / "run"), *QUICK, "--time-limit", "1e-6"])
+    code = cli.main(["train", "train.csv", "--out", str(tmp_path / "run"), *QUICK, "--time-limit", "1e-6"])
     assert code == 130
+    monkeypatch.chdir("/")
     assert f"go on with: ndm-ct train --out {tmp_path / 'run'}" in capsys.readouterr().out
     assert cli.main(["loglik", str(tmp_path / "run"), str(data), "--out", str(tmp_path / "x.csv")]) == 1
     assert "holds a training that has not finished" in capsys.readouterr().err

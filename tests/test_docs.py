@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ndm_ct import grids, presets, sampling
+from ndm_ct import cli, grids, presets, sampling
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if "```python" in path.read_text())
@@ -29,6 +29,22 @@ def assert_alike(printed: str, written: str) -> None:
     for found, expected in zip(NUMBER.findall(printed), NUMBER.findall(written), strict=True):
         size = "e" in expected
         assert float(found) == pytest.approx(float(expected), rel=1.0 if size else 0.15, abs=0.0 if size else 0.011)
+
+
+def test_commands_of_the_page_print_what_stands_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "command_line.md").read_text()
+    exec(BLOCK.search(text)[1], {})
+    (tmp_path / "wine.yaml").write_text("data: train.csv\nsteps: 2\n")
+    commands = re.findall(r"^\$ ndm-ct (.*)\n((?:[^$`\n].*\n)*)", text, re.MULTILINE)
+    assert len(commands) == 5
+    for command, printed in commands:
+        if "yaml" in command:
+            pytest.importorskip("yaml")
+        assert cli.main([*command.split(), "--quiet"]) == 0
+        found = capsys.readouterr().out
+        if printed:
+            assert_alike(found, printed)
 
 
 @pytest.mark.parametrize("page", PAGES)
