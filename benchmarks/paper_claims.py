@@ -20,7 +20,7 @@ ndm-x            :math:`F = x + \sum_k b_k(t) f_k(x)` with a network f, head "x"
 ndm-moments      the same F, head "moments"
 ndm-x-eta        as ndm-x with a learned volatility
 ndm-moments-eta  as ndm-moments with a learned volatility
-ndm-flow         vectors only: :math:`F(x, t) = h(x)`, h an invertible spline flow of zuko (INDM), head "x"
+ndm-flow         :math:`F(x, t) = h(x)`, h an invertible spline flow of zuko (INDM), head "x"
 ===============  ======================================================================================================
 
 ``--ablations`` changes one thing at a time in the models above, here and in ``--models`` written behind a +:
@@ -29,17 +29,17 @@ ndm-flow         vectors only: :math:`F(x, t) = h(x)`, h an invertible spline fl
 ``ndm-x+history``, ``ndm-x+buckets`` the density of times (:mod:`ndm_ct.timesampling`), ``ndm-x+scaling`` one learned
 factor for every coordinate with the volatility that belongs to it, a log-SNR for every coordinate.
 
-Models of images are trained on the centres of the bins, their first noise a third of a bin's half-width.
+Images are dequantised by uniform noise in the bins, for training and for scores.
 
 Reported for each cell: the bound (NELBO, unbiased over times and noise) and the probability flow's negative
-log-likelihood (of images by truncated-normal dequantisation), both on test rows, in bits per dimension for images and
-nats for vectors, with standard errors over rows; parameters; seconds per optimiser step; for images the Frechet
-distance of samples at several numbers of steps, by "ddpm" and by "ddim"; and the energy distance between samples of the
-flow and of the reverse SDE, two different models where the head is "x" and F nonlinear. Differences from the matched
-diffusion are paired, seed by seed, with their standard error over seeds; at equal training time they are read off the
-validation curves, where a step takes what ``--timing`` measured: blocks of ``fit``, all models of a data set in turn,
-round after round, in seconds of the processor. Writes ``results.json``, ``results.md`` and ``curves.png`` into
-``--out`` (``validation.json`` and so on with ``--on validation``).
+log-likelihood, both on test rows, in bits per dimension for images and nats for vectors, with standard errors over
+rows; parameters; seconds per optimiser step; for images the Frechet distance of samples at several numbers of steps, by
+"ddpm" and by "ddim"; and the energy distance between samples of the flow and of the reverse SDE, two different models
+where the head is "x" and F nonlinear. Differences from the matched diffusion are paired, seed by seed, with their
+standard error over seeds; at equal training time they are read off the validation curves, where a step takes what
+``--timing`` measured: blocks of ``fit``, all models of a data set in turn, round after round, in seconds of the
+processor. Writes ``results.json``, ``results.md`` and ``curves.png`` into ``--out`` (``validation.json`` and so on with
+``--on validation``).
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
@@ -114,7 +114,7 @@ class Recipe:
         gamma: ends of the log-SNR schedule.
         test_rows: rows the flow's likelihood is measured on.
         samples: pairs of time and noise per test row for the bound.
-        flow: transforms of the spline flow and width of their perceptrons; None: no model with a flow.
+        flow: transforms of the spline flow, width of their perceptrons and bins of the splines; None: no such model.
     """
 
     load: Callable[[], data.Split]
@@ -127,7 +127,7 @@ class Recipe:
     gamma: tuple[float, float] = (-9.0, 5.0)
     test_rows: int = 1000
     samples: int = 64
-    flow: tuple[int, int] | None = None
+    flow: tuple[int, int, int] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -141,15 +141,35 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe(data.digits, 16, 2, 2, 4000, 64, gamma=(-7.9, 5.0), test_rows=360, samples=32),
-    "mnist": Recipe(lambda: data.images("mnist", 14), 16, 8, 2, 6000, 64, gamma=(-13.3, 5.0), test_rows=500, samples=4),
-    "fashion-mnist": Recipe(
-        lambda: data.images("fashion-mnist", 16), 16, 8, 2, 6000, 64, gamma=(-13.3, 5.0), test_rows=500, samples=4
+    "digits": Recipe(data.digits, 16, 2, 2, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32, flow=(1, 16, 8)),
+    "mnist": Recipe(
+        lambda: data.images("mnist", 14),
+        16,
+        4,
+        2,
+        6000,
+        64,
+        gamma=(-13.3, 5.0),
+        test_rows=500,
+        samples=4,
+        flow=(1, 16, 4),
     ),
-    "casp": Recipe(data.casp, 96, 64, 0, 2000, 1024, flow=(2, 48)),
-    "magic": Recipe(data.magic, 96, 64, 0, 2000, 1024, flow=(2, 48)),
-    "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(2, 32)),
-    "checkers": Recipe(data.checkers, 48, 32, 0, 1500, 1024, flow=(2, 32)),
+    "fashion-mnist": Recipe(
+        lambda: data.images("fashion-mnist", 16),
+        16,
+        4,
+        2,
+        6000,
+        64,
+        gamma=(-13.3, 5.0),
+        test_rows=500,
+        samples=4,
+        flow=(1, 16, 4),
+    ),
+    "casp": Recipe(data.casp, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
+    "magic": Recipe(data.magic, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
+    "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(2, 32, 8)),
+    "checkers": Recipe(data.checkers, 48, 32, 0, 1500, 1024, flow=(2, 32, 8)),
 }
 
 PRESETS = {
@@ -255,6 +275,23 @@ def transform_of(variant: Variant, recipe: Recipe, shape: tuple[int, ...]) -> tr
     return transforms.Separable(net, transforms.PolynomialBasis(TERMS))
 
 
+class Flat(nn.Module):
+    """A flow of vectors as one of events of any shape, flattened."""
+
+    def __init__(self, flow: nn.Module) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and its log-determinant."""
+        y, logdet = self.flow(x.flatten(1))
+        return y.reshape(x.shape), logdet
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """x."""
+        return self.flow.inverse(y.flatten(1)).reshape(y.shape)
+
+
 def spline_flow(recipe: Recipe, shape: tuple[int, ...]) -> transforms.Flow:
     """Autoregressive rational-quadratic splines.
 
@@ -262,11 +299,13 @@ def spline_flow(recipe: Recipe, shape: tuple[int, ...]) -> transforms.Flow:
         ValueError: the recipe has none.
     """
     if recipe.flow is None:
-        raise ValueError("ndm-flow is for vectors; the recipe of images has no flow.")
+        raise ValueError("ndm-flow needs a recipe with a flow.")
     import zuko
 
-    count, width = recipe.flow
-    return transforms.Flow(FromZuko(zuko.flows.NSF(*shape, transforms=count, hidden_features=(width, width))))
+    count, width, bins = recipe.flow
+    hidden = (width,) * (1 if recipe.levels else 2)
+    flow = zuko.flows.NSF(math.prod(shape), transforms=count, hidden_features=hidden, bins=bins)
+    return transforms.Flow(Flat(FromZuko(flow)))
 
 
 def parameters(module: nn.Module) -> int:
@@ -347,12 +386,12 @@ def rows_of(recipe: Recipe) -> Rows:
     return Rows(split, whole.train[-held_out:], bins, std)
 
 
-def unit(evaluation: ndm_ct.Evaluation) -> tuple[float, float]:
-    """A mean and its standard error, in bits per dimension for integers, in nats for vectors."""
-    if evaluation.bits_per_dim is None:
+def unit(evaluation: ndm_ct.Evaluation, rows: Rows) -> tuple[float, float]:
+    """A mean and its standard error, in bits per dimension for dequantised integers, in nats for vectors."""
+    if rows.bins is None:
         return evaluation.nll, evaluation.stderr
-    assert evaluation.bits_stderr is not None
-    return evaluation.bits_per_dim, evaluation.bits_stderr
+    scale = rows.split.train[0].numel() * math.log(2.0)
+    return evaluation.nll / scale - rows.bins.uniform_offset / math.log(2.0), evaluation.stderr / scale
 
 
 def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> dict[str, Any]:
@@ -368,18 +407,18 @@ def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> 
         return entry
     model, curve = trained(cell, recipe, rows, folder, options)
     scored = rows.split.test if options.on == "test" else rows.validation
-    common = {"quantisation": rows.bins, "progress": False}
+    if rows.bins is not None:
+        scored = rows.bins.uniform(scored, torch.float32, torch.Generator().manual_seed(0))
     bound = ndm_ct.evaluate(
         model, scored, bound="elbo", samples=recipe.samples, run_dir=folder / f"elbo-{options.on}",
-        max_rows=options.rows, **common,
+        max_rows=options.rows, progress=False,
     )  # fmt: skip
     flow = ndm_ct.evaluate(
         model, scored, run_dir=folder / f"ode-{options.on}", on_failure="nan",
-        dequantisation="uniform" if rows.bins is None else "truncated-normal",
-        max_rows=options.rows or recipe.test_rows, **common,
+        max_rows=options.rows or recipe.test_rows, progress=False,
     )  # fmt: skip
     entry = asdict(cell) | {
-        "recipe": recipe.settings, "parameters": parameters(model), "nelbo": unit(bound), "nll": unit(flow),
+        "recipe": recipe.settings, "parameters": parameters(model), "nelbo": unit(bound, rows), "nll": unit(flow, rows),
         "nll_failed": flow.failed, "nll_nfe": flow.nfe, "curve": curve,
         "fd": distances(model, rows, options) if rows.bins is not None and options.samples else {},
         "sde_ode": asdict(consistency(model, options.samples)) if options.samples else None,
@@ -398,7 +437,7 @@ def fit(model: ndm_ct.NDM, name: str, recipe: Recipe, rows: Rows, *, steps: int,
     return ndm_ct.fit(
         model, rows.split.train, steps=steps, batch_size=recipe.batch_size, lr=recipe.lr,
         objective=Variant.parse(name).objective, quantisation=rows.bins,
-        dequantisation="uniform" if rows.bins is None else "centres", **settings,
+        **settings,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,20 +163,47 @@ def test_ablations_change_what_they_name():
         built(name)
 
 
-def test_the_model_with_a_flow_is_for_vectors(tmp_path, small, monkeypatch):
-    assert "ndm-flow" not in paper_claims.RECIPES["moons"].models
-    with pytest.raises(ValueError, match="ndm-flow is for vectors"):
-        paper_claims.build("ndm-flow", paper_claims.RECIPES["moons"], (2,), 1.0, 0)
-    pytest.importorskip("zuko")
-    recipe = replace(paper_claims.RECIPES["moons"], flow=(1, 8))
-    monkeypatch.setattr(paper_claims, "RECIPES", {"moons": recipe})
-    assert "ndm-flow" in recipe.models
-    paper_claims.main(options(tmp_path, models="ndm-flow", seeds="0"))
+def test_bits_of_dequantised_integers():
+    """A density that is uniform over the interval of the bins costs log2 of their number."""
+    rows = paper_claims.rows_of(paper_claims.RECIPES["digits"])
+    flat = SimpleNamespace(nll=64 * math.log(2.0), stderr=64 * math.log(2.0))
+    bits, error = paper_claims.unit(flat, rows)
+    assert bits == pytest.approx(math.log2(17))
+    assert error == pytest.approx(1.0)
+
+
+def test_images_are_scored_as_their_quantisation_scores_them(tmp_path, monkeypatch):
+    """The flow's bits are those of ndm_ct.evaluate on the integers, up to its own dequantisation noise."""
+    recipe = replace(paper_claims.RECIPES["digits"], width=4, transform_width=2, steps=600, test_rows=64, flow=None)
+    monkeypatch.setattr(paper_claims, "RECIPES", {"digits": recipe})
+    (entry,) = paper_claims.main(options(tmp_path, data="digits", models="diffusion", seeds="0", samples=0))
     (path,) = (tmp_path / "cells").glob("*/model.safetensors")
-    model = ndm_ct.load(path, transform=paper_claims.build("ndm-flow", recipe, (2,), 1.0, 1).transform)
-    x = torch.randn(3, 2)
+    rows = paper_claims.rows_of(recipe)
+    direct = ndm_ct.evaluate(
+        ndm_ct.load(path), rows.split.test, quantisation=rows.bins, max_rows=16, progress=False, seed=0
+    )
+    assert entry["nll"][0] == pytest.approx(direct.bits_per_dim, abs=5 * (entry["nll"][1] + direct.bits_stderr))
+
+
+@pytest.mark.parametrize("name", ["moons", "digits"])
+def test_a_model_with_a_flow_has_an_invertible_transform(tmp_path, monkeypatch, name):
+    recipe = replace(paper_claims.RECIPES[name], width=8, steps=400, batch_size=32, flow=None)
+    assert "ndm-flow" not in recipe.models
+    with pytest.raises(ValueError, match="ndm-flow needs a recipe with a flow"):
+        paper_claims.build("ndm-flow", recipe, (2,), 1.0, 0)
+    pytest.importorskip("zuko")
+    recipe = replace(recipe, flow=(1, 8, 4))
+    monkeypatch.setattr(paper_claims, "RECIPES", {name: recipe})
+    assert "ndm-flow" in recipe.models
+    paper_claims.main(options(tmp_path, data=name, models="ndm-flow", seeds="0", samples=0))
+    (path,) = (tmp_path / "cells").glob("*/model.safetensors")
+    shape = (2,) if name == "moons" else (1, 8, 8)
+    model = ndm_ct.load(path, transform=paper_claims.build("ndm-flow", recipe, shape, 1.0, 1).transform)
+    x = torch.randn(3, *shape)
     y, logdet = model.transform.to_latent(x)
     torch.testing.assert_close(model.transform.from_latent(y), x, atol=1e-4, rtol=0.0)
     assert not torch.allclose(y, x)
     jacobian = torch.func.vmap(torch.func.jacfwd(lambda v: model.transform.to_latent(v[None])[0][0]))(x)
-    torch.testing.assert_close(logdet, jacobian.slogdet().logabsdet, atol=1e-4, rtol=1e-4)
+    size = x[0].numel()
+    expected = jacobian.reshape(3, size, size).slogdet().logabsdet
+    torch.testing.assert_close(logdet, expected, atol=1e-4, rtol=1e-4)
