@@ -275,8 +275,13 @@ def _run(model: NDM, config: dict[str, Any]) -> Run:
 
 
 def build(settings: Settings, event_shape: tuple[int, ...], levels: int | None) -> NDM:
-    """The untrained model of settings."""
-    torch.manual_seed(settings.seed)
+    """The untrained model of settings; torch's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return _built(settings, event_shape, levels)
+
+
+def _built(settings: Settings, event_shape: tuple[int, ...], levels: int | None) -> NDM:
     images = len(event_shape) == 3
     width = settings.width or (16 if images else 128)
 

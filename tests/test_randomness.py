@@ -7,12 +7,26 @@ tables below, so a new one cannot be forgotten.
 import importlib
 import inspect
 import pkgutil
+from unittest import mock
 
 import pytest
 import torch
 
 import ndm_ct
-from ndm_ct import NDM, discrete, nn, objectives, process, reference, samplers, schedules, solvers, stepping
+from ndm_ct import (
+    NDM,
+    discrete,
+    nn,
+    objectives,
+    process,
+    reference,
+    runs,
+    samplers,
+    schedules,
+    selfcheck,
+    solvers,
+    stepping,
+)  # fmt: skip
 from ndm_ct.bits import dequantised
 from ndm_ct.divergence import Hutchinson
 from ndm_ct.grids import time_grid
@@ -113,6 +127,13 @@ def bins(dequantised=True):
 
 
 INTEGERS = {"levels": 8, **COARSE}
+
+
+def checked(seed):
+    with mock.patch.multiple(selfcheck, ROWS=8, SAMPLES=32):
+        return torch.tensor([check.value for check in selfcheck.run(seed=seed)])
+
+
 FOLLOWS = {
     "bits.bits_per_dim": lambda g: ndm_ct.bits_per_dim(model(), LEVELS, generator=g, **INTEGERS),
     "bits.dequantised": lambda g: dequantised(model(), Quantisation(8), LEVELS, "uniform", 1, g)[0],
@@ -169,6 +190,8 @@ SEEDED = {
     ),
     "training.fit": trained,
     "estimator.NDMDensity": lambda seed: torch.tensor(density(random_state=seed).score_samples(X.numpy())),
+    "runs.Settings": lambda seed: next(runs.build(runs.Settings(seed=seed), (2,), None).parameters()),
+    "selfcheck.run": checked,
     "estimator.NDMDensity.sample": lambda seed: torch.tensor(density(random_state=0).sample(3, random_state=seed)),
 }
 DRAWS_NOTHING = {
