@@ -35,7 +35,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from tqdm import tqdm
 from ndm_ct import bits, checkpoint, likelihood, objectives
 from ndm_ct._config import Unconfigurable, to_config
 from ndm_ct._errors import CheckpointError, SolverError
+from ndm_ct._processes import Group
 from ndm_ct._shapes import choose, event_size, some, validate_cond, validate_count, validate_positive
 from ndm_ct.checkpoint import PathLike
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
@@ -617,14 +618,15 @@ class _Folder:
         self.is_real = path is not None
         self.settings: Record = {}
         self.resume = resume
+        self.group = Group()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """For this evaluation alone."""
-        if not self.is_real:
-            yield
-            return
-        with checkpoint.open_folder(self.path, self.journal.name, "scored rows", ".*.json*.tmp", self.resume):
+        """For this evaluation alone; the main process holds the lock for all."""
+        with ExitStack() as stack:
+            if self.is_real:
+                lock = checkpoint.open_folder(self.path, self.journal.name, "scored rows", ".*.json*.tmp", self.resume)
+                self.group.of_main(lambda: stack.enter_context(lock))
             yield
 
     @property
@@ -667,7 +669,7 @@ class _Folder:
         return batches
 
     def add(self, batch: _Batch) -> None:
-        if not self.is_real:
+        if not (self.is_real and self.group.is_main):
             return
         if not self.journal.exists():
             header = {"format": FORMAT, "kind": self.kind, "settings": self.settings}
@@ -678,7 +680,7 @@ class _Folder:
             os.fsync(file.fileno())
 
     def write_result(self, result: Record) -> None:
-        if self.is_real:
+        if self.is_real and self.group.is_main:
             text = json.dumps(result | {"settings": self.settings}, indent=2, allow_nan=False) + "\n"
             checkpoint.write_atomically(self.path / f"{self.kind}.json", text.encode())
 
@@ -762,7 +764,7 @@ class _Run:
         generator = torch.Generator().manual_seed(_seed(settings.seed, 0, 0, _ORDER))
         self.order = torch.randperm(self.source.rows, generator=generator)
         self.folder = _Folder(run_dir, resume, kind)
-        self.models = models
+        self.models, self.group = models, self.folder.group
         self.batches: list[_Batch] = []
 
     @contextmanager
@@ -770,7 +772,8 @@ class _Run:
         """With the batches scored before, and no other process at work there."""
         with self.folder.opened():
             if self.folder.is_real:
-                self.batches = self.folder.read(self._identity(self.models), self.order)
+                settings = self._identity(self.models)
+                self.batches = self.group.of_main(lambda: self.folder.read(settings, self.order))
             yield
 
     @property
@@ -783,11 +786,13 @@ class _Run:
         began, before = time.monotonic(), self.visited
         limit = math.inf if self.limits.time_limit is None else self.limits.time_limit
         total = min(self.source.rows, self.limits.max_rows or self.source.rows)
-        bar = tqdm(total=total, initial=before, disable=not progress, unit="row", dynamic_ncols=True)
+        hidden = not (progress and self.group.is_main)
+        bar = tqdm(total=total, initial=before, disable=hidden, unit="row", dynamic_ncols=True)
         try:
             with bar:
                 while (reason := self._reason()) is None:
-                    if self.visited > before and time.monotonic() - began >= limit:
+                    late = self.visited > before and time.monotonic() - began >= limit
+                    if self.group.any(late, self.device):
                         return "time"
                     bar.update(self._advance())
                     bar.set_postfix_str(_figures(*_mean(self._figure())), refresh=False)
@@ -809,23 +814,48 @@ class _Run:
         return None
 
     def _advance(self) -> int:
-        """Score the next batch; returns its number of rows."""
-        began, start = time.monotonic(), self.visited
-        pilot = self.has_pilot and start < PILOT_ROWS
-        size = min(self.settings.batch_size, PILOT_ROWS - start) if pilot else self.settings.batch_size
-        rows = self.order[start : min(start + size, self.limits.max_rows or self.source.rows)]
+        """Score the next batch, in several processes one in each; returns the number of rows."""
+        before, own = self.visited, self.group.share(self._next())
+        for outcome in self.group.gathered(self._scored(*own[0][1]) if own else None):
+            if isinstance(outcome, SolverError):
+                raise outcome
+            if outcome is not None:
+                self.folder.add(outcome)
+                self.batches.append(outcome)
+        return self.visited - before
+
+    def _next(self) -> list[tuple[int, Tensor]]:
+        """Positions and rows of the next batches, at most one per process."""
+        found, start, end = list[tuple[int, Tensor]](), self.visited, self.limits.max_rows or self.source.rows
+        while start < min(end, self.source.rows) and len(found) < self.group.size:
+            pilot = self._is_pilot(start)
+            size = min(self.settings.batch_size, PILOT_ROWS - start) if pilot else self.settings.batch_size
+            found.append((start, self.order[start : min(start + size, end)]))
+            start += len(found[-1][1])
+        return found
+
+    def _is_pilot(self, start: int) -> bool:
+        return self.has_pilot and start < PILOT_ROWS
+
+    def _scored(self, start: int, rows: Tensor) -> "_Batch | SolverError":
+        """A batch, or why there is none: the other processes have to know."""
+        began = time.monotonic()
         x, cond = self.source.batch(rows, torch.Generator())
         try:
-            scores = [scorer.score(x, cond, start, pilot) for scorer in self.scorers]
+            scores = [scorer.score(x, cond, start, self._is_pilot(start)) for scorer in self.scorers]
         except SolverError as error:
-            raise _of_data(error, rows) from error
+            failure = _of_data(error, rows)
+            failure.__cause__ = error
+            return failure
         nll, variance = (torch.stack([getattr(s, name) for s in scores]).cpu() for name in ("nll", "variance"))
-        if self.settings.on_failure == "raise":
-            _validate_finite(nll, rows)
-        batch = _Batch(start, rows, nll, variance, [s.nfe for s in scores], time.monotonic() - began)
-        self.folder.add(batch)
-        self.batches.append(batch)
-        return len(rows)
+        bad = rows[~nll.isfinite().all(0)].tolist()
+        if bad and self.settings.on_failure == "raise":
+            return SolverError(
+                f"the log-likelihood is not finite in rows {some(bad)} of data, beyond the range of its dtype; rescale "
+                "or drop them, use a model in float64, or pass on_failure='nan' to leave them out.",
+                rows=tuple(bad),
+            )
+        return _Batch(start, rows, nll, variance, [s.nfe for s in scores], time.monotonic() - began)
 
     def values(self) -> Tensor:
         """Values of the rows that every model could score, ``(models, n)``."""
@@ -937,16 +967,6 @@ def _dtype_of(data: Any) -> torch.dtype:
     if isinstance(example, Tensor) and example.is_floating_point():
         return example.dtype
     return torch.get_default_dtype()
-
-
-def _validate_finite(nll: Tensor, rows: Tensor) -> None:
-    bad = rows[~nll.isfinite().all(0)].tolist()
-    if bad:
-        raise SolverError(
-            f"the log-likelihood is not finite in rows {some(bad)} of data, beyond the range of its dtype; rescale or "
-            "drop them, use a model in float64, or pass on_failure='nan' to leave them out.",
-            rows=tuple(bad),
-        )
 
 
 def _of_data(error: SolverError, rows: Tensor) -> SolverError:

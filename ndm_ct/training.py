@@ -37,7 +37,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from ndm_ct import checkpoint, objectives
 from ndm_ct._errors import CheckpointError, PredictorError
+from ndm_ct._processes import Group
 from ndm_ct._shapes import choose, validate_count, validate_number, validate_positive
 from ndm_ct.checkpoint import PathLike
 from ndm_ct.guidance import nulled
@@ -63,10 +64,10 @@ __all__ = ["FitResult", "fit"]
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 # Last words of the seeds, one per use of randomness; numpy pads short seeds with zeros, so none is 0.
-_EPOCH, _VALIDATION = 1, 2
+_EPOCH, _VALIDATION, _PART = 1, 2, 3
 
 # Settings younger than some checkpoints, with the values that leave them out.
-_LATER = {"cond_dropout": 0.0, "objective": None, "patience": None}
+_LATER = {"cond_dropout": 0.0, "objective": None, "patience": None, "accumulate": 1}
 
 Row = dict[str, Any]
 Objective = Callable[..., Tensor]
@@ -107,6 +108,7 @@ class _Settings:
     seed: int
     cond_dropout: float
     patience: int | None
+    accumulate: int
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -163,6 +165,7 @@ def fit(
     log_every: int = 100,
     resume: bool = True,
     seed: int = 0,
+    accumulate: int | None = None,
     progress: bool = True,
     time_limit: float | None = None,
     objective: Objective | None = None,
@@ -209,6 +212,9 @@ def fit(
         log_every: steps between rows of the history.
         resume: continue from the checkpoint in ``run_dir``; False refuses a folder that has one.
         seed: of everything random, dropout included; the global generator of torch is left as it was.
+        accumulate: K parts that a batch is cut into, whose gradients are added up: less memory, or work for several
+            processes, each of which takes K / processes of them. The result depends on K, but not on the number of
+            processes, beyond rounding. None is the number of processes.
         progress: whether to show a progress bar.
         time_limit: seconds after which to stop with a checkpoint, as if interrupted.
         objective: what is minimised, called as ``objective(model, x, generator=generator, **cond)`` for one value per
@@ -228,9 +234,17 @@ def fit(
         RuntimeError: loss, gradient or prediction became NaN or infinite; the last checkpoint is as it was.
     """
     cond = {} if cond is None else cond
+    group = Group()
+    accumulate = group.size if accumulate is None else validate_count("accumulate", accumulate)
+    if accumulate % group.size:
+        raise ValueError(
+            f"accumulate={accumulate} parts of a batch cannot be shared equally by {group.size} processes; take a "
+            "multiple of their number."
+        )
     settings = _Settings(
         validate_count("steps", steps), batch_size, lr, optimizer, weight_decay, grad_clip,
         min(1000, steps // 10) if warmup is None else warmup, lr_final, ema, seed, cond_dropout, patience,
+        accumulate,
     )  # fmt: skip
     if not isinstance(model, NDM):
         raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
@@ -252,9 +266,13 @@ def fit(
         validate_count("log_every", log_every),
     )
     own = None if objective is objectives.loss else objective
-    with _Folder.opened(run_dir, resume) as folder:
-        training = _Training(model, settings, source, held_out, bins, own, folder, *intervals)
-        return training.run(progress, math.inf if time_limit is None else time_limit)
+    if group.size > 1 and isinstance(own, nn.Module) and own.state_dict():
+        raise ValueError(
+            f"the objective {type(own).__name__} has a state, which processes do not share; train it in one process."
+        )
+    with _Folder.opened(run_dir, resume, group) as folder:
+        training = _Training(model, settings, source, held_out, bins, own, folder, group, *intervals)
+        return training.run(progress and group.is_main, math.inf if time_limit is None else time_limit)
 
 
 def _refuse_ineffective(arguments: Mapping[str, Any]) -> None:
@@ -295,19 +313,21 @@ def _seeds(*words: int) -> tuple[int, int]:
 class _Folder:
     """The files of a training; without a path nothing is written."""
 
-    def __init__(self, path: PathLike | None) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(self, path: PathLike | None, group: Group) -> None:
+        self.path, self.group = None if path is None else Path(path), group
         self.rows: list[Row] = []
 
     @classmethod
     @contextmanager
-    def opened(cls, path: PathLike | None, resume: bool) -> Iterator["_Folder"]:
-        """The folder, of this training alone."""
-        folder = cls(path)
-        if path is None:
-            yield folder
-            return
-        with checkpoint.open_folder(path, folder.checkpoint.name, "a checkpoint", ".*.safetensors.*.tmp", resume):
+    def opened(cls, path: PathLike | None, resume: bool, group: Group) -> Iterator["_Folder"]:
+        """The folder, of this training alone; the main process holds the lock for all."""
+        folder = cls(path, group)
+        with ExitStack() as stack:
+            if path is not None:
+                lock = checkpoint.open_folder(
+                    path, folder.checkpoint.name, "a checkpoint", ".*.safetensors.*.tmp", resume
+                )
+                group.of_main(lambda: stack.enter_context(lock))
             yield folder
 
     @property
@@ -323,14 +343,18 @@ class _Folder:
         return cast(Path, self.path) / "log.jsonl"
 
     def read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if self.path is None or not self.checkpoint.exists():
+        if self.path is None:
             return None
-        return checkpoint.read(self.checkpoint, "training")
+        there = self.checkpoint
+        return self.group.of_main(lambda: checkpoint.read(there, "training") if there.exists() else None)
 
     def rewind(self, step: int) -> None:
         """Keep the log lines up to ``step``."""
-        if self.path is None:
-            return
+        if self.path is not None:
+            self.rows = self.group.of_main(lambda: self._rewound(step))
+
+    def _rewound(self, step: int) -> list[Row]:
+        kept: list[Row] = []
         lines = self.log.read_bytes().split(b"\n") if self.log.exists() else [b""]
         for number, line in enumerate(lines[:-1], 1):  # the last is empty, or cut off by a kill
             try:
@@ -341,12 +365,13 @@ class _Folder:
                     f"{self.log}: line {number} cannot be read ({error}); mend or delete the line to continue."
                 ) from error
             if done:
-                self.rows.append(row)
-        checkpoint.write_atomically(self.log, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+                kept.append(row)
+        checkpoint.write_atomically(self.log, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        return kept
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        if self.path is not None:
+        if self.path is not None and self.group.is_main:
             with self.log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -417,15 +442,17 @@ class _Training:
         bins: Bins,
         objective: Objective | None,
         folder: _Folder,
+        group: Group,
         validate_every: int,
         checkpoint_every: int,
         log_every: int,
     ) -> None:
         self.model, self.settings, self.data, self.validation = model, settings, data, validation
-        self.bins, self.objective, self.folder = bins, objective, folder
+        self.bins, self.objective, self.folder, self.group = bins, objective, folder, group
         self.validate_every, self.checkpoint_every, self.log_every = validate_every, checkpoint_every, log_every
         self.model.residuals = None  # of weights that are about to change
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])
         self.optimizer = _optimizer(self.parameters, settings)
         self.average = _average(model, settings.ema)
         self.step, self.seconds, self.updating = 0, 0.0, False
@@ -434,19 +461,24 @@ class _Training:
         self.best_weights: dict[str, Tensor] = {}
         self.identity: Row = {}
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.device = self.parameters[0].device
         if folder.path is not None:
             self.identity = json.loads(json.dumps(self._identity()))
             self._restore()
 
     def run(self, progress: bool, time_limit: float) -> FitResult:
         settings, start, before, interrupt = self.settings, time.monotonic(), self.seconds, _Interrupt()
+        group = self.group
         modes = [(module, module.training) for module in self.model.modules()]
         device = next(iter(self.parameters)).device
         bar = tqdm(total=settings.steps, initial=self.step, disable=not progress, unit="step", dynamic_ncols=True)
         self.model.train()
         try:
             with bar, interrupt.caught(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                while not self._finished() and not interrupt.requested and time.monotonic() - start < time_limit:
+                while not self._finished():
+                    late = time.monotonic() - start >= time_limit
+                    if group.any(interrupt.requested or late, self.device):
+                        break
                     loss = self._advance()
                     self.seconds = before + time.monotonic() - start
                     bits = self._bits(loss)
@@ -467,7 +499,7 @@ class _Training:
         elif settings.ema > 0.0 and self.step > 0:
             self.model.load_state_dict(self._averaged().state_dict())
         if self.folder.path is not None and finished:
-            checkpoint.save(self.model, self.folder.model)
+            group.of_main(lambda: checkpoint.save(self.model, self.folder.model))
         history = tuple(row for row in self.folder.rows if "loss" in row)
         return FitResult(self.step, finished, history, tuple(row for row in self.folder.rows if "loss" not in row))
 
@@ -477,19 +509,9 @@ class _Training:
 
     def _advance(self) -> float:
         """One step; returns its loss."""
-        own, others = _seeds(self.settings.seed, self.step)
-        generator = torch.Generator(self.parameters[0].device).manual_seed(own)
-        torch.manual_seed(others)  # dropout, and whatever else the networks draw
-        x, cond = self.data.batch(self._rows(), generator)
-        cond = self._dropped(cond, len(x), generator)
-        try:
-            minimised: Objective = self.objective or objectives.loss
-            loss = minimised(self.model, x, generator=generator, **cond).mean()
-        except PredictorError as error:
-            raise PredictorError(f"at step {self.step}: {error}{self._kept()}") from error
-        self._validate_finite("loss", loss)
         self.optimizer.zero_grad()
-        (loss / self.bins.size).backward()  # nats per dimension, so that one grad_clip suits every event
+        loss = self._differentiated()
+        self._validate_finite("loss", loss)
         largest = math.inf if self.settings.grad_clip is None else self.settings.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest)
         self._validate_finite("gradient norm", norm)
@@ -503,6 +525,44 @@ class _Training:
         self.pending = (self.pending[0] + loss.item(), self.pending[1] + norm.item(), self.pending[2] + 1)
         self.updating = False
         return loss.item()
+
+    def _differentiated(self) -> Tensor:
+        """The loss of a batch, its gradient in the parameters; in parts, and those in several processes."""
+        rows = self._rows()
+        total, failure = torch.zeros((), dtype=torch.float64, device=self.device), None
+        try:
+            for part, own in self.group.share(rows.tensor_split(self.settings.accumulate)):
+                loss = self._loss(part, own) * (len(own) / len(rows))
+                (loss / self.bins.size).backward()  # nats per dimension, so that one grad_clip suits every event
+                total += loss.detach()
+        except PredictorError as error:  # the others have to know
+            failure = PredictorError(f"at step {self.step}: {error}{self._kept()}")
+            failure.__cause__ = error
+        if self.group.any(failure is not None, self.device):
+            raise failure or RuntimeError(f"another process failed at step {self.step}.{self._kept()}")
+        self._sum_gradients(total)
+        return total
+
+    def _sum_gradients(self, total: Tensor) -> None:
+        """Over the processes; parameters that no process used have none."""
+        if self.group.size == 1:
+            return
+        used = torch.tensor([float(p.grad is not None) for p in self.parameters], device=self.device)
+        self.group.sum_([used, total])
+        theirs = [p for p, count in zip(self.parameters, used.tolist(), strict=True) if count]
+        for p in theirs:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.group.sum_([cast(Tensor, p.grad) for p in theirs])
+
+    def _loss(self, part: int, rows: Tensor) -> Tensor:
+        """Mean over the rows of a part, with randomness that is the part's own."""
+        own, others = _seeds(self.settings.seed, self.step, *((part, _PART) if part else ()))
+        generator = torch.Generator(self.device).manual_seed(own)
+        torch.manual_seed(others)  # dropout, and whatever else the networks draw
+        x, cond = self.data.batch(rows, generator)
+        cond = self._dropped(cond, len(x), generator)
+        minimised: Objective = self.objective or objectives.loss
+        return minimised(self.model, x, generator=generator, **cond).mean()
 
     def _dropped(self, cond: dict[str, Tensor], rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         """The conditioning of a batch, null in some rows, the same ones for every name."""
@@ -565,14 +625,14 @@ class _Training:
     def _validate(self, source: Source) -> None:
         """The ELBO of the averaged weights, every time with the same noise."""
         model = self._averaged()
-        seed, _ = _seeds(self.settings.seed, 0, _VALIDATION)
-        generator = torch.Generator(self.parameters[0].device).manual_seed(seed)
-        bounds = []
+        bound = torch.zeros(source.rows, dtype=torch.float64, device=self.device)
         with torch.no_grad(), model.evaluating():
-            for rows in torch.arange(source.rows).split(self.settings.batch_size):
+            for place, rows in self.group.share(torch.arange(source.rows).split(self.settings.batch_size)):
+                seed, _ = _seeds(self.settings.seed, place, _VALIDATION)
+                generator = torch.Generator(self.device).manual_seed(seed)
                 x, cond = source.batch(rows, generator)
-                bounds.append(self.bins.elbo(model, x, generator, cond).double())
-        bound = torch.cat(bounds)
+                bound[rows.to(self.device)] = self.bins.elbo(model, x, generator, cond).double()
+        self.group.sum_([bound])
         mean = bound.mean().item()
         stderr = bound.std().item() / math.sqrt(len(bound)) if len(bound) > 1 else None
         row: Row = {"step": self.step, "validation_elbo": mean, "validation_stderr": stderr}
@@ -616,7 +676,8 @@ class _Training:
         description = {"step": self.step, "seconds": self.seconds, "pending": self.pending, "settings": self.identity}
         if self.best_weights:
             description |= {"best": self.best, "waited": self.waited}
-        checkpoint.write(self.folder.checkpoint, tensors, {"kind": "training"} | description)
+        content = {"kind": "training"} | description
+        self.group.of_main(lambda: checkpoint.write(self.folder.checkpoint, tensors, content))
 
     def _restore(self) -> None:
         saved = self.folder.read_checkpoint()

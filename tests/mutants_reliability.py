@@ -28,7 +28,7 @@ RELIABILITY = (
      "digest.update(memory(part)); break", "memory::test_a_mapped_array_is_the_array"),
     ("rows of the wrong byte order", "rows.py", 'return dtype.newbyteorder("=")', "return dtype",
      "memory::test_a_mapped_array_is_the_array"),
-    ("rows beyond their dtype averaged in", "evaluation.py", "_validate_finite(nll, rows)", "pass",
+    ("rows beyond their dtype averaged in", "evaluation.py", "if bad and self.settings", "if False and self.settings",
      "failures::test_values_beyond_their_dtype_are_no_mean"),
     ("a velocity that may be NaN", "model.py", "validate_prediction(velocity, time)", "pass",
      "failures::test_velocity_and_score_are_finite_or_refused"),

@@ -426,7 +426,7 @@ def test_integer_data_report_bits_per_dim(dequantisation):
         validation=levels, validate_every=200, progress=False,
     )  # fmt: skip
     bits = result.validation[-1]["validation_bits_per_dim"]
-    assert 3.9 < bits < 5.5
+    assert 3.9 < bits < 6.0
     assert bits == pytest.approx(-result.validation[-1]["validation_elbo"] / 2 / math.log(2.0))
     stderr = result.validation[-1]["validation_stderr"] / 2 / math.log(2.0)
     assert result.history[-1]["bits_per_dim"] == pytest.approx(bits, abs=0.1 + 4.0 * stderr)
@@ -931,10 +931,12 @@ def test_patience_keeps_the_weights_of_the_best_validation(tmp_path):
     assert result.step == 10 * len(bounds) < 400
     assert len(bounds) == best + 1 + 2  # two without a better one
     last, _ = overfitted(patience=None, time_limit=None)
-    generator = torch.Generator().manual_seed(_seeds(0, 0, 2)[0])
     x = mixture(64, seed=9)
     with torch.no_grad():
-        found = torch.cat([ndm_ct.elbo(model, rows, generator=generator) for rows in x.split(12)])
+        found = torch.cat([
+            ndm_ct.elbo(model, rows, generator=torch.Generator().manual_seed(_seeds(0, place, 2)[0]))
+            for place, rows in enumerate(x.split(12))
+        ])  # fmt: skip
     assert found.mean().item() == pytest.approx(bounds[best], rel=1e-6)
     assert not same(last, model)
     assert same(load(tmp_path / "run" / "model.safetensors"), model)

@@ -1,0 +1,82 @@
+"""Several processes at one training: what they say to each other, through torch.distributed.
+
+A group is found, not made: ``torchrun`` and ``accelerate launch`` start the processes, and the script (or Accelerate)
+calls ``torch.distributed.init_process_group``. Without one everything here is the identity. No network is wrapped, so
+that adaptive solves, of a length of their own in every process, have nothing to wait for.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, distributed
+
+__all__ = ["Group"]
+
+T = TypeVar("T")
+
+
+class Group:
+    """The processes of this training; one, if none were started."""
+
+    def __init__(self) -> None:
+        together = distributed.is_available() and distributed.is_initialized()
+        self.size = distributed.get_world_size() if together else 1
+        self.rank = distributed.get_rank() if together else 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def share(self, items: Iterable[T]) -> list[tuple[int, T]]:
+        """This process' items, every ``size``-th, with their places."""
+        return [(place, item) for place, item in enumerate(items) if place % self.size == self.rank]
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Replace tensors by their sums over the processes; one message per dtype."""
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            own = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            distributed.all_reduce(flat)
+            for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def broadcast_(self, tensors: list[Tensor]) -> None:
+        """Replace tensors by those of the main process."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so in any process."""
+        if self.size == 1:
+            return flag
+        count = torch.tensor(float(flag), device=device)
+        distributed.all_reduce(count)
+        return bool(count > 0.0)
+
+    def of_main(self, action: Callable[[], T]) -> T:
+        """What the action gives in the main process, which alone does it; its errors are raised in all."""
+        if self.size == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        distributed.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast(T, outcome[0])
+
+    def gathered(self, item: T) -> list[T]:
+        """The item of every process, in their order."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        distributed.all_gather_object(items, item)
+        return items

@@ -1,0 +1,186 @@
+"""Two processes do what one does: the same losses and weights, every row scored once, one folder."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import ndm_ct
+from ndm_ct.nn import MLP, Preconditioned
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+
+COMMON = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if size > 1:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{{store}}", rank=rank, world_size=size)
+from test_processes import *
+"""
+
+
+def rows(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 2, generator=generator) * torch.tensor([1.0, 0.3]) + 0.5
+
+
+def model(seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    net = MLP(2, width=16, depth=1, dropout=dropout)
+    return ndm_ct.NDM(Preconditioned(net), (2,), schedule=ndm_ct.schedules.LearnedLogSNR(-8.0, 6.0))
+
+
+def train(made, steps=12, **options):
+    given = {
+        "batch_size": 24, "lr": 1e-2, "ema": 0.9, "accumulate": 4, "validation": rows(50, 1), "validate_every": 5,
+        "log_every": 3, "progress": False,
+    }  # fmt: skip
+    if "run_dir" in options:
+        given["checkpoint_every"] = 4
+    return ndm_ct.fit(made, rows(200), steps=steps, **given | options)
+
+
+def together(tmp_path, code, size=2):
+    """Run the code in so many processes; their standard errors and exit codes."""
+    script, store = tmp_path / "script.py", tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
+    here = os.path.dirname(__file__)
+    paths = [here, os.path.dirname(os.path.dirname(ndm_ct.__file__))]
+    script.write_text(COMMON.format(paths=paths) + textwrap.dedent(code))
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(size), str(store)], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(size)
+    ]
+    return [(process.communicate(timeout=240)[1], process.returncode) for process in started]
+
+
+def assert_done(results):
+    assert all(code == 0 for _, code in results), results
+
+
+def test_two_processes_train_as_one(tmp_path):
+    expected = model(dropout=0.2)
+    one = train(expected, run_dir=tmp_path / "one")
+    assert_done(
+        together(
+            tmp_path,
+            f"""
+            made = model(seed=rank, dropout=0.2)  # the others take the weights of the first
+            result = train(made, run_dir={str(tmp_path / "two")!r})
+            torch.save([made.state_dict(), result], f"{tmp_path}/{{rank}}.pt")
+            """,
+        )
+    )
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for state, result in saved:
+        for name, tensor in expected.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5)
+        assert [row["step"] for row in result.history] == [row["step"] for row in one.history]
+        for ours, theirs in zip(one.history + one.validation, result.history + result.validation, strict=True):
+            for name in ("loss", "grad_norm", "validation_elbo"):
+                if name in ours:
+                    assert theirs[name] == pytest.approx(ours[name], rel=1e-5, abs=1e-5)
+    assert all(torch.equal(saved[0][0][name], saved[1][0][name]) for name in saved[0][0])
+    lines = [(tmp_path / name / "log.jsonl").read_text().count("\n") for name in ("one", "two")]
+    assert lines[0] == lines[1] > 0
+
+
+def test_a_training_goes_on_with_another_number_of_processes(tmp_path):
+    expected = model()
+    train(expected)
+    folder = str(tmp_path / "run")
+    assert_done(together(tmp_path, f"train(model(), run_dir={folder!r}, time_limit=1e-9)"))
+    first = model()
+    stopped = train(first, run_dir=folder, time_limit=1e-9)
+    assert not stopped.finished
+    assert_done(together(tmp_path, f"train(model(), run_dir={folder!r})"))
+    for name, tensor in ndm_ct.load(f"{folder}/model.safetensors").state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], atol=1e-5, rtol=1e-5)
+
+
+def test_parts_add_up_to_the_batch():
+    """With an objective that draws nothing, the gradient of the parts is that of the whole."""
+
+    def objective(made, x, generator, **cond):
+        t = torch.full((len(x),), 0.5, dtype=torch.float64)
+        return (made.predict_x(x, t) - x).square().sum(1)
+
+    whole, parts = model(), model()
+    for made, accumulate in ((whole, 1), (parts, 3)):
+        train(made, objective=objective, accumulate=accumulate, batch_size=25)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_parts_have_noise_of_their_own():
+    noises = []
+
+    def objective(made, x, generator, **cond):
+        noises.append(torch.rand(2, generator=generator))
+        return made.predict_x(x, torch.full((len(x),), 0.5, dtype=torch.float64)).square().sum(1)
+
+    train(model(), steps=3, objective=objective)
+    assert len({tuple(noise.tolist()) for noise in noises}) == 12
+
+
+def test_every_row_is_scored_once(tmp_path):
+    made, options = model(), {"batch_size": 16, "progress": False, "rtol": 1e-3, "atol": 1e-3, "seed": 3}
+    expected = ndm_ct.evaluate(made, rows(100), **options)
+    code = f"""
+    options = {options!r} | {{"run_dir": "{tmp_path}/evaluation"}}
+    part = ndm_ct.evaluate(model(), rows(100), max_rows=40, **options)
+    assert part.rows == 40, part.rows
+    result = ndm_ct.evaluate(model(), rows(100), **options)
+    torch.save(result, f"{tmp_path}/{{rank}}.pt")
+    """
+    assert_done(together(tmp_path, code))
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert sorted(result.indices.tolist()) == list(range(100))
+        by_row = dict(zip(result.indices.tolist(), result.values.tolist(), strict=True))
+        wanted = dict(zip(expected.indices.tolist(), expected.values.tolist(), strict=True))
+        assert max(abs(by_row[row] - wanted[row]) for row in wanted) < 1e-3
+        assert result.nll == pytest.approx(expected.nll, abs=1e-3)
+    lines = (tmp_path / "evaluation" / "rows.jsonl").read_text().splitlines()[1:]
+    assert sorted(row for line in lines for row in json.loads(line)["rows"]) == list(range(100))
+    # and one process reads what two wrote
+    again = ndm_ct.evaluate(made, rows(100), **options, run_dir=tmp_path / "evaluation")
+    assert again.values.tolist() == result.values.tolist()
+
+
+def test_a_failure_in_one_process_ends_all(tmp_path):
+    results = together(
+        tmp_path,
+        """
+        made = model()
+        own = made.predictor.forward
+        def forward(z, t, **cond):
+            return own(z, t, **cond) * (float("nan") if rank == 1 else 1.0)
+        made.predictor.forward = forward
+        train(made)
+        """,
+    )
+    assert [code for _, code in results] == [1, 1]
+    assert "another process failed at step 0" in results[0][0]
+    assert "at step 0: " in results[1][0]
+
+
+def test_a_folder_in_use_is_refused_in_all(tmp_path):
+    folder = tmp_path / "run"
+    with ndm_ct.checkpoint.open_folder(folder, "x", "x", "*.none", True):
+        results = together(tmp_path, f"train(model(), run_dir={str(folder)!r})")
+    assert [code for _, code in results] == [1, 1]
+    assert all("is in use by another process" in text for text, _ in results)
+
+
+def test_parts_have_to_be_shared_equally(tmp_path):
+    results = together(tmp_path, "train(model(), accumulate=3)")
+    assert all("accumulate=3 parts of a batch cannot be shared equally by 2 processes" in text for text, _ in results)
