@@ -86,7 +86,7 @@ def test_names_in_the_pages_exist():
 
 
 def test_pages_with_code_are_those_that_have_some():
-    assert PAGES == ["error_bars", "index", "migrating"]
+    assert PAGES == ["command_line", "error_bars", "index", "migrating"]
 
 
 @pytest.fixture
