@@ -157,6 +157,7 @@ def test_every_module_has_one_page(tool):
 
 
 def test_every_example_is_in_the_gallery_and_changes_are_seen(tool, tmp_path, monkeypatch):
+    monkeypatch.delenv("NDM_CT_GALLERY", raising=False)
     gallery = tool("gallery")
     scripts = gallery.examples()
     assert {path.stem for path in scripts} == {path.stem for path in (DOCS.parent / "examples").glob("*.py")} - {
