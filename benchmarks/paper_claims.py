@@ -140,32 +140,18 @@ class Recipe:
         return [name for name in MODELS if self.flow is not None or name != "ndm-flow"]
 
 
+def images(name: str, size: int) -> Recipe:
+    """Of the two large sets, shrunk."""
+    return Recipe(
+        lambda: data.images(name, size), 16, 4, 2, 6000, 64, gamma=(-13.3, 5.0), test_rows=500, samples=4,
+        flow=(1, 16, 4),
+    )  # fmt: skip
+
+
 RECIPES = {
     "digits": Recipe(data.digits, 16, 2, 2, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32, flow=(1, 16, 8)),
-    "mnist": Recipe(
-        lambda: data.images("mnist", 14),
-        16,
-        4,
-        2,
-        6000,
-        64,
-        gamma=(-13.3, 5.0),
-        test_rows=500,
-        samples=4,
-        flow=(1, 16, 4),
-    ),
-    "fashion-mnist": Recipe(
-        lambda: data.images("fashion-mnist", 16),
-        16,
-        4,
-        2,
-        6000,
-        64,
-        gamma=(-13.3, 5.0),
-        test_rows=500,
-        samples=4,
-        flow=(1, 16, 4),
-    ),
+    "mnist": images("mnist", 14),
+    "fashion-mnist": images("fashion-mnist", 16),
     "casp": Recipe(data.casp, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
     "magic": Recipe(data.magic, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
     "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(2, 32, 8)),

@@ -49,7 +49,8 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         batch_size: rows per step.
         lr: peak learning rate.
         flow: spline transforms of an invertible :math:`F(x, t) = h(x)` that is learned too, by the package zuko; 0: F
-            is the identity. Two help tables with narrow ridges, at about twice the time.
+            is the identity. Which is better depends on the table: the bound in ``validation_`` tells, of two fits with
+            the same ``random_state`` on the same held-out rows.
         gamma_min: :math:`\gamma(0)`: the density is that of standardised rows with noise of standard deviation
             :math:`e^{\gamma_{min}/2}`.
         validation_fraction: share of the rows held out for early stopping; 0 trains all steps on all rows, as do tables
