@@ -6,6 +6,7 @@ r"""The claims of Neural Diffusion Models, put to the test: does a learned forwa
     python benchmarks/paper_claims.py --preset small --on validation    # to choose recipes; never sees the test rows
     python benchmarks/paper_claims.py --preset small --timing           # seconds per step, on a quiet machine
     python benchmarks/paper_claims.py --preset small --ablations --data digits,casp --out runs/ablations
+    python benchmarks/paper_claims.py --preset full --data mnist,path/to/cifar10.npz    # for a GPU, whole images
 
 A *cell* is a data set, a model and a seed: a training (``fit``, with checkpoints) and its evaluation on the test set.
 Cells are independent; two processes may work on different ``--data`` of one ``--out``. Run again, the same command
@@ -29,7 +30,9 @@ ndm-flow         :math:`F(x, t) = h(x)`, h an invertible spline flow of zuko (IN
 ``ndm-x+history``, ``ndm-x+buckets`` the density of times (:mod:`ndm_ct.timesampling`), ``ndm-x+scaling`` one learned
 factor for every coordinate with the volatility that belongs to it, a log-SNR for every coordinate.
 
-Images are dequantised by uniform noise in the bins, for training and for scores.
+Images are dequantised by uniform noise in the bins, for training and for scores. ``--preset full`` has MNIST and
+Fashion-MNIST at 28x28, and any images by their path (an npz file, a folder, idx files: ``benchmarks/data.py``), such as
+CIFAR-10 or ImageNet 32x32; ``--device`` is a GPU where there is one.
 
 Reported for each cell: the bound (NELBO, unbiased over times and noise) and the probability flow's negative
 log-likelihood, both on test rows, in bits per dimension for images and nats for vectors, with standard errors over
@@ -48,6 +51,7 @@ References:
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -140,7 +144,7 @@ class Recipe:
         return [name for name in MODELS if self.flow is not None or name != "ndm-flow"]
 
 
-def images(name: str, size: int) -> Recipe:
+def small_images(name: str, size: int) -> Recipe:
     """Of the two large sets, shrunk."""
     return Recipe(
         lambda: data.images(name, size), 16, 4, 2, 6000, 64, gamma=(-13.3, 5.0), test_rows=500, samples=4,
@@ -148,10 +152,18 @@ def images(name: str, size: int) -> Recipe:
     )  # fmt: skip
 
 
+def large_images(source: str) -> Recipe:
+    """Of images by name or path as they are; hours of a GPU."""
+    return Recipe(
+        lambda: data.dataset(source), 64, 16, 3, 100_000, 128, lr=1e-3, gamma=(-13.3, 5.0), test_rows=2000, samples=8,
+        flow=(1, 64, 8),
+    )  # fmt: skip
+
+
 RECIPES = {
     "digits": Recipe(data.digits, 16, 2, 2, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32, flow=(1, 16, 8)),
-    "mnist": images("mnist", 14),
-    "fashion-mnist": images("fashion-mnist", 16),
+    "mnist": small_images("mnist", 14),
+    "fashion-mnist": small_images("fashion-mnist", 16),
     "casp": Recipe(data.casp, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
     "magic": Recipe(data.magic, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
     "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(2, 32, 8)),
@@ -161,8 +173,24 @@ RECIPES = {
 PRESETS = {
     "smoke": {"steps": 0.05, "rows": 64, "seeds": [0]},
     "small": {"steps": 1.0, "rows": None, "seeds": [0, 1, 2]},
+    "full": {"steps": 1.0, "rows": None, "seeds": [0, 1, 2]},
 }
 """Optimiser steps relative to the recipe, most test rows, seeds."""
+
+
+def recipe_of(source: str, preset: str) -> Recipe:
+    """The recipe of a data set, or of images by path.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    if preset == "full" and source in data.FOLDERS:
+        return large_images(source)
+    if source in RECIPES:
+        return RECIPES[source]
+    if not Path(source).exists():
+        raise FileNotFoundError(f"{source} unknown; there are {', '.join(RECIPES)}, and images by their path")
+    return large_images(source)
 
 
 def network(recipe: Recipe, shape: tuple[int, ...], width: int, outputs: int | None, time: bool = True) -> nn.Module:
@@ -406,7 +434,7 @@ def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> 
     entry = asdict(cell) | {
         "recipe": recipe.settings, "parameters": parameters(model), "nelbo": unit(bound, rows), "nll": unit(flow, rows),
         "nll_failed": flow.failed, "nll_nfe": flow.nfe, "curve": curve,
-        "fd": distances(model, rows, options) if rows.bins is not None and options.samples else {},
+        "fd": distances(model, rows, options) if rows.split.train_labels is not None and options.samples else {},
         "sde_ode": asdict(consistency(model, options.samples)) if options.samples else None,
     }  # fmt: skip
     write_atomically(done, json.dumps(entry, indent=1).encode())
@@ -431,7 +459,7 @@ def trained(
     cell: Cell, recipe: Recipe, rows: Rows, folder: Path, options: argparse.Namespace
 ) -> tuple[ndm_ct.NDM, list[list[float]]]:
     """The trained model of a cell, and its validation bounds by step; trained here if it is not yet there."""
-    model = build(cell.model, recipe, tuple(rows.split.train.shape[1:]), rows.std, cell.seed)
+    model = build(cell.model, recipe, tuple(rows.split.train.shape[1:]), rows.std, cell.seed).to(options.device)
     result = fit(
         model, cell.model, recipe, rows, steps=recipe.steps, seed=cell.seed, validation=rows.validation, run_dir=folder,
         progress=not options.quiet, log_every=max(1, recipe.steps // 40), validate_every=max(1, recipe.steps // 20),
@@ -444,29 +472,46 @@ def trained(
     return model, curve
 
 
-def seconds_per_step(recipe: Recipe, rows: Rows, names: list[str]) -> dict[str, float]:
-    """Processor seconds of an optimiser step, the median over rounds in which all models have their turn."""
+def seconds_per_step(recipe: Recipe, rows: Rows, names: list[str], device: torch.device) -> dict[str, float]:
+    """Seconds of an optimiser step, of the processor or the GPU, the median of rounds in which all have their turn."""
     shape = tuple(rows.split.train.shape[1:])
 
     def block(name: str) -> Callable[[], Any]:
-        model = build(name, recipe, shape, rows.std, 0)
+        model = build(name, recipe, shape, rows.std, 0).to(device)
         return lambda: fit(model, name, recipe, rows, steps=BLOCK, progress=False)
 
-    seconds = timed({name: block(name) for name in names}, ROUNDS)
+    seconds = timed({name: block(name) for name in names}, ROUNDS, clock_of(device))
     return {name: float(np.median(values)) / BLOCK for name, values in seconds.items()}
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds of this process, or where a GPU works, of the wall once it has done what it was given."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def synchronised() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronised
+
+
+def generator(model: ndm_ct.NDM, seed: int) -> torch.Generator:
+    """Of the model's device."""
+    return torch.Generator(model.device or "cpu").manual_seed(seed)
 
 
 def consistency(model: ndm_ct.NDM, samples: int) -> metrics.Distance:
     """Energy distance between samples of the probability flow and of the reverse SDE, and its scatter at one law."""
     flow, noisy = (
-        ndm_ct.sample(model, samples, batch_size=250, generator=torch.Generator().manual_seed(seed), **how).flatten(1)
+        ndm_ct.sample(model, samples, batch_size=250, generator=generator(model, seed), **how).flatten(1).cpu()
         for seed, how in enumerate(({"method": "ode"}, {"method": "sde", "steps": 200}))
     )
     return metrics.energy_score(flow, noisy)
 
 
 def distances(model: ndm_ct.NDM, rows: Rows, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Extrapolated Frechet distances of samples by method and number of steps."""
+    """Extrapolated Frechet distances of samples of classified images by method and number of steps."""
     assert rows.bins is not None
     net = features.load("cnn", rows.split, options.cache)
     enough = len(rows.split.test) >= 1000 and options.on == "test"
@@ -477,9 +522,8 @@ def distances(model: ndm_ct.NDM, rows: Rows, options: argparse.Namespace) -> dic
         found[method] = {}
         for steps in STEP_COUNTS:
             x = ndm_ct.sample(
-                model, options.samples, method=method, steps=steps, batch_size=250,
-                generator=torch.Generator().manual_seed(0),
-            )  # fmt: skip
+                model, options.samples, method=method, steps=steps, batch_size=250, generator=generator(model, 0)
+            ).cpu()
             found[method][str(steps)] = metrics.frechet_infinity(net(levels_of(x, rows.bins)), reference).value
     return found
 
@@ -588,7 +632,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         return text.split(",")
 
     add("--preset", choices=PRESETS, default="smoke")
-    add("--data", type=names, default=list(RECIPES), help=f"of {', '.join(RECIPES)}; several by commas")
+    add("--data", type=names, default=list(RECIPES), help=f"of {', '.join(RECIPES)}, or paths; several by commas")
     add("--models", type=names, help=f"of {', '.join(MODELS)}, or variants; several by commas (all of these)")
     add("--ablations", action="store_true", help="the models of ABLATIONS too")
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="default: those of the preset")
@@ -597,11 +641,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     add("--timing", action="store_true", help="measure seconds per optimiser step instead, into timing.json")
     add("--out", type=Path, help="default: runs/paper_claims/PRESET")
     add("--cache", type=Path, help="classifiers and features; default: cache in the output folder")
+    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.data if name not in RECIPES]
-    if unknown:
-        parser.error(f"--data: {', '.join(unknown)} unknown; there are {', '.join(RECIPES)}.")
+    try:
+        recipes = {Path(source).stem: recipe_of(source, options.preset) for source in options.data}
+    except FileNotFoundError as error:
+        parser.error(f"--data: {error}.")
     try:
         for name in options.models or []:
             Variant.parse(name)
@@ -611,14 +657,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options.rows = preset["rows"]
     options.out = options.out or Path("runs/paper_claims") / options.preset
     options.cache = options.cache or options.out / "cache"
-    for name in options.data:
-        recipe = RECIPES[name]
-        recipe = replace(recipe, steps=max(1, int(recipe.steps * preset["steps"])))
+    for name, whole in recipes.items():
+        recipe = replace(whole, steps=max(1, int(whole.steps * preset["steps"])))
         rows = rows_of(recipe)
         models = options.models or [*recipe.models, *(ABLATIONS if options.ablations else ())]
         if options.timing:
             known = timing(options.out)
-            known[name] = known.get(name, {}) | seconds_per_step(recipe, rows, models)
+            known[name] = known.get(name, {}) | seconds_per_step(recipe, rows, models, options.device)
             write_atomically(options.out / "timing.json", json.dumps(known, indent=1).encode())
             continue
         for seed in options.seeds or preset["seeds"]:
@@ -644,7 +689,15 @@ def write(out: Path, on: str) -> list[dict[str, Any]]:
     files = sorted((out / "cells").glob(f"*/{name}.json"))
     entries = [json.loads(file.read_text()) for file in files]
     order = {name: place for place, name in enumerate([*RECIPES, *MODELS, *ABLATIONS])}
-    entries.sort(key=lambda e: (order[e["data"]], order.get(e["model"], len(order)), e["model"], e["seed"]))
+    entries.sort(
+        key=lambda e: (
+            order.get(e["data"], len(order)),
+            e["data"],
+            order.get(e["model"], len(order)),
+            e["model"],
+            e["seed"],
+        )
+    )
     results = {"torch": torch.__version__, "seconds_per_step": seconds, "cells": entries}
     write_atomically(out / f"{name}.json", (json.dumps(results, indent=1) + "\n").encode())
     write_atomically(out / f"{name}.md", markdown(entries, seconds).encode())

@@ -91,15 +91,17 @@ def torchsde_loop(model: ndm_ct.NDM, rows: int, steps: int) -> Callable[[], None
     return run
 
 
-def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Processor seconds of each in every round, called in turn, after one call each that does not count."""
+def timed(
+    calls: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, np.ndarray]:
+    """Seconds of each in every round, called in turn, after one call each that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            start = time.process_time()
+            start = clock()
             call()
             if turn:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(clock() - start)
     return {name: np.array(own) for name, own in seconds.items()}
 
 

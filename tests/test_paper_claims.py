@@ -2,9 +2,11 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -183,6 +185,38 @@ def test_images_are_scored_as_their_quantisation_scores_them(tmp_path, monkeypat
         ndm_ct.load(path), rows.split.test, quantisation=rows.bins, max_rows=16, progress=False, seed=0
     )
     assert entry["nll"][0] == pytest.approx(direct.bits_per_dim, abs=5 * (entry["nll"][1] + direct.bits_stderr))
+
+
+def test_images_are_given_by_path(tmp_path, monkeypatch, capsys):
+    """Colour images of a file, without classes: likelihoods, samples, no Frechet distance."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "colour.npz", images=pixels)
+    assert paper_claims.recipe_of("mnist", "full").width > paper_claims.recipe_of("mnist", "small").width
+    assert paper_claims.recipe_of("casp", "full") == paper_claims.RECIPES["casp"]
+    large = paper_claims.large_images
+    monkeypatch.setattr(
+        paper_claims, "large_images",
+        lambda source: replace(large(source), width=4, levels=2, steps=3, batch_size=8, test_rows=4, flow=None),
+    )  # fmt: skip
+    (entry,) = paper_claims.main(
+        options(tmp_path / "out", preset="full", data=tmp_path / "colour.npz", models="diffusion", seeds="0", samples=8)
+    )
+    assert (entry["data"], entry["fd"]) == ("colour", {})
+    assert entry["nelbo"][0] > 7.9  # noise has 8 bits, and the model hardly any training
+    assert "| colour | diffusion | 1 |" in (tmp_path / "out" / "results.md").read_text()
+    with pytest.raises(SystemExit):
+        paper_claims.main(options(tmp_path, preset="full", data="colours.npz"))
+    assert "--data: colours.npz unknown" in capsys.readouterr().err
+
+
+def test_a_gpu_is_timed_by_the_wall_after_its_work(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device = torch.device("cuda", 1)
+    clock = paper_claims.clock_of(device)
+    assert clock() <= clock()
+    assert waited == [device, device]
+    assert paper_claims.clock_of(torch.device("cpu")) is time.process_time
 
 
 @pytest.mark.parametrize("name", ["moons", "digits"])
