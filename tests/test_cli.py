@@ -170,6 +170,7 @@ def images(tmp_path_factory):
     return folder, pixels
 
 
+@pytest.mark.slow
 def test_images_are_scored_in_bits(images):
     folder, pixels = images
     ok("loglik", folder / "run", folder / "pixels.npz", "--out", folder / "scores.npz", "--quiet")

@@ -37,6 +37,7 @@ def options(tmp_path, **others):
     return [word for name, value in given.items() for word in (f"--{name}", str(value))] + ["--quiet"]
 
 
+@pytest.mark.slow
 def test_a_variant_trains(tmp_path, small):
     (entry,) = paper_claims.main(options(tmp_path, models="ndm-x+vp+neural+buckets", seeds="0"))
     assert entry["model"] == "ndm-x+vp+neural+buckets"

@@ -93,6 +93,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert lines[0] == lines[1] > 0
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_another_number_of_processes(tmp_path):
     expected = model()
     train(expected)
@@ -156,6 +157,7 @@ def test_every_row_is_scored_once(tmp_path):
     assert again.values.tolist() == result.values.tolist()
 
 
+@pytest.mark.slow
 def test_a_failure_in_one_process_ends_all(tmp_path):
     results = together(
         tmp_path,
