@@ -271,7 +271,7 @@ def fit(
             f"the objective {type(own).__name__} has a state, which processes do not share; train it in one process."
         )
     with _Folder.opened(run_dir, resume, group) as folder:
-        training = _Training(model, settings, source, held_out, bins, own, folder, group, *intervals)
+        training = _Training(model, settings, source, held_out, bins, own, folder, *intervals)
         return training.run(progress and group.is_main, math.inf if time_limit is None else time_limit)
 
 
@@ -442,17 +442,16 @@ class _Training:
         bins: Bins,
         objective: Objective | None,
         folder: _Folder,
-        group: Group,
         validate_every: int,
         checkpoint_every: int,
         log_every: int,
     ) -> None:
         self.model, self.settings, self.data, self.validation = model, settings, data, validation
-        self.bins, self.objective, self.folder, self.group = bins, objective, folder, group
+        self.bins, self.objective, self.folder, self.group = bins, objective, folder, folder.group
         self.validate_every, self.checkpoint_every, self.log_every = validate_every, checkpoint_every, log_every
         self.model.residuals = None  # of weights that are about to change
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])
+        self.group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])
         self.optimizer = _optimizer(self.parameters, settings)
         self.average = _average(model, settings.ema)
         self.step, self.seconds, self.updating = 0, 0.0, False
@@ -468,16 +467,15 @@ class _Training:
 
     def run(self, progress: bool, time_limit: float) -> FitResult:
         settings, start, before, interrupt = self.settings, time.monotonic(), self.seconds, _Interrupt()
-        group = self.group
         modes = [(module, module.training) for module in self.model.modules()]
-        device = next(iter(self.parameters)).device
         bar = tqdm(total=settings.steps, initial=self.step, disable=not progress, unit="step", dynamic_ncols=True)
+        devices = [self.device] if self.device.type == "cuda" else []
         self.model.train()
         try:
-            with bar, interrupt.caught(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with bar, interrupt.caught(), torch.random.fork_rng(devices):
                 while not self._finished():
                     late = time.monotonic() - start >= time_limit
-                    if group.any(interrupt.requested or late, self.device):
+                    if self.group.any(interrupt.requested or late, self.device):
                         break
                     loss = self._advance()
                     self.seconds = before + time.monotonic() - start
@@ -499,7 +497,7 @@ class _Training:
         elif settings.ema > 0.0 and self.step > 0:
             self.model.load_state_dict(self._averaged().state_dict())
         if self.folder.path is not None and finished:
-            group.of_main(lambda: checkpoint.save(self.model, self.folder.model))
+            self.group.of_main(lambda: checkpoint.save(self.model, self.folder.model))
         history = tuple(row for row in self.folder.rows if "loss" in row)
         return FitResult(self.step, finished, history, tuple(row for row in self.folder.rows if "loss" not in row))
 

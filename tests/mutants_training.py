@@ -186,7 +186,7 @@ TRAINING = (
     (
         "every process with weights of its own",
         "training.py",
-        "group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])",
+        "self.group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])",
         "pass",
         "processes::test_two_processes_train_as_one",
     ),
