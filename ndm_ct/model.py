@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ndm_ct import _shapes
 from ndm_ct._errors import PredictorError
 from ndm_ct._noise import Randomness
+from ndm_ct._precision import run_network
 from ndm_ct._shapes import as_time, expand, expand_time
 from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
 from ndm_ct.process import ForwardProcess, Volatility
@@ -280,7 +281,7 @@ class NDM(nn.Module):
         if not self._predictor_anything:
             cond = {key: value for key, value in cond.items() if key in self._predictor_names}
         # A copy, so that a predictor that works in place cannot change the state or the caller's data.
-        return self.predictor(z.clone(), expand_time(t, z), **cond)
+        return run_network(self.predictor, z.clone(), expand_time(t, z), **cond)
 
     def _pair(self, output: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         if not (isinstance(output, tuple | list) and len(output) == 2):

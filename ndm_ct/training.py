@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from ndm_ct import checkpoint, objectives
 from ndm_ct._errors import CheckpointError, PredictorError
+from ndm_ct._precision import networks_in
 from ndm_ct._processes import Group
 from ndm_ct._shapes import choose, validate_count, validate_number, validate_positive
 from ndm_ct.checkpoint import PathLike
@@ -67,7 +68,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW
 _EPOCH, _VALIDATION, _PART = 1, 2, 3
 
 # Settings younger than some checkpoints, with the values that leave them out.
-_LATER = {"cond_dropout": 0.0, "objective": None, "patience": None, "accumulate": 1}
+_LATER = {"cond_dropout": 0.0, "objective": None, "patience": None, "accumulate": 1, "precision": "full"}
+
+PRECISIONS = {"full": None, "bf16-mixed": torch.bfloat16}
+"""What the networks of a training are evaluated in, by the names of Lightning; None is the dtype of the weights."""
 
 Row = dict[str, Any]
 Objective = Callable[..., Tensor]
@@ -109,6 +113,7 @@ class _Settings:
     cond_dropout: float
     patience: int | None
     accumulate: int
+    precision: str
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -119,6 +124,7 @@ class _Settings:
         if self.patience is not None:
             validate_count("patience", self.patience)
         choose("optimizer", self.optimizer, OPTIMIZERS)
+        _validate_precision(self.precision)
         for name, ok, expected in (
             ("lr", self.lr > 0.0, "positive"),
             ("weight_decay", self.weight_decay >= 0.0, "at least 0"),
@@ -166,6 +172,7 @@ def fit(
     resume: bool = True,
     seed: int = 0,
     accumulate: int | None = None,
+    precision: str = "full",
     progress: bool = True,
     time_limit: float | None = None,
     objective: Objective | None = None,
@@ -215,6 +222,9 @@ def fit(
         accumulate: K parts that a batch is cut into, whose gradients are added up: less memory, or work for several
             processes, each of which takes K / processes of them. The result depends on K, but not on the number of
             processes, beyond rounding. None is the number of processes.
+        precision: "full", or "bf16-mixed": the predictor and the networks of ``Neural`` and ``Separable`` run under
+            ``torch.autocast`` in bfloat16. Their outputs, everything computed from them, the loss, weights, averages
+            and optimiser state stay in float32, as do flows, encoders and decoders, and validation.
         progress: whether to show a progress bar.
         time_limit: seconds after which to stop with a checkpoint, as if interrupted.
         objective: what is minimised, called as ``objective(model, x, generator=generator, **cond)`` for one value per
@@ -244,13 +254,18 @@ def fit(
     settings = _Settings(
         validate_count("steps", steps), batch_size, lr, optimizer, weight_decay, grad_clip,
         min(1000, steps // 10) if warmup is None else warmup, lr_final, ema, seed, cond_dropout, patience,
-        accumulate,
+        accumulate, precision,
     )  # fmt: skip
     if not isinstance(model, NDM):
         raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no parameter that requires a gradient: there is nothing to train.")
     _refuse_ineffective(locals())
+    if PRECISIONS[precision] is not None and model.dtype not in (None, torch.float32):
+        raise ValueError(
+            f"precision={precision!r} has no effect on networks of {model.dtype}; convert the model with .float(), or "
+            "leave precision out."
+        )
     if cond_dropout > 0.0:
         _validate_droppable(model, cond)
     if time_limit is not None:
@@ -302,6 +317,15 @@ def _validate_droppable(model: NDM, cond: Mapping[str, Any]) -> None:
             f"cond_dropout has no effect on cond={sorted(cond)}: the predictor's null names {sorted(null)}; give a "
             "null value for what is to be dropped."
         )
+
+
+def _validate_precision(name: Any) -> None:
+    if "16" in str(name) and "bf" not in str(name):
+        raise ValueError(
+            f"precision={name!r} is not offered: gradients underflow in float16 unless the loss is scaled; take "
+            "'bf16-mixed', which has the range of float32."
+        )
+    choose("precision", name, PRECISIONS)
 
 
 def _seeds(*words: int) -> tuple[int, int]:
@@ -560,7 +584,8 @@ class _Training:
         x, cond = self.data.batch(rows, generator)
         cond = self._dropped(cond, len(x), generator)
         minimised: Objective = self.objective or objectives.loss
-        return minimised(self.model, x, generator=generator, **cond).mean()
+        with networks_in(PRECISIONS[self.settings.precision]):
+            return minimised(self.model, x, generator=generator, **cond).mean()
 
     def _dropped(self, cond: dict[str, Tensor], rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         """The conditioning of a batch, null in some rows, the same ones for every name."""

@@ -93,6 +93,20 @@ def test_two_processes_train_as_one(tmp_path):
     assert lines[0] == lines[1] > 0
 
 
+def test_two_processes_train_as_one_in_mixed_precision(tmp_path):
+    expected = model()
+    train(expected, precision="bf16-mixed")
+    code = f"""
+    made = model(seed=rank)
+    train(made, precision="bf16-mixed")
+    torch.save(made.state_dict(), f"{tmp_path}/{{rank}}.pt")
+    """
+    assert_done(together(tmp_path, code))
+    for rank in range(2):
+        for name, tensor in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(tensor, expected.state_dict()[name], atol=1e-4, rtol=1e-4)
+
+
 def test_a_training_goes_on_with_another_number_of_processes(tmp_path):
     expected = model()
     train(expected)

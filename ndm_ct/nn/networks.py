@@ -360,8 +360,19 @@ def _modulate(h: Tensor, layer: nn.Module | None, embedding: Tensor | None) -> T
     return h * (1.0 + scale) + shift
 
 
+class _GroupNorm(nn.GroupNorm):
+    """In the dtype of its weights, as autocast has it on GPUs.
+
+    On CPUs autocast hands it lower precision beside weights of full precision, and its forward derivative then has
+    another dtype than its value.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(channels, _GROUPS), channels)
+    return _GroupNorm(math.gcd(channels, _GROUPS), channels)
 
 
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
