@@ -230,7 +230,8 @@ def fit(
         objective: what is minimised, called as ``objective(model, x, generator=generator, **cond)`` for one value per
             row, such as a :class:`~ndm_ct.regression.Regression` (:mod:`ndm_ct.presets` has the published ones);
             None is minus the ELBO, :func:`ndm_ct.loss`, and :class:`~ndm_ct.objectives.Bound` the same with importance
-            sampling of the times. Validation is by the ELBO whatever it is.
+            sampling of the times. Validation is by the ELBO whatever it is. A module may have a state (buffers): a step
+            leaves the mean of what its parts make of it, and checkpoints hold it.
 
     Returns:
         A :class:`FitResult`.
@@ -281,10 +282,6 @@ def fit(
         validate_count("log_every", log_every),
     )
     own = None if objective is objectives.loss else objective
-    if group.size > 1 and isinstance(own, nn.Module) and own.state_dict():
-        raise ValueError(
-            f"the objective {type(own).__name__} has a state, which processes do not share; train it in one process."
-        )
     with _Folder.opened(run_dir, resume, group) as folder:
         training = _Training(model, settings, source, held_out, bins, own, folder, *intervals)
         return training.run(progress and group.is_main, math.inf if time_limit is None else time_limit)
@@ -477,6 +474,10 @@ class _Training:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])
         self.optimizer = _optimizer(self.parameters, settings)
+        self.device = self.parameters[0].device
+        state = self._state()
+        self.group.broadcast_(list(state.values()))
+        self._set_state(state)
         self.average = _average(model, settings.ema)
         self.step, self.seconds, self.updating = 0, 0.0, False
         self.pending = (0.0, 0.0, 0)  # sums of loss and gradient norm since the last row, and their number
@@ -484,7 +485,6 @@ class _Training:
         self.best_weights: dict[str, Tensor] = {}
         self.identity: Row = {}
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
-        self.device = self.parameters[0].device
         if folder.path is not None:
             self.identity = json.loads(json.dumps(self._identity()))
             self._restore()
@@ -532,12 +532,13 @@ class _Training:
     def _advance(self) -> float:
         """One step; returns its loss."""
         self.optimizer.zero_grad()
-        loss = self._differentiated()
+        loss, state = self._differentiated()
         self._validate_finite("loss", loss)
         largest = math.inf if self.settings.grad_clip is None else self.settings.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest)
         self._validate_finite("gradient norm", norm)
         self.updating = True
+        self._set_state(state)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(self.step)
         self.optimizer.step()
@@ -548,22 +549,43 @@ class _Training:
         self.updating = False
         return loss.item()
 
-    def _differentiated(self) -> Tensor:
-        """The loss of a batch, its gradient in the parameters; in parts, and those in several processes."""
-        rows = self._rows()
+    def _differentiated(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, its gradient in the parameters, and the objective's next state.
+
+        In parts, and those in several processes. Every part begins at the same state, and the next one is the mean of
+        what they make of it, so that it does not matter which process takes which part.
+        """
+        rows, before = self._rows(), self._state()
         total, failure = torch.zeros((), dtype=torch.float64, device=self.device), None
+        after = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in before.items()}
         try:
             for part, own in self.group.share(rows.tensor_split(self.settings.accumulate)):
                 loss = self._loss(part, own) * (len(own) / len(rows))
                 (loss / self.bins.size).backward()  # nats per dimension, so that one grad_clip suits every event
                 total += loss.detach()
+                for name, tensor in self._state().items():
+                    after[name] += tensor
+                self._set_state(before)
         except PredictorError as error:  # the others have to know
             failure = PredictorError(f"at step {self.step}: {error}{self._kept()}")
             failure.__cause__ = error
+        finally:
+            self._set_state(before)  # until the step is done
         if self.group.any(failure is not None, self.device):
             raise failure or RuntimeError(f"another process failed at step {self.step}.{self._kept()}")
         self._sum_gradients(total)
-        return total
+        self.group.sum_(list(after.values()))
+        return total, {name: _like(after[name] / self.settings.accumulate, before[name]) for name in before}
+
+    def _state(self) -> dict[str, Tensor]:
+        """A copy of the objective's state; empty if it has none."""
+        if not isinstance(self.objective, nn.Module):
+            return {}
+        return {name: tensor.to(self.device, copy=True) for name, tensor in self.objective.state_dict().items()}
+
+    def _set_state(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            cast(nn.Module, self.objective).load_state_dict(state)
 
     def _sum_gradients(self, total: Tensor) -> None:
         """Over the processes; parameters that no process used have none."""
@@ -768,6 +790,11 @@ class _Training:
                 f"run_dir={str(self.folder.path)!r} holds the checkpoint of a training with other settings: "
                 f"{'; '.join(short)}. Repeat them to continue, or choose another folder."
             )
+
+
+def _like(mean: Tensor, tensor: Tensor) -> Tensor:
+    """A mean in the dtype of what it is the mean of."""
+    return (mean if tensor.is_floating_point() else mean.round()).to(tensor.dtype)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -212,6 +212,27 @@ TRAINING = (
         "precision::test_a_training_goes_on_with_the_same_bits",
     ),
     (
+        "state of the objective of one process alone",
+        "training.py",
+        "self.group.sum_(list(after.values()))",
+        "self.group.sum_([])",
+        "processes::test_objectives_with_a_state_train_as_in_one_process",
+    ),
+    (
+        "parts that begin at the state of the part before",
+        "training.py",
+        "                self._set_state(before)\n        except PredictorError",
+        "        except PredictorError",
+        "processes::test_parts_begin_at_the_state_of_the_step_and_leave_their_mean",
+    ),
+    (
+        "state of the objective that moves before its step",
+        "training.py",
+        "self._set_state(before)  # until the step is done",
+        "pass",
+        "processes::test_an_interrupted_step_leaves_the_state_of_the_step_before",
+    ),
+    (
         "gradients of one process alone",
         "training.py",
         "self.group.sum_([cast(Tensor, p.grad) for p in theirs])",
