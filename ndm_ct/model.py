@@ -108,8 +108,8 @@ class NDM(nn.Module):
         t_min: where data lives; None is the schedule's own safe value, 0 where :math:`\sigma_0 > 0`.
 
     Raises:
-        ValueError: an unknown prediction; "eps" or "v" with a transform; "eps" where alpha = 0; t_min outside
-            [0, 1) or 0 where :math:`\sigma_0 = 0`.
+        ValueError: an unknown prediction; a network of ``ndm_ct.nn`` for other events; "eps" or "v" with a transform;
+            "eps" where alpha = 0; t_min outside [0, 1) or 0 where :math:`\sigma_0 = 0`.
 
     Example:
         >>> model = NDM(lambda z, t: 0.5 * z, event_shape=(2,))
@@ -155,6 +155,8 @@ class NDM(nn.Module):
         self.has_custom_prior = prior is not None
         self.prior = prior if prior is not None else IsotropicNormal(self.event_shape, _prior_scale(schedule))
         self.register_buffer("residuals", None)
+        if hasattr(predictor, "validate_event"):
+            predictor.validate_event(self.event_shape)
         if hasattr(predictor, "bind_schedule"):
             predictor.bind_schedule(schedule)
         if isinstance(volatility, Matched):

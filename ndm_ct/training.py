@@ -335,7 +335,7 @@ class _Folder:
     """The files of a training; without a path nothing is written."""
 
     def __init__(self, path: PathLike | None, group: Group) -> None:
-        self.path, self.group = None if path is None else Path(path), group
+        self.path, self.group = None if path is None else checkpoint.as_path("run_dir", path), group
         self.rows: list[Row] = []
 
     @classmethod
