@@ -1,11 +1,12 @@
 """Gaussian noise from one generator for a batch, or from one generator per row."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Randomness", "normal_like", "rows_of", "validate_randomness"]
+__all__ = ["Randomness", "normal_like", "rows_of", "validate_generator", "validate_randomness"]
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
 """None is torch's global generator. With one generator per row, a row's noise does not depend on its batch."""
@@ -26,6 +27,19 @@ def rows_of(generator: Randomness, rows: Tensor) -> Randomness:
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     return [generator[row] for row in rows.tolist()]
+
+
+def validate_generator(generator: Any) -> None:
+    """Refuse what is neither a generator nor None, also where nothing is drawn from it.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; make one with "
+            "torch.Generator().manual_seed(0)."
+        )
 
 
 def validate_randomness(generator: Randomness, n: int) -> Randomness:

@@ -46,6 +46,21 @@ _OPERATION = 2**14
 PathLike = str | os.PathLike[str]
 
 
+def as_path(argument: str, value: Any) -> Path:
+    """A path, or an error that says which argument is none.
+
+    Raises:
+        TypeError: neither a string nor a path.
+    """
+    try:
+        return Path(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{argument} must be a str or a path, got {type(value).__name__} ({value!r}); open files and their numbers "
+            "are not taken."
+        ) from error
+
+
 def save(model: NDM, path: PathLike) -> None:
     """Write a model, weights and configuration, to one file.
 
@@ -85,6 +100,7 @@ def load(path: PathLike, *, predictor: Any = None, transform: Transform | None =
             not fit. Neither the file nor a module passed in has changed.
         ValueError: a predictor or transform is missing, or given though the file describes its own.
         FileNotFoundError: there is no such file.
+        TypeError: the path is none.
     """
     description, tensors = read(path, "model")
     try:
@@ -285,7 +301,7 @@ def open_folder(path: PathLike, holds: str, what: str, leftovers: str, resume: b
         ValueError: it is there, and ``resume`` is False.
         BlockingIOError: another process, or another call of this one, is at work in the folder.
     """
-    folder = Path(path)
+    folder = as_path("run_dir", path)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -309,7 +325,7 @@ def open_folder(path: PathLike, holds: str, what: str, leftovers: str, resume: b
 
 def write_atomically(path: PathLike, data: bytes) -> None:
     """Replace the file at ``path`` by ``data``; a failure or a crash leaves the old file as it was."""
-    path = Path(path)
+    path = as_path("path", path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -341,7 +357,7 @@ def read(path: PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: not a file of this library, damaged, of a newer format, or of another kind.
     """
-    with Path(path).open("rb"):
+    with as_path("path", path).open("rb"):
         pass  # a missing or unreadable file is the system's own error
     try:
         with safe_open(path, framework="pt") as file:

@@ -104,7 +104,7 @@ class NDMDistribution(Distribution):
             name: value.expand(*shape, *value.shape[len(self.batch_shape) :]) if isinstance(value, Tensor) else value
             for name, value in self.cond.items()
         }
-        return NDMDistribution(self.model, shape, rows, self.options)
+        return type(self)(self.model, shape, rows, self.options)
 
     def _rows(self, batch: torch.Size) -> dict[str, Any]:
         """Conditioning with one row per event of a flattened batch."""

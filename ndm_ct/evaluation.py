@@ -614,7 +614,7 @@ class _Folder:
     """``rows.jsonl``, a line of settings and then one per batch, and the result; without a path nothing is written."""
 
     def __init__(self, path: PathLike | None, resume: bool, kind: str) -> None:
-        self.path, self.kind = Path("" if path is None else path), kind
+        self.path, self.kind = checkpoint.as_path("run_dir", "" if path is None else path), kind
         self.is_real = path is not None
         self.settings: Record = {}
         self.resume = resume

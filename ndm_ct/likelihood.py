@@ -30,6 +30,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ndm_ct._noise import validate_generator
 from ndm_ct._shapes import as_time, event_size, sum_event, take_rows, validate_positive
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.model import NDM
@@ -176,6 +177,7 @@ def loglik(
         True
     """
     model.validate(x, cond, loglik)
+    validate_generator(generator)
     options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
     info = options.likelihood(model, x, (model.t_min, 1.0), cond, generator, budget=return_info)
     return (info.loglik, info) if return_info else info.loglik
@@ -216,6 +218,7 @@ def encode(
         :math:`z_1`, shape ``(B, *E)``; with ``return_info`` a pair.
     """
     model.validate(x, cond, encode)
+    validate_generator(generator)
     options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
     return options.transport(model, x, (model.t_min, 1.0), cond, generator, return_info)
 
@@ -255,6 +258,7 @@ def decode(
         x, shape ``(B, *E)``; with ``return_info`` a pair.
     """
     model.validate_state(z1, cond, decode, name="z1")
+    validate_generator(generator)
     options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
     return options.transport(model, z1, (1.0, model.t_min), cond, generator, return_info)
 

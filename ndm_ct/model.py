@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ndm_ct import _shapes
 from ndm_ct._errors import PredictorError
 from ndm_ct._noise import Randomness
+from ndm_ct._precision import run_network
 from ndm_ct._shapes import as_time, expand, expand_time
 from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
 from ndm_ct.process import ForwardProcess, Volatility
@@ -107,8 +108,8 @@ class NDM(nn.Module):
         t_min: where data lives; None is the schedule's own safe value, 0 where :math:`\sigma_0 > 0`.
 
     Raises:
-        ValueError: an unknown prediction; "eps" or "v" with a transform; "eps" where alpha = 0; t_min outside
-            [0, 1) or 0 where :math:`\sigma_0 = 0`.
+        ValueError: an unknown prediction; a network of ``ndm_ct.nn`` for other events; "eps" or "v" with a transform;
+            "eps" where alpha = 0; t_min outside [0, 1) or 0 where :math:`\sigma_0 = 0`.
 
     Example:
         >>> model = NDM(lambda z, t: 0.5 * z, event_shape=(2,))
@@ -154,6 +155,8 @@ class NDM(nn.Module):
         self.has_custom_prior = prior is not None
         self.prior = prior if prior is not None else IsotropicNormal(self.event_shape, _prior_scale(schedule))
         self.register_buffer("residuals", None)
+        if hasattr(predictor, "validate_event"):
+            predictor.validate_event(self.event_shape)
         if hasattr(predictor, "bind_schedule"):
             predictor.bind_schedule(schedule)
         if isinstance(volatility, Matched):
@@ -280,7 +283,7 @@ class NDM(nn.Module):
         if not self._predictor_anything:
             cond = {key: value for key, value in cond.items() if key in self._predictor_names}
         # A copy, so that a predictor that works in place cannot change the state or the caller's data.
-        return self.predictor(z.clone(), expand_time(t, z), **cond)
+        return run_network(self.predictor, z.clone(), expand_time(t, z), **cond)
 
     def _pair(self, output: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         if not (isinstance(output, tuple | list) and len(output) == 2):

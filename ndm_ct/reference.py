@@ -13,6 +13,7 @@ precision before trusting a network.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,6 +167,19 @@ class _GaussianPrior(_MarginalPrior):
         return (0.5 * (quadratic + trace + log_det)).to(mean.dtype)
 
 
+def _numbers(argument: str, value: Any) -> Tensor:
+    """Finite numbers in float64."""
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(
+            f"{argument} must be a tensor or nested lists of numbers, got {type(value).__name__} ({error})."
+        ) from error
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{argument} must be finite, got {tensor.tolist()}.")
+    return tensor
+
+
 class GaussianMixture(NDM):
     r"""An NDM whose predictor is the exact posterior mean of Gaussian-mixture data.
 
@@ -180,6 +194,7 @@ class GaussianMixture(NDM):
 
     Raises:
         ValueError: a transform that is not linear, or parameters that do not describe a mixture.
+        TypeError: parameters that are no numbers.
 
     Example:
         >>> import ndm_ct
@@ -202,7 +217,9 @@ class GaussianMixture(NDM):
         volatility: Volatility = 1.0,
         t_min: float | None = None,
     ) -> None:
-        weights, means, covs = (torch.as_tensor(value, dtype=torch.float64) for value in (weights, means, covs))
+        weights, means, covs = _numbers("weights", weights), _numbers("means", means), _numbers("covs", covs)
+        if means.ndim < 2:
+            raise ValueError(f"means has shape {tuple(means.shape)}, expected (K, *event), one row per component.")
         event_shape = tuple(means.shape[1:])
         k, d = means.shape[0], event_size(event_shape)
         if weights.shape != (k,) or covs.shape != (k, d, d):
@@ -272,7 +289,9 @@ class Gaussian(GaussianMixture):
         volatility: Volatility = 1.0,
         t_min: float | None = None,
     ) -> None:
-        mean, cov = torch.as_tensor(mean), torch.as_tensor(cov)
+        mean, cov = _numbers("mean", mean), _numbers("cov", cov)
+        if mean.ndim == 0:
+            raise ValueError("mean is one number, expected shape (*event); write torch.zeros(1) for a line.")
         super().__init__(
             torch.ones(1), mean[None], cov[None], schedule=schedule, transform=transform, volatility=volatility,
             t_min=t_min,

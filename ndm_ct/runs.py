@@ -33,7 +33,7 @@ from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.schedules import LearnedLogSNR, LinearLogSNR, Schedule
-from ndm_ct.training import FitResult, fit
+from ndm_ct.training import PRECISIONS, FitResult, fit
 
 __all__ = ["Run", "Settings", "settings_from_file", "settings_of", "train"]
 
@@ -69,6 +69,7 @@ class Settings:
     steps: int = _setting(4000, "optimiser steps")
     batch_size: int | None = _setting(None, "rows per step (default: 1024 for vectors, 64 for images)")
     lr: float = _setting(2e-3, "peak learning rate")
+    precision: str = _setting("full", f"of the networks in training: {', '.join(PRECISIONS)}")
     ema: float = _setting(0.999, "decay of the averaged weights")
     validation_fraction: float = _setting(0.1, "share of the rows held out for validation, the last ones; 0 for none")
     patience: int | None = _setting(None, "stop after so many validations, of twenty, without a better one")
@@ -78,6 +79,7 @@ class Settings:
         choose("transform", self.transform, TRANSFORMS)
         choose("head", self.head, HEADS)
         choose("schedule", self.schedule, SCHEDULES)
+        choose("precision", self.precision, PRECISIONS)
         for name in ("transform_width", "depth", "resolutions", "steps"):
             validate_count(name, getattr(self, name))
         for name in ("width", "batch_size", "patience"):
@@ -361,8 +363,8 @@ def train(
     result = fit(
         model, values[: len(values) - held_out], steps=settings.steps, lr=settings.lr, ema=settings.ema,
         batch_size=settings.batch_size or (64 if images else 1024), seed=settings.seed, patience=settings.patience,
-        run_dir=folder, checkpoint_every=500, log_every=max(1, settings.steps // 100), progress=progress,
-        time_limit=time_limit, **options,
+        precision=settings.precision, run_dir=folder, checkpoint_every=500, log_every=max(1, settings.steps // 100),
+        progress=progress, time_limit=time_limit, **options,
     )  # fmt: skip
     return run, result
 

@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from ndm_ct import checkpoint, objectives
 from ndm_ct._errors import CheckpointError, PredictorError
+from ndm_ct._precision import networks_in
 from ndm_ct._processes import Group
 from ndm_ct._shapes import choose, validate_count, validate_number, validate_positive
 from ndm_ct.checkpoint import PathLike
@@ -67,7 +68,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW
 _EPOCH, _VALIDATION, _PART = 1, 2, 3
 
 # Settings younger than some checkpoints, with the values that leave them out.
-_LATER = {"cond_dropout": 0.0, "objective": None, "patience": None, "accumulate": 1}
+_LATER = {"cond_dropout": 0.0, "objective": None, "patience": None, "accumulate": 1, "precision": "full"}
+
+PRECISIONS = {"full": None, "bf16-mixed": torch.bfloat16}
+"""What the networks of a training are evaluated in, by the names of Lightning; None is the dtype of the weights."""
 
 Row = dict[str, Any]
 Objective = Callable[..., Tensor]
@@ -109,6 +113,7 @@ class _Settings:
     cond_dropout: float
     patience: int | None
     accumulate: int
+    precision: str
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -119,6 +124,7 @@ class _Settings:
         if self.patience is not None:
             validate_count("patience", self.patience)
         choose("optimizer", self.optimizer, OPTIMIZERS)
+        _validate_precision(self.precision)
         for name, ok, expected in (
             ("lr", self.lr > 0.0, "positive"),
             ("weight_decay", self.weight_decay >= 0.0, "at least 0"),
@@ -166,6 +172,7 @@ def fit(
     resume: bool = True,
     seed: int = 0,
     accumulate: int | None = None,
+    precision: str = "full",
     progress: bool = True,
     time_limit: float | None = None,
     objective: Objective | None = None,
@@ -215,12 +222,16 @@ def fit(
         accumulate: K parts that a batch is cut into, whose gradients are added up: less memory, or work for several
             processes, each of which takes K / processes of them. The result depends on K, but not on the number of
             processes, beyond rounding. None is the number of processes.
+        precision: "full", or "bf16-mixed": the predictor and the networks of ``Neural`` and ``Separable`` run under
+            ``torch.autocast`` in bfloat16. Their outputs, everything computed from them, the loss, weights, averages
+            and optimiser state stay in float32, as do flows, encoders and decoders, and validation.
         progress: whether to show a progress bar.
         time_limit: seconds after which to stop with a checkpoint, as if interrupted.
         objective: what is minimised, called as ``objective(model, x, generator=generator, **cond)`` for one value per
             row, such as a :class:`~ndm_ct.regression.Regression` (:mod:`ndm_ct.presets` has the published ones);
             None is minus the ELBO, :func:`ndm_ct.loss`, and :class:`~ndm_ct.objectives.Bound` the same with importance
-            sampling of the times. Validation is by the ELBO whatever it is.
+            sampling of the times. Validation is by the ELBO whatever it is. A module may have a state (buffers): a step
+            leaves the mean of what its parts make of it, and checkpoints hold it.
 
     Returns:
         A :class:`FitResult`.
@@ -244,13 +255,18 @@ def fit(
     settings = _Settings(
         validate_count("steps", steps), batch_size, lr, optimizer, weight_decay, grad_clip,
         min(1000, steps // 10) if warmup is None else warmup, lr_final, ema, seed, cond_dropout, patience,
-        accumulate,
+        accumulate, precision,
     )  # fmt: skip
     if not isinstance(model, NDM):
         raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no parameter that requires a gradient: there is nothing to train.")
     _refuse_ineffective(locals())
+    if PRECISIONS[precision] is not None and model.dtype not in (None, torch.float32):
+        raise ValueError(
+            f"precision={precision!r} has no effect on networks of {model.dtype}; convert the model with .float(), or "
+            "leave precision out."
+        )
     if cond_dropout > 0.0:
         _validate_droppable(model, cond)
     if time_limit is not None:
@@ -266,12 +282,8 @@ def fit(
         validate_count("log_every", log_every),
     )
     own = None if objective is objectives.loss else objective
-    if group.size > 1 and isinstance(own, nn.Module) and own.state_dict():
-        raise ValueError(
-            f"the objective {type(own).__name__} has a state, which processes do not share; train it in one process."
-        )
     with _Folder.opened(run_dir, resume, group) as folder:
-        training = _Training(model, settings, source, held_out, bins, own, folder, group, *intervals)
+        training = _Training(model, settings, source, held_out, bins, own, folder, *intervals)
         return training.run(progress and group.is_main, math.inf if time_limit is None else time_limit)
 
 
@@ -304,6 +316,15 @@ def _validate_droppable(model: NDM, cond: Mapping[str, Any]) -> None:
         )
 
 
+def _validate_precision(name: Any) -> None:
+    if "16" in str(name) and "bf" not in str(name):
+        raise ValueError(
+            f"precision={name!r} is not offered: gradients underflow in float16 unless the loss is scaled; take "
+            "'bf16-mixed', which has the range of float32."
+        )
+    choose("precision", name, PRECISIONS)
+
+
 def _seeds(*words: int) -> tuple[int, int]:
     """Two independent seeds that are a function of ``words``."""
     first, second = np.random.SeedSequence(words).generate_state(2, np.uint64).tolist()
@@ -314,7 +335,7 @@ class _Folder:
     """The files of a training; without a path nothing is written."""
 
     def __init__(self, path: PathLike | None, group: Group) -> None:
-        self.path, self.group = None if path is None else Path(path), group
+        self.path, self.group = None if path is None else checkpoint.as_path("run_dir", path), group
         self.rows: list[Row] = []
 
     @classmethod
@@ -442,18 +463,21 @@ class _Training:
         bins: Bins,
         objective: Objective | None,
         folder: _Folder,
-        group: Group,
         validate_every: int,
         checkpoint_every: int,
         log_every: int,
     ) -> None:
         self.model, self.settings, self.data, self.validation = model, settings, data, validation
-        self.bins, self.objective, self.folder, self.group = bins, objective, folder, group
+        self.bins, self.objective, self.folder, self.group = bins, objective, folder, folder.group
         self.validate_every, self.checkpoint_every, self.log_every = validate_every, checkpoint_every, log_every
         self.model.residuals = None  # of weights that are about to change
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])
+        self.group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])
         self.optimizer = _optimizer(self.parameters, settings)
+        self.device = self.parameters[0].device
+        state = self._state()
+        self.group.broadcast_(list(state.values()))
+        self._set_state(state)
         self.average = _average(model, settings.ema)
         self.step, self.seconds, self.updating = 0, 0.0, False
         self.pending = (0.0, 0.0, 0)  # sums of loss and gradient norm since the last row, and their number
@@ -461,23 +485,21 @@ class _Training:
         self.best_weights: dict[str, Tensor] = {}
         self.identity: Row = {}
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
-        self.device = self.parameters[0].device
         if folder.path is not None:
             self.identity = json.loads(json.dumps(self._identity()))
             self._restore()
 
     def run(self, progress: bool, time_limit: float) -> FitResult:
         settings, start, before, interrupt = self.settings, time.monotonic(), self.seconds, _Interrupt()
-        group = self.group
         modes = [(module, module.training) for module in self.model.modules()]
-        device = next(iter(self.parameters)).device
         bar = tqdm(total=settings.steps, initial=self.step, disable=not progress, unit="step", dynamic_ncols=True)
+        devices = [self.device] if self.device.type == "cuda" else []
         self.model.train()
         try:
-            with bar, interrupt.caught(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with bar, interrupt.caught(), torch.random.fork_rng(devices):
                 while not self._finished():
                     late = time.monotonic() - start >= time_limit
-                    if group.any(interrupt.requested or late, self.device):
+                    if self.group.any(interrupt.requested or late, self.device):
                         break
                     loss = self._advance()
                     self.seconds = before + time.monotonic() - start
@@ -499,7 +521,7 @@ class _Training:
         elif settings.ema > 0.0 and self.step > 0:
             self.model.load_state_dict(self._averaged().state_dict())
         if self.folder.path is not None and finished:
-            group.of_main(lambda: checkpoint.save(self.model, self.folder.model))
+            self.group.of_main(lambda: checkpoint.save(self.model, self.folder.model))
         history = tuple(row for row in self.folder.rows if "loss" in row)
         return FitResult(self.step, finished, history, tuple(row for row in self.folder.rows if "loss" not in row))
 
@@ -510,12 +532,13 @@ class _Training:
     def _advance(self) -> float:
         """One step; returns its loss."""
         self.optimizer.zero_grad()
-        loss = self._differentiated()
+        loss, state = self._differentiated()
         self._validate_finite("loss", loss)
         largest = math.inf if self.settings.grad_clip is None else self.settings.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, largest)
         self._validate_finite("gradient norm", norm)
         self.updating = True
+        self._set_state(state)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(self.step)
         self.optimizer.step()
@@ -526,22 +549,43 @@ class _Training:
         self.updating = False
         return loss.item()
 
-    def _differentiated(self) -> Tensor:
-        """The loss of a batch, its gradient in the parameters; in parts, and those in several processes."""
-        rows = self._rows()
+    def _differentiated(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, its gradient in the parameters, and the objective's next state.
+
+        In parts, and those in several processes. Every part begins at the same state, and the next one is the mean of
+        what they make of it, so that it does not matter which process takes which part.
+        """
+        rows, before = self._rows(), self._state()
         total, failure = torch.zeros((), dtype=torch.float64, device=self.device), None
+        after = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in before.items()}
         try:
             for part, own in self.group.share(rows.tensor_split(self.settings.accumulate)):
                 loss = self._loss(part, own) * (len(own) / len(rows))
                 (loss / self.bins.size).backward()  # nats per dimension, so that one grad_clip suits every event
                 total += loss.detach()
+                for name, tensor in self._state().items():
+                    after[name] += tensor
+                self._set_state(before)
         except PredictorError as error:  # the others have to know
             failure = PredictorError(f"at step {self.step}: {error}{self._kept()}")
             failure.__cause__ = error
+        finally:
+            self._set_state(before)  # until the step is done
         if self.group.any(failure is not None, self.device):
             raise failure or RuntimeError(f"another process failed at step {self.step}.{self._kept()}")
         self._sum_gradients(total)
-        return total
+        self.group.sum_(list(after.values()))
+        return total, {name: _like(after[name] / self.settings.accumulate, before[name]) for name in before}
+
+    def _state(self) -> dict[str, Tensor]:
+        """A copy of the objective's state; empty if it has none."""
+        if not isinstance(self.objective, nn.Module):
+            return {}
+        return {name: tensor.to(self.device, copy=True) for name, tensor in self.objective.state_dict().items()}
+
+    def _set_state(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            cast(nn.Module, self.objective).load_state_dict(state)
 
     def _sum_gradients(self, total: Tensor) -> None:
         """Over the processes; parameters that no process used have none."""
@@ -562,7 +606,8 @@ class _Training:
         x, cond = self.data.batch(rows, generator)
         cond = self._dropped(cond, len(x), generator)
         minimised: Objective = self.objective or objectives.loss
-        return minimised(self.model, x, generator=generator, **cond).mean()
+        with networks_in(PRECISIONS[self.settings.precision]):
+            return minimised(self.model, x, generator=generator, **cond).mean()
 
     def _dropped(self, cond: dict[str, Tensor], rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         """The conditioning of a batch, null in some rows, the same ones for every name."""
@@ -745,6 +790,11 @@ class _Training:
                 f"run_dir={str(self.folder.path)!r} holds the checkpoint of a training with other settings: "
                 f"{'; '.join(short)}. Repeat them to continue, or choose another folder."
             )
+
+
+def _like(mean: Tensor, tensor: Tensor) -> Tensor:
+    """A mean in the dtype of what it is the mean of."""
+    return (mean if tensor.is_floating_point() else mean.round()).to(tensor.dtype)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -87,6 +87,17 @@ CALLS = {
     ),
     "distribution": (lambda **k: ndm_ct.distribution(exact(), **k).log_prob(X), (*TOLERANCES, "trace", "method")),
     "draws of a distribution": (lambda **k: ndm_ct.distribution(exact()).sample(**k), ("sample_shape",)),
+    "loglik by an exact trace": (lambda **k: ndm_ct.loglik(exact(), X, trace="exact", **k), ("generator",)),
+    "Gaussian": (
+        lambda **k: reference.Gaussian(**({"mean": torch.zeros(2), "cov": torch.eye(2)} | k)),
+        ("mean", "cov", "schedule", "transform", "volatility", "t_min"),
+    ),
+    "GaussianMixture": (
+        lambda **k: reference.GaussianMixture(
+            **({"weights": torch.ones(1), "means": torch.zeros(1, 2), "covs": torch.eye(2)[None]} | k)
+        ),
+        ("weights", "means", "covs"),
+    ),
     "Quantisation": (Quantisation, ("levels", "range")),
     "NDM": (
         lambda **k: NDM(**({"predictor": lambda z, t: z, "event_shape": (2,)} | k)),
@@ -139,3 +150,19 @@ def test_what_is_no_argument_is_named(call, name):
         raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         assert raised.is_relative_to(HERE), f"{kind}: {error!r} comes from {raised}"
         assert name in str(error), f"{kind}: {error!r}"
+
+
+@pytest.mark.parametrize("kind", ["NaN", "0", "huge", "list", "mapping", "scalar", "object"])
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("path", ndm_ct.load),
+        ("path", lambda value: ndm_ct.save(net(), value)),
+        ("run_dir", lambda value: ndm_ct.fit(net(), X, steps=1, progress=False, run_dir=value)),
+        ("run_dir", lambda value: ndm_ct.evaluate(exact(), X, progress=False, run_dir=value)),
+    ],
+    ids=["load", "save", "fit", "evaluate"],
+)
+def test_what_is_no_path_is_named(kind, name, function):
+    with pytest.raises(TypeError, match=f"{name} must be a str or a path, got"):
+        function(WRONG[kind])

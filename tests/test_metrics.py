@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
-metrics = pytest.importorskip("benchmarks.metrics", reason="benchmarks are not part of a source distribution")
+metrics = pytest.importorskip("benchmarks.metrics", reason="needs ndm-ct[bench]")
 
 
 def correlated(n, d, generator, *, shift=0.0):

@@ -9,7 +9,7 @@ import torch
 import ndm_ct
 
 sys.path.append(str(Path(__file__).parents[1]))
-peers = pytest.importorskip("benchmarks.peers", reason="benchmarks are not part of a source distribution")
+peers = pytest.importorskip("benchmarks.peers", reason="needs ndm-ct[bench]")
 
 NEEDS = {
     "score_sde": "scipy.integrate",

@@ -1,6 +1,7 @@
 """Two processes do what one does: the same losses and weights, every row scored once, one folder."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import torch
 
 import ndm_ct
 from ndm_ct.nn import MLP, Preconditioned
+from ndm_ct.objectives import Bound
+from ndm_ct.timesampling import LearnedBuckets, LossHistory
+from ndm_ct.transport import Straight
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
@@ -91,6 +95,107 @@ def test_two_processes_train_as_one(tmp_path):
     assert all(torch.equal(saved[0][0][name], saved[1][0][name]) for name in saved[0][0])
     lines = [(tmp_path / name / "log.jsonl").read_text().count("\n") for name in ("one", "two")]
     assert lines[0] == lines[1] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_in_mixed_precision(tmp_path):
+    expected = model()
+    train(expected, precision="bf16-mixed")
+    code = f"""
+    made = model(seed=rank)
+    train(made, precision="bf16-mixed")
+    torch.save(made.state_dict(), f"{tmp_path}/{{rank}}.pt")
+    """
+    assert_done(together(tmp_path, code))
+    for rank in range(2):
+        for name, tensor in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(tensor, expected.state_dict()[name], atol=1e-4, rtol=1e-4)
+
+
+class Counting(torch.nn.Module):
+    """An objective that counts its calls, and remembers the largest value it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("largest", torch.zeros(1))
+
+    def forward(self, made, x, generator, **cond):
+        self.calls += 1
+        self.largest.copy_(x.max().expand(1))
+        return ndm_ct.loss(made, x, generator=generator)
+
+
+OBJECTIVES = {
+    "history": lambda: Bound(LossHistory(6)),
+    "buckets": lambda: Straight(0.1, Bound(LearnedBuckets(6))),
+    "foreign": Counting,
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_objectives_with_a_state_train_as_in_one_process(tmp_path, kind):
+    expected, objective = model(), OBJECTIVES[kind]()
+    start = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    train(expected, objective=objective)
+    code = f"""
+    made, objective = model(), OBJECTIVES[{kind!r}]()
+    if rank == 1:  # the others take the state of the first
+        [tensor.add_(1) for tensor in objective.state_dict().values()]
+    train(made, objective=objective)
+    torch.save([made.state_dict(), objective.state_dict()], f"{tmp_path}/{{rank}}.pt")
+    """
+    assert_done(together(tmp_path, code))
+    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for found in saved:
+        for state, wanted in zip(found, (expected.state_dict(), objective.state_dict()), strict=True):
+            for name, tensor in wanted.items():
+                torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(saved[0][1][name], saved[1][1][name]) for name in start)
+    assert all(not torch.equal(objective.state_dict()[name], start[name]) for name in start)
+
+
+def test_parts_begin_at_the_state_of_the_step_and_leave_their_mean():
+    """A history of four parts is that of the whole batch, in units of a part; a counter counts steps."""
+    seen = []
+
+    class Watched(LossHistory):
+        def observe(self, v, loss):
+            seen.append((self.count.clone(), torch.bincount((v * 6).long(), minlength=6)))
+            super().observe(v, loss)
+
+    objective, counter = Bound(Watched(6)), Counting()
+    train(model(), steps=3, objective=objective)
+    assert len(seen) == 12
+    keep, expected = math.exp(-1.0 / 200), torch.zeros(6, dtype=torch.float64)
+    for step in range(3):
+        parts = seen[4 * step : 4 * step + 4]
+        for state, _ in parts:
+            torch.testing.assert_close(state, expected)
+        expected = keep * expected + sum(counts for _, counts in parts) / 4.0
+    torch.testing.assert_close(objective.sampler.count, expected)
+    train(model(), steps=3, objective=counter)
+    assert int(counter.calls) == 3
+
+
+def test_an_interrupted_step_leaves_the_state_of_the_step_before():
+    class Stop(Exception):
+        pass
+
+    objective = Counting()
+
+    calls, forward = [], objective.forward
+
+    def interrupted(*arguments, **keywords):
+        calls.append(forward(*arguments, **keywords))
+        if len(calls) == 7:  # in the second step
+            raise Stop
+        return calls[-1]
+
+    objective.forward = interrupted
+    with pytest.raises(Stop):
+        train(model(), objective=objective)
+    assert int(objective.calls) == 1
 
 
 @pytest.mark.slow

@@ -501,7 +501,7 @@ def test_trained_network_agrees_with_its_exact_trace(generator):
     """On digits, the rows of a real network: scores of 25 repeats of 8 rows."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     try:
-        networks = pytest.importorskip("benchmarks.networks", reason="benchmarks are not part of a source distribution")
+        networks = pytest.importorskip("benchmarks.networks", reason="needs ndm-ct[bench]")
     finally:
         sys.path.pop(0)
     model = networks.load("digits").double()

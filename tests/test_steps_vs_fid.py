@@ -18,7 +18,7 @@ from ndm_ct import nn, schedules
 from ndm_ct.quantisation import Quantisation
 
 sys.path.append(str(Path(__file__).parents[1]))
-benchmark = pytest.importorskip("benchmarks.steps_vs_fid", reason="benchmarks are not part of a source distribution")
+benchmark = pytest.importorskip("benchmarks.steps_vs_fid", reason="needs ndm-ct[bench]")
 pytest.importorskip("sklearn")
 from benchmarks import data, features, metrics, schedulers  # noqa: E402
 

@@ -121,6 +121,17 @@ def test_any_dtype_survives(tmp_path, dtype):
     assert all(torch.equal(found[k], tensors[k]) and found[k].dtype == dtype for k in tensors)
 
 
+def test_a_file_whose_network_takes_other_events_is_refused(tmp_path):
+    """Nothing is evaluated for it: a probe would need conditioning, and could move a network's own state."""
+    path = tmp_path / "m"
+    save(toy(), path)
+    description, tensors = checkpoint.read(path, "model")
+    description["model"]["event_shape"] = [3]
+    checkpoint.write(path, tensors, description)
+    with pytest.raises(ndm_ct.CheckpointError, match=r"event_shape=\(3,\) has 3 numbers"):
+        load(path)
+
+
 def test_external_networks_are_passed_in(tmp_path):
     path = tmp_path / "m.safetensors"
     own = OwnNet()

@@ -13,9 +13,12 @@ constructor                what the network returns                             
 
 Each returns an :class:`~ndm_ct.NDM`; ``loglik``, ``encode``, ``decode``, ``sample``, ``elbo``, ``bits_per_dim`` and
 ``evaluate`` work on it as on any other, and likelihoods are in the units the network was trained in.
+
+The other way, :func:`for_pyro` takes a :func:`ndm_ct.distribution` into models of Pyro.
 """
 
 from ndm_ct.adapters.diffusers import from_diffusers
 from ndm_ct.adapters.networks import from_denoiser, from_eps, from_score, from_v, from_velocity
+from ndm_ct.adapters.pyro import for_pyro
 
-__all__ = ["from_denoiser", "from_diffusers", "from_eps", "from_score", "from_v", "from_velocity"]
+__all__ = ["for_pyro", "from_denoiser", "from_diffusers", "from_eps", "from_score", "from_v", "from_velocity"]

@@ -61,6 +61,11 @@ class Wrapper(nn.Module, Configurable):
         """Conditioning keywords the network accepts, and whether it accepts any."""
         return self._names, self._anything
 
+    def validate_event(self, event_shape: tuple[int, ...]) -> None:
+        """Refuse events that the network says it was not built for."""
+        if hasattr(self.net, "validate_event"):
+            self.net.validate_event(event_shape)
+
     @property
     def null(self) -> dict[str, Any]:
         """The conditioning that means none to the network, by name; empty if it does not say."""

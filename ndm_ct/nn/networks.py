@@ -154,6 +154,17 @@ class _Network(nn.Module, Configurable):
         self.labels = None if classes is None else _LabelEmbedding(classes, width)
         return None if self.embedding is None and self.labels is None else width
 
+    def validate_event(self, event_shape: tuple[int, ...]) -> None:
+        """Refuse events of another shape than those the network was built for; nothing is evaluated.
+
+        Args:
+            event_shape: E of the model.
+
+        Raises:
+            ValueError: naming both.
+        """
+        raise NotImplementedError
+
     def _embed(self, z: Tensor, t: Tensor | None, label: Tensor | None) -> Tensor | None:
         name = type(self).__name__
         if self.embedding is None and t is not None:
@@ -225,6 +236,13 @@ class MLP(_Network):
         for block in self.blocks:
             h = block(h, embedding)
         return self.output(functional.silu(h)).reshape(_output_shape(z, self.outputs))
+
+    def validate_event(self, event_shape: tuple[int, ...]) -> None:
+        if event_size(event_shape) != event_size(self.event_shape):
+            raise ValueError(
+                f"event_shape={event_shape} has {event_size(event_shape)} numbers, but the MLP was built for "
+                f"event_shape={self.event_shape}; make the two agree."
+            )
 
 
 class _DenseBlock(nn.Module):
@@ -310,6 +328,15 @@ class UNet(_Network):
             h = self.up[level](h, embedding)
         return self.output(functional.silu(self.norm(h))).reshape(_output_shape(z, self.outputs))
 
+    def validate_event(self, event_shape: tuple[int, ...]) -> None:
+        factor = 2 ** (self.levels - 1)
+        sides = event_shape[1:]
+        if len(event_shape) != 3 or event_shape[0] != self.channels or any(side % factor for side in sides):
+            raise ValueError(
+                f"event_shape={event_shape} does not fit UNet(channels={self.channels}, levels={self.levels}), which "
+                f"takes ({self.channels}, H, W) with H and W multiples of {factor}; make the two agree."
+            )
+
     def _validate(self, z: Tensor) -> None:
         factor = 2 ** (self.levels - 1)
         if z.ndim != 4 or z.shape[1] != self.channels or z.shape[2] % factor or z.shape[3] % factor:
@@ -360,8 +387,19 @@ def _modulate(h: Tensor, layer: nn.Module | None, embedding: Tensor | None) -> T
     return h * (1.0 + scale) + shift
 
 
+class _GroupNorm(nn.GroupNorm):
+    """In the dtype of its weights, as autocast has it on GPUs.
+
+    On CPUs autocast hands it lower precision beside weights of full precision, and its forward derivative then has
+    another dtype than its value.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(channels, _GROUPS), channels)
+    return _GroupNorm(math.gcd(channels, _GROUPS), channels)
 
 
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:

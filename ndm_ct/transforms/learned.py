@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._config import Configurable
+from ndm_ct._precision import run_network
 from ndm_ct._shapes import expand, expand_time, keyword_names, validate_count
 from ndm_ct.transforms.base import Network, Path, Transform, jvp_in_time, named
 
@@ -58,7 +59,7 @@ class Neural(Transform):
         return x + time * net, net + time * dnet
 
     def _net(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        return self.net(x, t, **named(cond, self._accepted))
+        return run_network(self.net, x, t, **named(cond, self._accepted))
 
 
 class PolynomialBasis(Configurable):
@@ -104,7 +105,7 @@ class Separable(Transform):
         return _SeparablePath(x, self._features(x, cond), self.basis)
 
     def _features(self, x: Tensor, cond: dict[str, Any]) -> Tensor:
-        features = self.features(x, **named(cond, self._accepted))
+        features = run_network(self.features, x, **named(cond, self._accepted))
         expected = (x.shape[0], self.basis.terms, *x.shape[1:])
         if tuple(features.shape) != expected:
             raise ValueError(

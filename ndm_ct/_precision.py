@@ -1,0 +1,48 @@
+"""Networks in lower precision than the algebra around them, for the length of a training's step.
+
+Autocast around a whole loss would round the algebra too: the matrix products of ``Blur``, the sum over the terms of
+``Separable``, whatever else is a product. So the three places that call a network ask here, autocast is on while the
+network runs, and its output has the precision of its input again.
+
+A network is what returns a prediction or the features of a transform. Flows, encoders and decoders return
+log-determinants and densities, and stay as they are.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["networks_in", "run_network"]
+
+_DTYPE: ContextVar[torch.dtype | None] = ContextVar("precision of networks", default=None)
+
+
+@contextmanager
+def networks_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Run the networks of this thread's models by autocast in ``dtype``; None leaves them alone."""
+    before = _DTYPE.set(dtype)
+    try:
+        yield
+    finally:
+        _DTYPE.reset(before)
+
+
+def run_network(network: Callable[..., Any], x: Tensor, *others: Any, **cond: Any) -> Any:
+    """``network(x, *others, **cond)``, its output (a tensor, or a pair of them) in the dtype of ``x``."""
+    dtype = _DTYPE.get()
+    if dtype is None:
+        return network(x, *others, **cond)
+    with torch.autocast(x.device.type, dtype):
+        output = network(x, *others, **cond)
+    if isinstance(output, tuple | list):
+        return type(output)(_restored(each, dtype, x) for each in output)
+    return _restored(output, dtype, x)
+
+
+def _restored(output: Any, dtype: torch.dtype, x: Tensor) -> Any:
+    # What has another dtype than autocast's is the network's own doing, and refused as ever.
+    return output.to(x.dtype) if isinstance(output, Tensor) and output.dtype == dtype else output
