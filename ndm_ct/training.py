@@ -275,6 +275,11 @@ def fit(
         raise TypeError(f"objective must be callable as objective(model, x, ...), got {type(objective).__name__}.")
     bins = Bins(model, quantisation, choose("dequantisation", dequantisation, DEQUANTISATIONS))
     source = Source(data, cond, bins, "data", fit)
+    if accumulate > (rows := min(batch_size, source.rows)):
+        raise ValueError(
+            f"accumulate={accumulate} parts of a batch of {rows} rows would leave some empty; take fewer parts "
+            "(left out, accumulate is the number of processes), or larger batches."
+        )
     held_out = None if validation is None else Source(validation, validation_cond or {}, bins, "validation", fit)
     intervals = (
         validate_count("validate_every", max(1, steps // 10) if validate_every is None else validate_every),

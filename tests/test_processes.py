@@ -198,6 +198,13 @@ def test_an_interrupted_step_leaves_the_state_of_the_step_before():
     assert int(objective.calls) == 1
 
 
+@pytest.mark.parametrize(("batch_size", "n"), [(3, 50), (24, 3)])
+def test_no_part_of_a_batch_is_empty(batch_size, n):
+    with pytest.raises(ValueError, match="accumulate=4 parts of a batch of 3 rows would leave some empty"):
+        ndm_ct.fit(model(), rows(n, 0), steps=1, batch_size=batch_size, accumulate=4, progress=False)
+    ndm_ct.fit(model(), rows(n, 0), steps=1, batch_size=batch_size, accumulate=3, progress=False)
+
+
 @pytest.mark.slow
 def test_a_training_goes_on_with_another_number_of_processes(tmp_path):
     expected = model()
