@@ -5,6 +5,7 @@ Every command says what it does and how to go on under ``--help``. Exit codes: 0
 """
 
 import argparse
+import io
 import json
 import platform
 import sys
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 import ndm_ct
 from ndm_ct import demo, runs, selfcheck
+from ndm_ct._shapes import usable_device
 from ndm_ct.bits import bits_per_dim
 from ndm_ct.checkpoint import write_atomically
 from ndm_ct.evaluation import evaluate
@@ -97,6 +99,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def _add_batch_size(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--batch-size", type=int, default=256, help=f"rows {what} together (default: %(default)s)")
+
+
 def _add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
 
@@ -104,6 +110,13 @@ def _add_seed(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="rows: npy, npz, csv, tsv, parquet, idx, or a folder of images")
     parser.add_argument("--array", help="name of the array in an npz file that has several")
+
+
+def _run(options: argparse.Namespace) -> runs.Run:
+    """The run that is named, its model on the device that is."""
+    run = runs.Run.load(options.model)
+    run.model.to(usable_device(options.device))
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------------- train
@@ -188,7 +201,9 @@ def _plot_training(result: ndm_ct.FitResult, path: Path) -> None:
     axes.set(xlabel="step", ylabel="bits per dimension" if bits else "bound, nats of standardised rows")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    write_atomically(path, picture.getvalue())
 
 
 # ----------------------------------------------------------------------------------------------- loglik and evaluate
@@ -204,14 +219,13 @@ def _add_loglik(command: Command) -> None:
     _add_data(parser)
     parser.add_argument("--out", type=Path, required=True, help=f"file to write: {', '.join(TABLES)}")
     parser.add_argument("--stderr", type=float, help="standard error to reach for every row, nats")
-    parser.add_argument("--batch-size", type=int, default=256, help="rows solved together (default: %(default)s)")
+    _add_batch_size(parser, "solved")
     _add_seed(parser)
     _add_common(parser)
 
 
 def _loglik(options: argparse.Namespace) -> int:
-    run = runs.Run.load(options.model)
-    run.model.to(options.device)
+    run = _run(options)
     if options.out.suffix not in TABLES:
         raise UsageError(f"--out must end in {', '.join(TABLES)}, got {str(options.out)!r}.")
     if run.bins is not None and options.stderr is not None:
@@ -265,15 +279,14 @@ def _add_evaluate(command: Command) -> None:
     parser.add_argument("--samples", type=int, help="times and noises per row of the ELBO (default: 64)")
     parser.add_argument("--stderr", type=float, help="standard error of the mean to stop at, nats")
     parser.add_argument("--max-rows", type=int, help="rows to score at most")
-    parser.add_argument("--batch-size", type=int, default=256, help="rows solved together (default: %(default)s)")
+    _add_batch_size(parser, "solved")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop after so long")
     _add_seed(parser)
     _add_common(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    run = runs.Run.load(options.model)
-    run.model.to(options.device)
+    run = _run(options)
     elbo = options.bound == "elbo"
     if options.samples is not None and not elbo:
         raise UsageError("--samples is for --bound elbo.")
@@ -307,14 +320,13 @@ def _add_sample(command: Command) -> None:
     )
     parser.add_argument("--method", default="ode", help="a sampler's name (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of a method on a grid")
-    parser.add_argument("--batch-size", type=int, default=256, help="rows drawn together (default: %(default)s)")
+    _add_batch_size(parser, "drawn")
     _add_seed(parser)
     _add_common(parser)
 
 
 def _sample(options: argparse.Namespace) -> int:
-    run = runs.Run.load(options.model)
-    run.model.to(options.device)
+    run = _run(options)
     images = len(run.model.event_shape) == 3
     if options.out.suffix not in (*TABLES, ".png"):
         raise UsageError(f"--out must end in {', '.join(TABLES)} or .png, got {str(options.out)!r}.")
@@ -338,8 +350,6 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _png(x: Tensor) -> bytes:
     """Images in a square, their values stretched over the grey levels."""
-    import io
-
     try:
         from PIL import Image
     except ImportError as error:

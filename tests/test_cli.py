@@ -311,3 +311,29 @@ def test_integers_of_a_table_are_levels_where_asked(tmp_path, capsys):
         cli.main(["loglik", str(tmp_path / "run"), str(tmp_path / "rows.csv"), "--out", str(tmp_path / "q.npz")]) == 1
     )
     assert "values that are no integers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--head", "moments", "--transform", "neural", "--gamma-max", "-20"], "gamma_min must be below gamma_max"),
+        (["--device", "cuda:99"], "device='cuda:99' is none that can be used here"),
+        (["--lr", "0"], "lr must be positive"),
+        (["--patience", "3", "--validation-fraction", "0"], "patience has no effect without validation"),
+        (["--levels", "4"], "values that are no integers"),
+    ],
+)
+def test_settings_that_make_no_training_leave_nothing_that_insists_on_them(tmp_path, capsys, arguments, words):
+    data, out = write_csv(tmp_path / "train.csv", table(60)), tmp_path / "run"
+    assert cli.main(["train", str(data), "--out", str(out), *QUICK, *arguments]) == 1
+    assert words in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+    assert cli.main(["train", str(data), "--out", str(out), *QUICK, "--time-limit", "1e-6"]) == 130
+    assert cli.main(["train", str(data), "--out", str(out), *QUICK, "--patience", "0"]) == 1
+    assert (out / "config.json").exists()  # of the training that has begun
+
+
+def test_a_device_that_is_not_there_is_named(trained, capsys):
+    arguments = ["sample", str(trained / "run"), "--out", str(trained / "x.csv"), "--device", "cuda:99"]
+    assert cli.main(arguments) == 1
+    assert "device='cuda:99' is none that can be used here" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from oracles import setting
 
 import ndm_ct
 from ndm_ct import checkpoint, schedules, transforms
@@ -242,14 +243,6 @@ def damages(path):
     yield "without metadata", st.save({"a": torch.ones(2)})
     for name, text in {"no JSON": "{", "no object": "[1]", "no string": '{"sha256": 3}', "deep": "[" * 100_000}.items():
         yield name, st.save({}, {"ndm_ct": text})
-
-    def setting(*keys, to):
-        def change(description, tensors):
-            for key in keys[:-1]:
-                description = description[key]
-            description[keys[-1]] = to
-
-        return change
 
     for name, change in {
         "unknown class": setting("model", "predictor", "type", to="Popen"),
