@@ -269,21 +269,40 @@ def write(path: PathLike, tensors: Mapping[str, Any], description: dict[str, Any
 
 
 @contextmanager
-def open_folder(path: PathLike, holds: str, what: str, leftovers: str, resume: bool) -> Iterator[None]:
-    """Make the folder of a run, keep other processes out, and clear away what one that was killed has left.
-
-    The lock is the operating system's, on the file ``.lock``: it ends with the process, however that ends.
+def open_folder(path: PathLike, holds: str, what: str, resume: bool) -> Iterator[None]:
+    """Make the folder of a run, and keep other processes out, see :func:`alone_in`.
 
     Args:
         path: the folder.
         holds: name of the file that a run continues from.
         what: what that file is, for the message.
-        leftovers: pattern of the temporary files of :func:`write_atomically`.
         resume: whether it may be there.
 
     Raises:
         ValueError: it is there, and ``resume`` is False.
+        BlockingIOError, OSError: as :func:`alone_in`.
+    """
+    with alone_in(path, f"run_dir={str(path)!r}"):
+        if not resume and (Path(path) / holds).exists():
+            raise ValueError(
+                f"run_dir={str(path)!r} holds {what} and resume=False; choose another folder, or delete it."
+            )
+        yield
+
+
+@contextmanager
+def alone_in(path: PathLike, name: str) -> Iterator[None]:
+    """Make a folder, keep other processes out, and clear away what one that was killed has left.
+
+    The lock is the operating system's, on the file ``.lock``: it ends with the process, however that ends.
+
+    Args:
+        path: the folder.
+        name: what messages call it.
+
+    Raises:
         BlockingIOError: another process, or another call of this one, is at work in the folder.
+        OSError: the folder cannot be made, or not be written to.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -292,19 +311,19 @@ def open_folder(path: PathLike, holds: str, what: str, leftovers: str, resume: b
         lock.acquire(timeout=0)
     except Timeout as error:
         raise BlockingIOError(
-            errno.EWOULDBLOCK,
-            f"run_dir={str(path)!r} is in use by another process; wait until that has ended, or choose another folder.",
+            errno.EWOULDBLOCK, f"{name} is in use by another process; wait until that has ended, or choose another."
         ) from error
     try:
-        if not resume and (folder / holds).exists():
-            raise ValueError(
-                f"run_dir={str(path)!r} holds {what} and resume=False; choose another folder, or delete it."
-            )
-        for leftover in folder.glob(leftovers):
-            leftover.unlink()
+        clear_leftovers(folder)
         yield
     finally:
         lock.release()
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the temporary files of :func:`write_atomically` that a process left which was killed."""
+    for leftover in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_atomically(path: PathLike, data: bytes) -> None:

@@ -9,7 +9,8 @@ import io
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ndm_ct
-from ndm_ct import demo, runs, selfcheck
-from ndm_ct._shapes import usable_device
+from ndm_ct import demo, parts, runs, selfcheck
+from ndm_ct._shapes import usable_device, validate_count
 from ndm_ct.bits import bits_per_dim
 from ndm_ct.checkpoint import write_atomically
 from ndm_ct.evaluation import evaluate
 from ndm_ct.files import TABLES, read, write_table
 from ndm_ct.likelihood import loglik
+from ndm_ct.rows import sha256
 from ndm_ct.sampling import sample
 
 __all__ = ["main"]
@@ -206,6 +208,40 @@ def _plot_training(result: ndm_ct.FitResult, path: Path) -> None:
     write_atomically(path, picture.getvalue())
 
 
+# ---------------------------------------------------------------------------------------------------------- in batches
+
+
+def _batches(options: argparse.Namespace, total: int) -> list[slice]:
+    """Of so many rows; none of them is one empty batch."""
+    size = validate_count("batch_size", options.batch_size)
+    return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
+
+
+@contextmanager
+def _made(
+    options: argparse.Namespace, total: int, settings: dict[str, Any], make: Callable[[slice], dict[str, Tensor]]
+) -> Iterator[dict[str, Tensor]]:
+    """Columns of all rows; finished batches are kept beside the output until the block has written it.
+
+    Args:
+        options: of the command.
+        total: number of rows.
+        settings: what determines the rows, beside model, batches, seed and device.
+        make: the columns of a batch.
+    """
+    shared = {
+        "command": options.command, "model": runs.fingerprint(options.model), "batch_size": options.batch_size,
+        "seed": options.seed, "device": torch.device(options.device).type,
+    }  # fmt: skip
+    found = []
+    with parts.kept(options.out, shared | settings) as kept:
+        with tqdm(total=total, unit="row", disable=options.quiet, dynamic_ncols=True) as bar:
+            for rows in _batches(options, total):
+                found.append(kept.batch(rows, make))
+                bar.update(rows.stop - rows.start)
+        yield {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
 # ----------------------------------------------------------------------------------------------- loglik and evaluate
 
 
@@ -213,7 +249,8 @@ def _add_loglik(command: Command) -> None:
     parser = command(
         "loglik", _loglik, "score the rows of a file, each with its error",
         "Columns: row, log_p (nats, in the units of the data) and stderr; for integers also bits_per_dim, of a bound\n"
-        "on log P. Up to 32 dimensions the trace is exact and stderr 0. Rows that cannot be solved are nan.",
+        "on log P. Up to 32 dimensions the trace is exact and stderr 0. Rows that cannot be solved are nan.\n"
+        "Ctrl-C stops, and the same command goes on with the batches it has finished.",
     )  # fmt: skip
     _add_model(parser)
     _add_data(parser)
@@ -231,16 +268,14 @@ def _loglik(options: argparse.Namespace) -> int:
     if run.bins is not None and options.stderr is not None:
         raise UsageError("--stderr is for real values; integers are scored through noise in their bins.")
     values = run.rows(options.data, options.array)
-    scored: list[dict[str, Tensor]] = []
-    bar = tqdm(total=len(values), unit="row", disable=options.quiet, dynamic_ncols=True)
-    with bar:
-        for start in range(0, len(values), options.batch_size):
-            x = values[start : start + options.batch_size].to(options.device)
-            generator = torch.Generator(options.device).manual_seed(options.seed + start)
-            scored.append(_scores(run, x, options.stderr, generator))
-            bar.update(len(x))
-    columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
-    write_table(options.out, {"row": torch.arange(len(values))} | columns)
+
+    def make(rows: slice) -> dict[str, Tensor]:
+        generator = torch.Generator(options.device).manual_seed(options.seed + rows.start)
+        return _scores(run, values[rows], options.stderr, generator)
+
+    data = sha256(values[rows] for rows in _batches(options, len(values)))
+    with _made(options, len(values), {"data": data, "stderr": options.stderr}, make) as columns:
+        write_table(options.out, {"row": torch.arange(len(values))} | columns)
     good = columns["log_p"][columns["log_p"].isfinite()]
     failed = len(values) - len(good)
     print(
@@ -311,7 +346,8 @@ def _add_sample(command: Command) -> None:
     parser = command(
         "sample", _sample, "draw rows",
         "Tables are written as csv, tsv, parquet or npz, images as npz (array x, levels) or as a png of all of them.\n"
-        "Every row has a seed of its own: drawing more leaves the first ones as they were.",
+        "Every row has a seed of its own: drawing more leaves the first ones as they were.\n"
+        "Ctrl-C stops, and the same command goes on with the batches it has finished.",
     )  # fmt: skip
     _add_model(parser)
     parser.add_argument("-n", type=int, default=64, help="number of rows (default: %(default)s)")
@@ -332,18 +368,23 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError(f"--out must end in {', '.join(TABLES)} or .png, got {str(options.out)!r}.")
     if (options.out.suffix == ".png") != images and options.out.suffix != ".npz":
         raise UsageError("images are written as .npz or .png." if images else "a png is for images; write a table.")
-    generators = [torch.Generator(options.device).manual_seed(options.seed + row) for row in range(options.n)]
-    z = sample(
-        run.model, options.n, method=options.method, steps=options.steps, generator=generators,
-        batch_size=options.batch_size, progress=not options.quiet,
-    )  # fmt: skip
-    x = run.units(z.cpu())
-    if options.out.suffix == ".png":
-        write_atomically(options.out, _png(x))
-    elif len(run.model.event_shape) == 1:
-        write_table(options.out, dict(zip(run.names, x.T, strict=True)))
-    else:
-        write_table(options.out, {"x": x})
+
+    def make(rows: slice) -> dict[str, Tensor]:
+        seeds = range(options.seed + rows.start, options.seed + rows.stop)
+        generators = [torch.Generator(options.device).manual_seed(seed) for seed in seeds]
+        z = sample(
+            run.model, rows.stop - rows.start, method=options.method, steps=options.steps, generator=generators
+        )  # fmt: skip
+        return {"x": run.units(z.cpu())}
+
+    with _made(options, options.n, {"method": options.method, "steps": options.steps}, make) as columns:
+        x = columns["x"]
+        if options.out.suffix == ".png":
+            write_atomically(options.out, _png(x))
+        elif len(run.model.event_shape) == 1:
+            write_table(options.out, dict(zip(run.names, x.T, strict=True)))
+        else:
+            write_table(options.out, columns)
     print(f"{options.out}: {len(x)} rows by {options.method}")
     return 0
 

@@ -625,7 +625,7 @@ class _Folder:
         """For this evaluation alone; the main process holds the lock for all."""
         with ExitStack() as stack:
             if self.is_real:
-                lock = checkpoint.open_folder(self.path, self.journal.name, "scored rows", ".*.json*.tmp", self.resume)
+                lock = checkpoint.open_folder(self.path, self.journal.name, "scored rows", self.resume)
                 self.group.of_main(lambda: stack.enter_context(lock))
             yield
 

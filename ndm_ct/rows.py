@@ -17,7 +17,7 @@ from ndm_ct.files import let_go
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation, validate_quantisation
 
-__all__ = ["DEQUANTISATIONS", "Bins", "Source", "Standardised"]
+__all__ = ["DEQUANTISATIONS", "Bins", "Source", "Standardised", "sha256"]
 
 DEQUANTISATIONS = ("uniform", "centres")
 
@@ -204,9 +204,9 @@ class Source:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for a training to continue; of a Dataset only the length is known."""
-        digests = {key: _sha256([value]) for key, value in self.cond.items()}
+        digests = {key: sha256([value]) for key, value in self.cond.items()}
         if not isinstance(self.data, Dataset):
-            digests[""] = _sha256(part for _, part in self._parts(self.data))
+            digests[""] = sha256(part for _, part in self._parts(self.data))
         return {"rows": self.rows, "sha256": digests}
 
 
@@ -219,7 +219,7 @@ def _readable(dtype: np.dtype) -> np.dtype:
     return dtype.newbyteorder("=")
 
 
-def _sha256(parts: Iterable[Tensor]) -> str:
+def sha256(parts: Iterable[Tensor]) -> str:
     """Of the values, whatever they are divided into."""
     digest = hashlib.sha256()
     for part in parts:

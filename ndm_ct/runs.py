@@ -13,6 +13,7 @@ centres, with :math:`\sigma_0/\alpha_0` a third of a bin's half-width.
 makes the model, with the data the training.
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -37,7 +38,7 @@ from ndm_ct.rows import Standardised
 from ndm_ct.schedules import LearnedLogSNR, LinearLogSNR, Schedule
 from ndm_ct.training import FitResult, fit
 
-__all__ = ["Run", "Settings", "settings_from_file", "settings_of", "train"]
+__all__ = ["Run", "Settings", "fingerprint", "settings_from_file", "settings_of", "train"]
 
 TRANSFORMS = ("identity", "separable", "neural", "scaling")
 SCHEDULES = {"linear": LinearLogSNR, "learned": LearnedLogSNR}
@@ -240,6 +241,12 @@ def _levels(rows: Rows, levels: int, source: str) -> Tensor:
         values = whole
     Quantisation(levels).validate(values, source)
     return values
+
+
+def fingerprint(folder: PathLike) -> str:
+    """SHA-256 of all that the scores and samples of a run depend on: its configuration and its model."""
+    files = (Path(folder) / name for name in ("config.json", "model.safetensors"))
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 
 def settings_of(folder: PathLike) -> Settings:

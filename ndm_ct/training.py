@@ -324,9 +324,7 @@ class _Folder:
         folder = cls(path, group)
         with ExitStack() as stack:
             if path is not None:
-                lock = checkpoint.open_folder(
-                    path, folder.checkpoint.name, "a checkpoint", ".*.safetensors.*.tmp", resume
-                )
+                lock = checkpoint.open_folder(path, folder.checkpoint.name, "a checkpoint", resume)
                 group.of_main(lambda: stack.enter_context(lock))
             yield folder
 

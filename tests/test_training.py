@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 
 import numpy as np
 import pytest
@@ -683,7 +684,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
             time.sleep(0.002)
     with (folder / "log.jsonl").open("a") as file:
         file.write('{"step": 59, "lo')
-    (folder / ".checkpoint.safetensors.0.tmp").write_bytes(b"half")
+    for name in ("checkpoint.safetensors", "log.jsonl"):
+        (folder / f".{name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
     model, result = regular(folder)
     assert kills > 0
     assert same(model, expected)
