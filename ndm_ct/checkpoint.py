@@ -16,7 +16,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def save(model: NDM, path: PathLike) -> None:
     Raises:
         ValueError: the prior, schedule or volatility cannot be described in the file. Nothing is written.
         TypeError: the model's state holds something that is no tensor. Nothing is written.
+        OSError: the file cannot be written. One that was there is as it was.
 
     Example:
         >>> import tempfile, ndm_ct
@@ -305,10 +306,11 @@ def alone_in(path: PathLike, name: str) -> Iterator[None]:
         OSError: the folder cannot be made, or not be written to.
     """
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
     except Timeout as error:
         raise BlockingIOError(
             errno.EWOULDBLOCK, f"{name} is in use by another process; wait until that has ended, or choose another."
@@ -327,24 +329,63 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def write_atomically(path: PathLike, data: bytes) -> None:
-    """Replace the file at ``path`` by ``data``; a failure or a crash leaves the old file as it was."""
+    """Replace the file at ``path`` by ``data``; a failure or a crash leaves the old file as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _writing(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # in a folder that cannot be written to there is none
+                temporary.unlink(missing_ok=True)
+            raise
     if os.name == "posix":  # the rename itself, too, is on the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def append(path: PathLike, line: bytes) -> None:
+    """Add a line to the end of a file, which a failure leaves as it was; a kill may leave a part of the line.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _writing(Path(path)), Path(path).open("ab", buffering=0) as file:
+        before, rest = file.tell(), memoryview(line)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
+_FULL = "free some space or write elsewhere"
+_CURES = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL, errno.ENOENT: "make its folder first"}
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """The system's errors name this path, not a temporary file or none, and say what to do."""
+    try:
+        yield
+    except Timeout:  # of the lock
+        raise
+    except OSError as error:
+        cure = _CURES.get(error.errno or 0, "make the place writable or write elsewhere")
+        raise OSError(error.errno, f"{error.strerror}: nothing was changed; {cure}", str(path)) from error
 
 
 def read(path: PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

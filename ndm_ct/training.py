@@ -370,8 +370,7 @@ class _Folder:
     def add(self, row: Row) -> None:
         self.rows.append(row)
         if self.path is not None and self.group.is_main:
-            with self.log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            checkpoint.append(self.log, json.dumps(row).encode() + b"\n")
 
 
 def _described(objective: Objective) -> str:
