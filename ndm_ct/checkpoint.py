@@ -322,9 +322,14 @@ def alone_in(path: PathLike, name: str) -> Iterator[None]:
         lock.release()
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove the temporary files of :func:`write_atomically` that a process left which was killed."""
-    for leftover in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):
+def clear_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files that a process left which was killed in :func:`write_atomically`.
+
+    Args:
+        folder: where they are.
+        name: of the file that was written, a pattern.
+    """
+    for leftover in folder.glob(f".{name}.{'[0-9a-f]' * 32}.tmp"):
         leftover.unlink(missing_ok=True)
 
 

@@ -4,6 +4,7 @@ While ``drawn.csv`` is being made, the hidden folder ``.drawn.csv.parts`` holds 
 whole or not at all, with a checksum and with all that determines its rows. The folder goes when the output is there.
 """
 
+import glob
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -92,6 +93,7 @@ def kept(out: Path, settings: dict[str, Any]) -> Iterator[Parts]:
     """
     folder = out.with_name(f".{out.name}.parts")
     with checkpoint.alone_in(folder, repr(str(out))):
+        checkpoint.clear_leftovers(out.parent, glob.escape(out.name))
         parts = Parts(folder, settings)
         try:
             yield parts

@@ -374,6 +374,7 @@ def stopped(trained, tmp_path, monkeypatch):
 def test_a_command_that_was_stopped_goes_on(stopped, trained, tmp_path, monkeypatch, capsys, command, out):
     """With the batches that are left, to the bytes of a command that was not stopped; nothing stays beside them."""
     arguments, path, beside = stopped(command, out)
+    (tmp_path / f".{out}.{'0' * 32}.tmp").write_bytes(b"of a process killed while it wrote the output")
     assert "the same command goes on" in capsys.readouterr().err
     assert not path.exists()
     assert sorted(each.name for each in beside.iterdir()) == [".lock", "0-16.safetensors", "16-32.safetensors"]
