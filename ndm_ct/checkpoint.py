@@ -390,7 +390,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         cure = _CURES.get(error.errno or 0, "make the place writable or write elsewhere")
-        raise OSError(error.errno, f"{error.strerror}: nothing was changed; {cure}", str(path)) from error
+        raise OSError(error.errno, f"{error.strerror or error}: nothing was changed; {cure}", str(path)) from error
 
 
 def read(path: PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
