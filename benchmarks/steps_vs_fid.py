@@ -57,7 +57,7 @@ from tqdm import tqdm
 
 import ndm_ct
 from ndm_ct import nn, schedules, transforms
-from ndm_ct.checkpoint import write_atomically
+from ndm_ct.checkpoint import alone_in, clear_leftovers, write_atomically
 from ndm_ct.quantisation import Quantisation
 
 try:
@@ -189,8 +189,6 @@ class Store:
         self.folder, self.shared = folder, shared
         for part in ("samples", "scores"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-            for leftover in (folder / part).glob(".*.tmp"):  # of a run killed while it wrote
-                leftover.unlink()
 
     def key(self, cell: Cell) -> str:
         """Digest of all that determines the samples."""
@@ -570,9 +568,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Draw, compare, write; returns what ``results.json`` holds."""
+    """Draw, compare, write, as the only process in the output folder; returns what ``results.json`` holds."""
     options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    with alone_in(options.out, f"--out {options.out}"):
+        for folder in options.out.rglob("*"):
+            if folder.is_dir():
+                clear_leftovers(folder)
+        return measure(options)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Draw, compare, write, by the options of the command line."""
     samplers = [parse_sampler(name) for name in options.samplers]
     split = data.dataset(options.data, options.size)
     assert split.levels is not None

@@ -191,6 +191,14 @@ def validate_values(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on device meta, which holds no values; make it on the CPU or an accelerator.")
 
 
+def usable_device(device: Any) -> torch.device:
+    """The device by that name; a ValueError if there is none here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # the last from builds without the device
+        raise ValueError(f"device={device!r} is none that can be used here ({str(error).splitlines()[0]}).") from error
+
+
 def validate_data(
     x: Any, event_shape: tuple[int, ...], *, name: str = "x", dtype: torch.dtype | None, device: torch.device | None
 ) -> Tensor:

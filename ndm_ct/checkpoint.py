@@ -16,7 +16,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def save(model: NDM, path: PathLike) -> None:
     Raises:
         ValueError: the prior, schedule or volatility cannot be described in the file. Nothing is written.
         TypeError: the model's state holds something that is no tensor. Nothing is written.
+        OSError: the file cannot be written. One that was there is as it was.
 
     Example:
         >>> import tempfile, ndm_ct
@@ -285,63 +286,128 @@ def write(path: PathLike, tensors: Mapping[str, Any], description: dict[str, Any
 
 
 @contextmanager
-def open_folder(path: PathLike, holds: str, what: str, leftovers: str, resume: bool) -> Iterator[None]:
-    """Make the folder of a run, keep other processes out, and clear away what one that was killed has left.
-
-    The lock is the operating system's, on the file ``.lock``: it ends with the process, however that ends.
+def open_folder(path: PathLike, holds: str, what: str, resume: bool) -> Iterator[None]:
+    """Make the folder of a run, and keep other processes out, see :func:`alone_in`.
 
     Args:
         path: the folder.
         holds: name of the file that a run continues from.
         what: what that file is, for the message.
-        leftovers: pattern of the temporary files of :func:`write_atomically`.
         resume: whether it may be there.
 
     Raises:
         ValueError: it is there, and ``resume`` is False.
-        BlockingIOError: another process, or another call of this one, is at work in the folder.
+        BlockingIOError, OSError: as :func:`alone_in`.
     """
     folder = as_path("run_dir", path)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise BlockingIOError(
-            errno.EWOULDBLOCK,
-            f"run_dir={str(path)!r} is in use by another process; wait until that has ended, or choose another folder.",
-        ) from error
-    try:
+    with alone_in(folder, f"run_dir={str(path)!r}"):
         if not resume and (folder / holds).exists():
             raise ValueError(
                 f"run_dir={str(path)!r} holds {what} and resume=False; choose another folder, or delete it."
             )
-        for leftover in folder.glob(leftovers):
-            leftover.unlink()
+        yield
+
+
+@contextmanager
+def alone_in(path: PathLike, name: str) -> Iterator[None]:
+    """Make a folder, keep other processes out, and clear away what one that was killed has left.
+
+    The lock is the operating system's, on the file ``.lock``: it ends with the process, however that ends.
+
+    Args:
+        path: the folder.
+        name: what messages call it.
+
+    Raises:
+        BlockingIOError: another process, or another call of this one, is at work in the folder.
+        OSError: the folder cannot be made, or not be written to.
+    """
+    folder = Path(path)
+    lock = FileLock(folder / ".lock")
+    try:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BlockingIOError(
+            errno.EWOULDBLOCK, f"{name} is in use by another process; wait until that has ended, or choose another."
+        ) from error
+    try:
+        clear_leftovers(folder)
         yield
     finally:
         lock.release()
 
 
+def clear_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files that a process left which was killed in :func:`write_atomically`.
+
+    Args:
+        folder: where they are.
+        name: of the file that was written, a pattern.
+    """
+    for leftover in folder.glob(f".{name}.{'[0-9a-f]' * 32}.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_atomically(path: PathLike, data: bytes) -> None:
-    """Replace the file at ``path`` by ``data``; a failure or a crash leaves the old file as it was."""
+    """Replace the file at ``path`` by ``data``; a failure or a crash leaves the old file as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = as_path("path", path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _writing(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # in a folder that cannot be written to there is none
+                temporary.unlink(missing_ok=True)
+            raise
     if os.name == "posix":  # the rename itself, too, is on the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def append(path: PathLike, line: bytes) -> None:
+    """Add a line to the end of a file, which a failure leaves as it was; a kill may leave a part of the line.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _writing(Path(path)), Path(path).open("ab", buffering=0) as file:
+        before, rest = file.tell(), memoryview(line)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
+_FULL = "free some space or write elsewhere"
+_CURES = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL, errno.ENOENT: "make its folder first"}
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """The system's errors name this path, not a temporary file or none, and say what to do."""
+    try:
+        yield
+    except Timeout:  # of the lock
+        raise
+    except OSError as error:
+        cure = _CURES.get(error.errno or 0, "make the place writable or write elsewhere")
+        raise OSError(error.errno, f"{error.strerror or error}: nothing was changed; {cure}", str(path)) from error
 
 
 def read(path: PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,10 +5,12 @@ Every command says what it does and how to go on under ``--help``. Exit codes: 0
 """
 
 import argparse
+import io
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ndm_ct
-from ndm_ct import demo, runs, selfcheck
+from ndm_ct import demo, parts, runs, selfcheck
+from ndm_ct._shapes import usable_device, validate_count
 from ndm_ct.bits import bits_per_dim
 from ndm_ct.checkpoint import write_atomically
 from ndm_ct.evaluation import evaluate
 from ndm_ct.files import TABLES, read, write_table
 from ndm_ct.likelihood import loglik
+from ndm_ct.rows import sha256
 from ndm_ct.sampling import sample
 
 __all__ = ["main"]
@@ -97,6 +101,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def _add_batch_size(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--batch-size", type=int, default=256, help=f"rows {what} together (default: %(default)s)")
+
+
 def _add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
 
@@ -104,6 +112,13 @@ def _add_seed(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="rows: npy, npz, csv, tsv, parquet, idx, or a folder of images")
     parser.add_argument("--array", help="name of the array in an npz file that has several")
+
+
+def _run(options: argparse.Namespace) -> runs.Run:
+    """The run that is named, its model on the device that is."""
+    run = runs.Run.load(options.model)
+    run.model.to(usable_device(options.device))
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------------- train
@@ -188,7 +203,43 @@ def _plot_training(result: ndm_ct.FitResult, path: Path) -> None:
     axes.set(xlabel="step", ylabel="bits per dimension" if bits else "bound, nats of standardised rows")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    write_atomically(path, picture.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------- in batches
+
+
+def _batches(options: argparse.Namespace, total: int) -> list[slice]:
+    """Of so many rows; none of them is one empty batch."""
+    size = validate_count("batch_size", options.batch_size)
+    return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
+
+
+@contextmanager
+def _made(
+    options: argparse.Namespace, total: int, settings: dict[str, Any], make: Callable[[slice], dict[str, Tensor]]
+) -> Iterator[dict[str, Tensor]]:
+    """Columns of all rows; finished batches are kept beside the output until the block has written it.
+
+    Args:
+        options: of the command.
+        total: number of rows.
+        settings: what determines the rows, beside model, batches, seed and device.
+        make: the columns of a batch.
+    """
+    shared = {
+        "command": options.command, "model": runs.fingerprint(options.model), "batch_size": options.batch_size,
+        "seed": options.seed, "device": torch.device(options.device).type,
+    }  # fmt: skip
+    found = []
+    with parts.kept(options.out, shared | settings) as kept:
+        with tqdm(total=total, unit="row", disable=options.quiet, dynamic_ncols=True) as bar:
+            for rows in _batches(options, total):
+                found.append(kept.batch(rows, make))
+                bar.update(rows.stop - rows.start)
+        yield {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 # ----------------------------------------------------------------------------------------------- loglik and evaluate
@@ -198,35 +249,33 @@ def _add_loglik(command: Command) -> None:
     parser = command(
         "loglik", _loglik, "score the rows of a file, each with its error",
         "Columns: row, log_p (nats, in the units of the data) and stderr; for integers also bits_per_dim, of a bound\n"
-        "on log P. Up to 32 dimensions the trace is exact and stderr 0. Rows that cannot be solved are nan.",
+        "on log P. Up to 32 dimensions the trace is exact and stderr 0. Rows that cannot be solved are nan.\n"
+        "Ctrl-C stops, and the same command goes on with the batches it has finished.",
     )  # fmt: skip
     _add_model(parser)
     _add_data(parser)
     parser.add_argument("--out", type=Path, required=True, help=f"file to write: {', '.join(TABLES)}")
     parser.add_argument("--stderr", type=float, help="standard error to reach for every row, nats")
-    parser.add_argument("--batch-size", type=int, default=256, help="rows solved together (default: %(default)s)")
+    _add_batch_size(parser, "solved")
     _add_seed(parser)
     _add_common(parser)
 
 
 def _loglik(options: argparse.Namespace) -> int:
-    run = runs.Run.load(options.model)
-    run.model.to(options.device)
+    run = _run(options)
     if options.out.suffix not in TABLES:
         raise UsageError(f"--out must end in {', '.join(TABLES)}, got {str(options.out)!r}.")
     if run.bins is not None and options.stderr is not None:
         raise UsageError("--stderr is for real values; integers are scored through noise in their bins.")
     values = run.rows(options.data, options.array)
-    scored: list[dict[str, Tensor]] = []
-    bar = tqdm(total=len(values), unit="row", disable=options.quiet, dynamic_ncols=True)
-    with bar:
-        for start in range(0, len(values), options.batch_size):
-            x = values[start : start + options.batch_size].to(options.device)
-            generator = torch.Generator(options.device).manual_seed(options.seed + start)
-            scored.append(_scores(run, x, options.stderr, generator))
-            bar.update(len(x))
-    columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
-    write_table(options.out, {"row": torch.arange(len(values))} | columns)
+
+    def make(rows: slice) -> dict[str, Tensor]:
+        generator = torch.Generator(options.device).manual_seed(options.seed + rows.start)
+        return _scores(run, values[rows], options.stderr, generator)
+
+    data = sha256(values[rows] for rows in _batches(options, len(values)))
+    with _made(options, len(values), {"data": data, "stderr": options.stderr}, make) as columns:
+        write_table(options.out, {"row": torch.arange(len(values))} | columns)
     good = columns["log_p"][columns["log_p"].isfinite()]
     failed = len(values) - len(good)
     print(
@@ -265,15 +314,14 @@ def _add_evaluate(command: Command) -> None:
     parser.add_argument("--samples", type=int, help="times and noises per row of the ELBO (default: 64)")
     parser.add_argument("--stderr", type=float, help="standard error of the mean to stop at, nats")
     parser.add_argument("--max-rows", type=int, help="rows to score at most")
-    parser.add_argument("--batch-size", type=int, default=256, help="rows solved together (default: %(default)s)")
+    _add_batch_size(parser, "solved")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop after so long")
     _add_seed(parser)
     _add_common(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    run = runs.Run.load(options.model)
-    run.model.to(options.device)
+    run = _run(options)
     elbo = options.bound == "elbo"
     if options.samples is not None and not elbo:
         raise UsageError("--samples is for --bound elbo.")
@@ -298,7 +346,8 @@ def _add_sample(command: Command) -> None:
     parser = command(
         "sample", _sample, "draw rows",
         "Tables are written as csv, tsv, parquet or npz, images as npz (array x, levels) or as a png of all of them.\n"
-        "Every row has a seed of its own: drawing more leaves the first ones as they were.",
+        "Every row has a seed of its own: drawing more leaves the first ones as they were.\n"
+        "Ctrl-C stops, and the same command goes on with the batches it has finished.",
     )  # fmt: skip
     _add_model(parser)
     parser.add_argument("-n", type=int, default=64, help="number of rows (default: %(default)s)")
@@ -307,39 +356,41 @@ def _add_sample(command: Command) -> None:
     )
     parser.add_argument("--method", default="ode", help="a sampler's name (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of a method on a grid")
-    parser.add_argument("--batch-size", type=int, default=256, help="rows drawn together (default: %(default)s)")
+    _add_batch_size(parser, "drawn")
     _add_seed(parser)
     _add_common(parser)
 
 
 def _sample(options: argparse.Namespace) -> int:
-    run = runs.Run.load(options.model)
-    run.model.to(options.device)
+    run = _run(options)
     images = len(run.model.event_shape) == 3
     if options.out.suffix not in (*TABLES, ".png"):
         raise UsageError(f"--out must end in {', '.join(TABLES)} or .png, got {str(options.out)!r}.")
     if (options.out.suffix == ".png") != images and options.out.suffix != ".npz":
         raise UsageError("images are written as .npz or .png." if images else "a png is for images; write a table.")
-    generators = [torch.Generator(options.device).manual_seed(options.seed + row) for row in range(options.n)]
-    z = sample(
-        run.model, options.n, method=options.method, steps=options.steps, generator=generators,
-        batch_size=options.batch_size, progress=not options.quiet,
-    )  # fmt: skip
-    x = run.units(z.cpu())
-    if options.out.suffix == ".png":
-        write_atomically(options.out, _png(x))
-    elif len(run.model.event_shape) == 1:
-        write_table(options.out, dict(zip(run.names, x.T, strict=True)))
-    else:
-        write_table(options.out, {"x": x})
+
+    def make(rows: slice) -> dict[str, Tensor]:
+        seeds = range(options.seed + rows.start, options.seed + rows.stop)
+        generators = [torch.Generator(options.device).manual_seed(seed) for seed in seeds]
+        z = sample(
+            run.model, rows.stop - rows.start, method=options.method, steps=options.steps, generator=generators
+        )  # fmt: skip
+        return {"x": run.units(z.cpu())}
+
+    with _made(options, options.n, {"method": options.method, "steps": options.steps}, make) as columns:
+        x = columns["x"]
+        if options.out.suffix == ".png":
+            write_atomically(options.out, _png(x))
+        elif len(run.model.event_shape) == 1:
+            write_table(options.out, dict(zip(run.names, x.T, strict=True)))
+        else:
+            write_table(options.out, columns)
     print(f"{options.out}: {len(x)} rows by {options.method}")
     return 0
 
 
 def _png(x: Tensor) -> bytes:
     """Images in a square, their values stretched over the grey levels."""
-    import io
-
     try:
         from PIL import Image
     except ImportError as error:

@@ -32,7 +32,6 @@ killed continues with the bits of one that was not.
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -625,7 +624,7 @@ class _Folder:
         """For this evaluation alone; the main process holds the lock for all."""
         with ExitStack() as stack:
             if self.is_real:
-                lock = checkpoint.open_folder(self.path, self.journal.name, "scored rows", ".*.json*.tmp", self.resume)
+                lock = checkpoint.open_folder(self.path, self.journal.name, "scored rows", self.resume)
                 self.group.of_main(lambda: stack.enter_context(lock))
             yield
 
@@ -674,10 +673,7 @@ class _Folder:
         if not self.journal.exists():
             header = {"format": FORMAT, "kind": self.kind, "settings": self.settings}
             checkpoint.write_atomically(self.journal, _encoded(header))
-        with self.journal.open("ab") as file:
-            file.write(_encoded(batch.to_json()))
-            file.flush()
-            os.fsync(file.fileno())
+        checkpoint.append(self.journal, _encoded(batch.to_json()))
 
     def write_result(self, result: Record) -> None:
         if self.is_real and self.group.is_main:

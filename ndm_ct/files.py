@@ -15,10 +15,11 @@ Unsigned bytes are integer levels 0 ... 255, of images ``(N, C, H, W)``; everyth
 import csv
 import gzip
 import io
+import mmap
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,16 @@ from torch import Tensor
 
 from ndm_ct.checkpoint import PathLike, write_atomically
 
-__all__ = ["Rows", "idx", "levels_of_images", "pictures", "read", "write_table"]
+__all__ = ["Rows", "blocks", "idx", "let_go", "levels_of_images", "pictures", "read", "write_table"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 """Endings of the files of an image folder."""
 
 TABLES = (".csv", ".tsv", ".parquet", ".npz")
 """Endings of what :func:`write_table` writes."""
+
+_BLOCK = 2**24
+"""Bytes of an array that are looked at at a time; no more of a mapped file is in memory then."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,29 @@ def _of_array(array: np.ndarray, path: Path) -> Rows:
     return Rows(_finite(array[:, None] if array.ndim == 1 else array, path))
 
 
+def blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """All rows of an array in order, as many at a time as fit in memory in any case; with the number of the first."""
+    size = max(1, _BLOCK // max(1, array[:1].nbytes))
+    for start in range(0, len(array), size):
+        yield start, array[start : start + size]
+        if isinstance(array, np.memmap):
+            let_go(array)
+
+
+def let_go(array: np.memmap) -> None:
+    """Drop what has been read of a mapped file from this process' memory; it is read again when it is needed."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    # Not of mode "c", whose changes are in memory alone.
+    if isinstance(base, mmap.mmap) and array.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 def _finite(array: np.ndarray, path: Path, columns: tuple[str, ...] | None = None) -> np.ndarray:
-    """The array as it is; in parts, for it may not fit in memory."""
-    for start in range(0, len(array), 65536):
-        bad = np.argwhere(~np.isfinite(array[start : start + 65536]))
+    """The array as it is."""
+    for start, block in blocks(array):
+        bad = np.argwhere(~np.isfinite(block))
         if len(bad):
             row, *place = bad[0].tolist()
             where = columns[place[0]] if columns else place

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -14,10 +13,11 @@ from torch.utils.data import Dataset
 from ndm_ct import objectives
 from ndm_ct._shapes import as_time, event_size, validate_cond, validate_data, validate_dense
 from ndm_ct.checkpoint import memory
+from ndm_ct.files import let_go
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation, validate_quantisation
 
-__all__ = ["DEQUANTISATIONS", "Bins", "Source"]
+__all__ = ["DEQUANTISATIONS", "Bins", "Source", "Standardised", "sha256"]
 
 DEQUANTISATIONS = ("uniform", "centres")
 
@@ -94,21 +94,49 @@ class Bins:
         return self.bits(loss - 0.5 * self.size * (math.log(2.0 * math.pi * math.e) + gamma))
 
 
+class Standardised:
+    r"""Rows :math:`(x - m) / s` of a memory-mapped array, made when they are read; no more of it is in memory.
+
+    Args:
+        array: x, shape ``(N, *E)``.
+        mean: m, float64, of a row's shape or one number.
+        scale: s, likewise.
+        dtype: of the rows.
+        device: of the rows; None is the CPU.
+    """
+
+    def __init__(
+        self, array: np.memmap, mean: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.device | None
+    ) -> None:
+        self.array, self.mean, self.scale = array, mean.numpy(), scale.numpy()
+        self.dtype, self.device = dtype, device
+        self.shape, self.nbytes = array.shape, array.nbytes
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        # In float64 first: a mean that is large against the deviation would eat the digits.
+        standardised = (np.asarray(self.array[rows]) - self.mean) / self.scale
+        let_go(self.array)
+        return torch.from_numpy(standardised).to(self.device, self.dtype)
+
+
 class Source:
     """Rows of data and their conditioning, checked once (a Dataset's as they come).
 
-    Tensors stay where they are, and arrays are copied; a memory-mapped array stays in its file, of which rows are read
-    when they are needed.
+    Tensors stay where they are, and arrays are copied; a memory-mapped array stays in its file, standardised or not,
+    and rows of it are read when they are needed.
     """
 
     def __init__(self, data: Any, cond: Mapping[str, Any], bins: Bins, name: str, caller: Callable[..., Any]) -> None:
         self.bins, self.name = bins, name
-        self.data: Tensor | np.memmap | Dataset[Tensor]
+        self.data: Tensor | np.memmap | Standardised | Dataset[Tensor]
         if isinstance(data, Dataset):
             self.data = data
             self.rows = len(cast(Any, data))
         else:
-            self.data = data if isinstance(data, np.memmap) else self._as_tensor(data)
+            self.data = data if isinstance(data, np.memmap | Standardised) else self._as_tensor(data)
             for rows, part in self._parts(self.data):
                 bins.validate(part, f"{name}{rows}")
             self.rows = self.data.shape[0]
@@ -130,19 +158,23 @@ class Source:
             f"{self.name} must be a tensor, an array or a map-style Dataset of tensors, got {type(data).__name__}."
         )
 
-    def _parts(self, data: Tensor | np.memmap) -> Iterator[tuple[str, Tensor]]:
+    def _parts(self, data: Tensor | np.memmap | Standardised) -> Iterator[tuple[str, Tensor]]:
         """The rows in order, and their name: all of a tensor, a mapped array's bit by bit."""
-        if isinstance(data, Tensor) or data.nbytes <= _AT_ONCE:
-            yield "", self._as_tensor(data)
+        if isinstance(data, Tensor):
+            yield "", data
+            return
+        if data.nbytes <= _AT_ONCE:
+            yield "", self._mapped(data, ...)
             return
         size = max(1, _AT_ONCE // data[:1].nbytes)
         for start in range(0, len(data), size):
             yield f"[{start}:{start + size}]", self._mapped(data, slice(start, start + size))
 
-    def _mapped(self, data: np.memmap, rows: Any) -> Tensor:
+    def _mapped(self, data: np.memmap | Standardised, rows: Any) -> Tensor:
         """Rows of a mapped array, which leaves no more of itself in memory."""
         part = self._as_tensor(data[rows])
-        _let_go(data)
+        if isinstance(data, np.memmap):
+            let_go(data)
         return part
 
     def _validated_cond(self, key: str, value: Any) -> Tensor:
@@ -158,7 +190,7 @@ class Source:
         """Rows as the model is trained on them."""
         if isinstance(self.data, Tensor):
             x = self.data[rows]
-        elif isinstance(self.data, np.memmap):
+        elif isinstance(self.data, np.memmap | Standardised):
             x = self._mapped(self.data, rows.numpy())
         else:
             items = [self.data[row] for row in rows.tolist()]
@@ -172,9 +204,9 @@ class Source:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for a training to continue; of a Dataset only the length is known."""
-        digests = {key: _sha256([value]) for key, value in self.cond.items()}
+        digests = {key: sha256([value]) for key, value in self.cond.items()}
         if not isinstance(self.data, Dataset):
-            digests[""] = _sha256(part for _, part in self._parts(self.data))
+            digests[""] = sha256(part for _, part in self._parts(self.data))
         return {"rows": self.rows, "sha256": digests}
 
 
@@ -187,19 +219,9 @@ def _readable(dtype: np.dtype) -> np.dtype:
     return dtype.newbyteorder("=")
 
 
-def _sha256(parts: Iterable[Tensor]) -> str:
+def sha256(parts: Iterable[Tensor]) -> str:
     """Of the values, whatever they are divided into."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(memory(part))
     return digest.hexdigest()
-
-
-def _let_go(data: np.memmap) -> None:
-    """Drop what has been read of a mapped file from this process' memory; it is read again when it is needed."""
-    base: Any = data
-    while isinstance(base, np.ndarray):
-        base = base.base
-    # Not of mode "c", whose changes are in memory alone.
-    if isinstance(base, mmap.mmap) and data.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)

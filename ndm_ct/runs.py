@@ -13,10 +13,12 @@ centres, with :math:`\sigma_0/\alpha_0` a third of a bin's half-width.
 makes the model, with the data the training.
 """
 
+import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -26,16 +28,17 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct import transforms
-from ndm_ct._shapes import choose, validate_count
+from ndm_ct._shapes import choose, usable_device, validate_count
 from ndm_ct.checkpoint import PathLike, load, write_atomically
-from ndm_ct.files import Rows, read
+from ndm_ct.files import Rows, blocks, read
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.quantisation import Quantisation
+from ndm_ct.rows import Standardised
 from ndm_ct.schedules import LearnedLogSNR, LinearLogSNR, Schedule
 from ndm_ct.training import PRECISIONS, FitResult, fit
 
-__all__ = ["Run", "Settings", "settings_from_file", "settings_of", "train"]
+__all__ = ["Run", "Settings", "fingerprint", "settings_from_file", "settings_of", "train"]
 
 TRANSFORMS = ("identity", "separable", "neural", "scaling")
 SCHEDULES = {"linear": LinearLogSNR, "learned": LearnedLogSNR}
@@ -214,14 +217,13 @@ class Run:
                 f"{', '.join(self.columns)}."
             )
         if self.bins is not None:
-            return _levels(rows, self.bins.levels, source)
+            return _levels(rows, self.bins.levels, source).to(self.model.device)
         if rows.are_levels:
             raise ValueError(f"{source} holds unsigned bytes, the model was trained on real values.")
         assert self.mean is not None
         assert self.scale is not None
-        # In float64 first: a mean that is large against the deviation would eat the digits.
-        standardised = (np.asarray(values) - self.mean.numpy()) / self.scale.numpy()
-        return torch.from_numpy(standardised).to(self.model.dtype)
+        lazy = Standardised(values, self.mean, self.scale, cast(torch.dtype, self.model.dtype), self.model.device)
+        return lazy if isinstance(values, np.memmap) else lazy[:]
 
     def units(self, z: Tensor) -> Tensor:
         """Samples of the model in the units of the rows; levels as uint8, or int64 above 256 of them."""
@@ -243,6 +245,12 @@ def _levels(rows: Rows, levels: int, source: str) -> Tensor:
     return values
 
 
+def fingerprint(folder: PathLike) -> str:
+    """SHA-256 of all that the scores and samples of a run depend on: its configuration and its model."""
+    files = (Path(folder) / name for name in ("config.json", "model.safetensors"))
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
 def settings_of(folder: PathLike) -> Settings:
     """The settings of the run in a folder.
 
@@ -258,7 +266,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(folder)!r} holds no run (there is no {path.name}); make one by: ndm-ct train")
     try:
         config = json.loads(path.read_text())
-        Settings.of(config["settings"], str(path))
+        config["settings"] = asdict(Settings.of(config["settings"], str(path)))  # with those that are younger
         form, *_ = (config[name] for name in ("format", "mean", "scale", "levels", "columns", "event_shape"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no configuration of a run: {error}") from error
@@ -329,7 +337,7 @@ def train(
         time_limit: seconds after which to stop with a checkpoint.
 
     Raises:
-        ValueError: settings that do not fit the data, or other settings than those of the folder.
+        ValueError: settings that do not fit the data, other settings than those of the folder, no such device.
         FileNotFoundError, ImportError: as :func:`ndm_ct.files.read`.
         BlockingIOError, CheckpointError, RuntimeError: as :func:`ndm_ct.fit`.
     """
@@ -348,36 +356,39 @@ def train(
         "columns": rows.columns, "event_shape": event_shape,
     }  # fmt: skip
     config = json.loads(json.dumps(config))
-    _keep(config, folder)
     model = build(settings, event_shape, levels)
     if device is not None:
-        model.to(device)
+        model.to(usable_device(device))
     run = _run(model, config)
-    values = run.of(rows, cast(str, settings.data))
+    values = run.of(replace(rows, values=train_rows), cast(str, settings.data))
     images = len(event_shape) == 3
     options: dict[str, Any] = {}
     if run.bins is not None:
         options |= {"quantisation": run.bins, "dequantisation": "centres"}
     if held_out:
-        options |= {"validation": values[-held_out:], "validate_every": max(1, settings.steps // 20)}
-    result = fit(
-        model, values[: len(values) - held_out], steps=settings.steps, lr=settings.lr, ema=settings.ema,
-        batch_size=settings.batch_size or (64 if images else 1024), seed=settings.seed, patience=settings.patience,
-        precision=settings.precision, run_dir=folder, checkpoint_every=500, log_every=max(1, settings.steps // 100),
-        progress=progress, time_limit=time_limit, **options,
-    )  # fmt: skip
+        validation = run.of(replace(rows, values=rows.values[-held_out:]), cast(str, settings.data))
+        options |= {"validation": validation, "validate_every": max(1, settings.steps // 20)}
+    with _kept(config, folder):  # no sooner: settings that make no model leave no folder that insists on them
+        result = fit(
+            model, values, steps=settings.steps, lr=settings.lr, ema=settings.ema,
+            batch_size=settings.batch_size or (64 if images else 1024), seed=settings.seed, patience=settings.patience,
+            precision=settings.precision, run_dir=folder, checkpoint_every=500,
+            log_every=max(1, settings.steps // 100), progress=progress,
+            time_limit=time_limit, **options,
+        )  # fmt: skip
     return run, result
 
 
 def _moments(values: Any, source: str) -> tuple[Any, Any]:
     """Mean and standard deviation: of each column, or one for all coordinates; float64, in parts."""
     axes = 0 if values.ndim == 2 else tuple(range(values.ndim))
-    parts = [np.asarray(values[start : start + 65536], dtype=np.float64) for start in range(0, len(values), 65536)]
-    sizes = np.array([len(part) for part in parts], dtype=np.float64)
-    means = np.stack([part.mean(axis=axes) for part in parts])
-    mean = np.average(means, axis=0, weights=sizes)
-    squares = np.stack([np.square(part - mean).mean(axis=axes) for part in parts])
-    scale = np.sqrt(np.average(squares, axis=0, weights=sizes))
+
+    def average(function: Callable[[np.ndarray], np.ndarray]) -> Any:
+        found = [(len(block), function(block.astype(np.float64)).mean(axis=axes)) for _, block in blocks(values)]
+        return np.average([part for _, part in found], axis=0, weights=[size for size, _ in found])
+
+    mean = average(lambda block: block)
+    scale = np.sqrt(average(lambda block: np.square(block - mean)))
     if not np.all(scale > 0.0):
         place = np.argwhere(np.atleast_1d(scale <= 0.0))[0].tolist()
         raise ValueError(
@@ -386,14 +397,26 @@ def _moments(values: Any, source: str) -> tuple[Any, Any]:
     return mean.tolist(), scale.tolist()
 
 
-def _keep(config: dict[str, Any], folder: Path) -> None:
-    """Write the configuration, or compare it with the one that is there."""
+@contextmanager
+def _kept(config: dict[str, Any], folder: Path) -> Iterator[None]:
+    """Write the configuration, or compare it with the one that is there; one that no training accepts does not stay."""
     path = folder / "config.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        write_atomically(path, (json.dumps(config | {"versions": versions}, indent=1) + "\n").encode())
+    if path.exists():
+        _compare(config, folder)
+        yield
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    write_atomically(path, (json.dumps(config | {"versions": versions}, indent=1) + "\n").encode())
+    try:
+        yield
+    except (ValueError, TypeError):
+        if not (folder / "checkpoint.safetensors").exists():
+            path.unlink()
+        raise
+
+
+def _compare(config: dict[str, Any], folder: Path) -> None:
     known = _config(folder)
     differing = [
         f"{name} was {known['settings'].get(name)!r}, now {value!r}"

@@ -176,7 +176,7 @@ def sample(
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable as callback(t, z), got {type(callback).__name__}.")
     dtype = _floating(model.dtype or torch.get_default_dtype() if dtype is None else dtype)
-    device = _usable(device) if device is not None else model.device or torch.device("cpu")
+    device = _shapes.usable_device(device) if device is not None else model.device or torch.device("cpu")
     if guidance is not None:
         model = guided(model, guidance)
     if denoise and model.prediction == "moments":
@@ -224,13 +224,6 @@ def _floating(dtype: Any) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating dtype of torch such as torch.float32, got {dtype!r}.")
     return dtype
-
-
-def _usable(device: Any) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # the last from builds without the device
-        raise ValueError(f"device={device!r} is none that can be used here ({str(error).splitlines()[0]}).") from error
 
 
 def _refuse(method: Method, options: dict[str, Any], reason: str) -> None:

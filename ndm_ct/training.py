@@ -350,9 +350,7 @@ class _Folder:
         folder = cls(path, group)
         with ExitStack() as stack:
             if path is not None:
-                lock = checkpoint.open_folder(
-                    path, folder.checkpoint.name, "a checkpoint", ".*.safetensors.*.tmp", resume
-                )
+                lock = checkpoint.open_folder(path, folder.checkpoint.name, "a checkpoint", resume)
                 group.of_main(lambda: stack.enter_context(lock))
             yield folder
 
@@ -398,8 +396,7 @@ class _Folder:
     def add(self, row: Row) -> None:
         self.rows.append(row)
         if self.path is not None and self.group.is_main:
-            with self.log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            checkpoint.append(self.log, json.dumps(row).encode() + b"\n")
 
 
 def _described(objective: Objective) -> str:

@@ -187,3 +187,14 @@ class Prescribed:
 
     def __call__(self, ta, tb, return_U=False):
         return (self.w, self.u) if return_U else self.w
+
+
+def setting(*keys, to):
+    """A change of one entry of a checkpoint's description."""
+
+    def change(description, tensors):
+        for key in keys[:-1]:
+            description = description[key]
+        description[keys[-1]] = to
+
+    return change

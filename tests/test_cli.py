@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 import struct
 
 import numpy as np
@@ -137,6 +138,9 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path, capsys, monkeypatch):
     assert f"go on with: ndm-ct train --out {tmp_path / 'run'}" in capsys.readouterr().out
     assert cli.main(["loglik", str(tmp_path / "run"), str(data), "--out", str(tmp_path / "x.csv")]) == 1
     assert "holds a training that has not finished" in capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config["settings"]["precision"]  # as in a folder of before there was this setting
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     ok("train", "--out", tmp_path / "run", "--quiet")
     a, b = (ndm_ct.load(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "run"))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -312,3 +316,170 @@ def test_integers_of_a_table_are_levels_where_asked(tmp_path, capsys):
         cli.main(["loglik", str(tmp_path / "run"), str(tmp_path / "rows.csv"), "--out", str(tmp_path / "q.npz")]) == 1
     )
     assert "values that are no integers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--head", "moments", "--transform", "neural", "--gamma-max", "-20"], "gamma_min must be below gamma_max"),
+        (["--device", "cuda:99"], "device='cuda:99' is none that can be used here"),
+        (["--lr", "0"], "lr must be positive"),
+        (["--patience", "3", "--validation-fraction", "0"], "patience has no effect without validation"),
+        (["--levels", "4"], "values that are no integers"),
+    ],
+)
+def test_settings_that_make_no_training_leave_nothing_that_insists_on_them(tmp_path, capsys, arguments, words):
+    data, out = write_csv(tmp_path / "train.csv", table(60)), tmp_path / "run"
+    assert cli.main(["train", str(data), "--out", str(out), *QUICK, *arguments]) == 1
+    assert words in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+    assert cli.main(["train", str(data), "--out", str(out), *QUICK, "--time-limit", "1e-6"]) == 130
+    assert cli.main(["train", str(data), "--out", str(out), *QUICK, "--patience", "0"]) == 1
+    assert (out / "config.json").exists()  # of the training that has begun
+
+
+def test_a_device_that_is_not_there_is_named(trained, capsys):
+    arguments = ["sample", str(trained / "run"), "--out", str(trained / "x.csv"), "--device", "cuda:99"]
+    assert cli.main(arguments) == 1
+    assert "device='cuda:99' is none that can be used here" in capsys.readouterr().err
+
+
+COMMANDS = {
+    "sample": ["sample", "{}/run", "-n", "50", "--batch-size", "16", "--quiet", "--out"],
+    "loglik": ["loglik", "{}/run", "{}/test.csv", "--batch-size", "16", "--quiet", "--out"],
+}
+both = pytest.mark.parametrize("command", COMMANDS)
+
+
+@pytest.fixture
+def stopped(trained, tmp_path, monkeypatch):
+    """Runs a command until Ctrl-C in its third batch; returns its arguments, the output and the folder beside it."""
+
+    def stop(command, out="rows.npz"):
+        arguments = [each.replace("{}", str(trained)) for each in COMMANDS[command]] + [str(tmp_path / out)]
+        with monkeypatch.context() as patch:
+            calls, work = [], getattr(cli, command)
+
+            def working(*given, **options):
+                calls.append(given)
+                if len(calls) == 3:
+                    raise KeyboardInterrupt
+                return work(*given, **options)
+
+            patch.setattr(cli, command, working)
+            assert cli.main(arguments) == 130
+        return arguments, tmp_path / out, tmp_path / f".{out}.parts"
+
+    return stop
+
+
+@both
+@pytest.mark.parametrize("out", ["rows.npz", "rows.csv"])
+def test_a_command_that_was_stopped_goes_on(stopped, trained, tmp_path, monkeypatch, capsys, command, out):
+    """With the batches that are left, to the bytes of a command that was not stopped; nothing stays beside them."""
+    arguments, path, beside = stopped(command, out)
+    (tmp_path / f".{out}.{'0' * 32}.tmp").write_bytes(b"of a process killed while it wrote the output")
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not path.exists()
+    assert sorted(each.name for each in beside.iterdir()) == [".lock", "0-16.safetensors", "16-32.safetensors"]
+    ok(*arguments[:-1], tmp_path / f"whole-{out}")
+    calls, work = [], getattr(cli, command)
+    monkeypatch.setattr(cli, command, lambda *given, **options: (calls.append(given), work(*given, **options))[1])
+    ok(*arguments)
+    assert len(calls) == {"sample": 2, "loglik": 1}[command]
+    assert path.read_bytes() == (tmp_path / f"whole-{out}").read_bytes()
+    assert sorted(each.name for each in tmp_path.iterdir()) == [out, f"whole-{out}"]
+
+
+def test_more_rows_are_drawn_after_those_that_were_kept(stopped, tmp_path):
+    arguments, path, _ = stopped("sample")
+    arguments[arguments.index("50")] = "70"
+    ok(*arguments[:-1], tmp_path / "whole.npz")
+    ok(*arguments)
+    assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+@both
+def test_rows_that_differ_are_never_mixed(stopped, trained, tmp_path, capsys, command):
+    """Other options, data or weights are refused until the folder is deleted, and change nothing."""
+    arguments, path, beside = stopped(command)
+    before = {each: each.read_bytes() for each in beside.iterdir()}
+    shutil.copytree(trained / "run", tmp_path / "other")
+    model = ndm_ct.load(tmp_path / "other" / "model.safetensors")
+    next(model.parameters()).data += 1e-6
+    ndm_ct.save(model, tmp_path / "other" / "model.safetensors")
+    shutil.copytree(trained / "run", tmp_path / "units")
+    config = json.loads((tmp_path / "units" / "config.json").read_text())
+    config["mean"][0] += 1e-9
+    (tmp_path / "units" / "config.json").write_text(json.dumps(config))
+    changes = {"--seed=1": "seed", "--batch-size=15": "batch_size"}
+    changes |= {"--stderr=1": "stderr"} if command == "loglik" else {"--method=heun --steps=3": "method, steps"}
+    tries = [([*arguments, *more.split()], what) for more, what in changes.items()]
+    scale = "model, data" if command == "loglik" else "model"  # rows are compared as the model takes them
+    for name, what in (("other", "model"), ("units", scale)):
+        tries.append(([arguments[0], str(tmp_path / name), *arguments[2:]], what))
+    if command == "loglik":
+        write_csv(tmp_path / "one.csv", table(40, seed=1) + np.eye(40, 3) * 1e-3)
+        tries.append(([*arguments[:2], str(tmp_path / "one.csv"), *arguments[3:]], "data"))
+    for changed, what in tries:
+        assert cli.main(changed) == 1
+        error = capsys.readouterr().err
+        assert f"rows.npz.parts' keeps finished rows that differ in {what}. Repeat" in error
+        assert {each: each.read_bytes() for each in beside.iterdir()} == before
+    other = {"sample": "loglik", "loglik": "sample"}[command]
+    assert cli.main([each.replace("{}", str(trained)) for each in COMMANDS[other]] + [str(path)]) == 1
+    assert "differ in command" in capsys.readouterr().err
+    shutil.rmtree(beside)
+    ok(*tries[0][0])
+
+
+@both
+def test_an_output_belongs_to_one_process(stopped, capsys, command, monkeypatch):
+    arguments, _, beside = stopped(command)
+    capsys.readouterr()
+    work, refused = getattr(cli, command), []
+
+    def working(*given, **options):
+        monkeypatch.setattr(cli, command, work)
+        refused.append(cli.main(arguments))
+        return work(*given, **options)
+
+    monkeypatch.setattr(cli, command, working)
+    ok(*arguments)
+    assert refused == [1]
+    assert "rows.npz' is in use by another process; wait until" in capsys.readouterr().err
+    assert not beside.exists()
+
+
+@both
+def test_a_damaged_batch_is_named(stopped, capsys, command):
+    arguments, _, beside = stopped(command)
+    for name in ("0-16.safetensors", "16-32.safetensors"):
+        good = (beside / name).read_bytes()
+        (beside / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        assert cli.main(arguments) == 1
+        assert f"{name}: the checksum does not match; the file was damaged or edited. Delete" in capsys.readouterr().err
+        (beside / name).unlink()
+    ok(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "bad", "words"),
+    [
+        ("sample", "--batch-size=0", "batch_size"),
+        ("sample", "--method=warp", "warp"),
+        ("sample", "-n=-1", "n must be a non-negative int"),
+        ("loglik", "--batch-size=0", "batch_size"),
+        ("loglik", "--stderr=-1", "stderr"),
+    ],
+)
+def test_a_command_that_cannot_begin_leaves_nothing(trained, tmp_path, capsys, command, bad, words):
+    arguments = [each.replace("{}", str(trained)) for each in COMMANDS[command]]
+    assert cli.main([*arguments, str(tmp_path / "rows.csv"), bad]) == 1
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_rows_are_drawn_where_none_are_asked_for(trained, tmp_path):
+    ok("sample", trained / "run", "-n", 0, "--out", tmp_path / "new" / "rows.csv", "--quiet")
+    assert (tmp_path / "new" / "rows.csv").read_text() == "a,b,c\n"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 
 import numpy as np
 import pytest
@@ -605,7 +606,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     assert killed
     with log.open("a") as file:
         file.write('{"start": 32, "rows": [1, 2')
-    (folder / ".rows.jsonl.0.tmp").write_bytes(b"half")
+    (folder / f".rows.jsonl.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
     done = log.read_bytes().count(b"\n") - 1
     assert 0 < done < 6
     result = evaluate(net(), rows(96), **COARSE, run_dir=folder, batch_size=16)

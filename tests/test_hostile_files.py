@@ -14,6 +14,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from oracles import setting
 
 import ndm_ct
 from ndm_ct import NDM, CheckpointError, checkpoint, nn, schedules, transforms
@@ -258,17 +259,6 @@ def test_pickles_in_disguise_are_not_opened(folder, tmp_path):
     assert not mark.exists()
     pickle.loads(pickle.dumps(Bomb(mark)))
     assert mark.exists()  # a bomb it was
-
-
-def setting(*keys, to):
-    """A change of one entry of a description."""
-
-    def change(description, tensors):
-        for key in keys[:-1]:
-            description = description[key]
-        description[keys[-1]] = to
-
-    return change
 
 
 def dropping(*names):

@@ -97,7 +97,32 @@ def test_a_mapped_array_of_another_shape_or_of_nothing(tmp_path):
         ndm_ct.evaluate(model(), mapped(tmp_path / "x.npy", values())[:0], **COARSE)
 
 
-SCRIPT = """
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_mapped_array_is_standardised_as_it_is_read(tmp_path, dtype):
+    """The same rows, the same fingerprint as of all at once, whatever is asked for; a row that differs is seen."""
+    whole = (1000.0 + 0.1 * values()).astype(dtype)
+    mean, scale = torch.as_tensor(whole, dtype=torch.float64).mean(0), torch.full((), 0.1, dtype=torch.float64)
+    expected = ((torch.as_tensor(whole).double() - mean) / scale).float()
+    lazy = rows.Standardised(mapped(tmp_path / "x.npy", whole), mean, scale, torch.float32, None)
+    for chosen in (slice(None), slice(10, 30), slice(None, None, -1), [3, 1, 3], 7, np.array([5])):
+        of_tensor = list(range(60))[chosen] if isinstance(chosen, slice) else chosen
+        assert torch.equal(lazy[chosen], expected[of_tensor])
+    options = {"batch_size": 20, "run_dir": tmp_path / "run"} | COARSE
+    first = ndm_ct.evaluate(model(), expected, max_rows=20, **options)
+    rest = ndm_ct.evaluate(model(), lazy, **options)
+    assert torch.equal(rest.values[:20], first.values)
+    assert torch.equal(rest.values, ndm_ct.evaluate(model(), expected, batch_size=20, **COARSE).values)
+    a, b = model(), model()
+    for each, x in ((a, expected), (b, lazy)):
+        ndm_ct.fit(each, x, steps=5, batch_size=8, progress=False)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    whole[31, 1] += 1e-3 if dtype == np.float64 else 1.0
+    other = rows.Standardised(mapped(tmp_path / "y.npy", whole), mean, scale, torch.float32, None)
+    with pytest.raises(ValueError, match="other settings: data"):
+        ndm_ct.evaluate(model(), other, **options)
+
+
+PREAMBLE = """
 import sys
 sys.path[:0] = {paths!r}
 import numpy as np
@@ -108,6 +133,10 @@ from test_hostile_files import peak
 torch.set_num_threads(1)
 folder, size = sys.argv[1], int(sys.argv[2])
 D = 256
+shape = (size // (4 * D), D)
+"""
+
+LIBRARY = """
 model = NDM(nn.Preconditioned(nn.MLP(D, width=8, depth=1)), (D,), schedule=schedules.LinearLogSNR(-5.0, 5.0))
 
 
@@ -121,9 +150,35 @@ def work(data, name):
 
 work(np.zeros((600, D), np.float32), "small")  # what every such call takes
 before = peak()
-shape = (size // (4 * D), D)
 data = np.lib.format.open_memmap(folder + "/big.npy", mode="w+", dtype=np.float32, shape=shape)
 work(data, "big")
+print(peak() - before)
+"""
+
+COMMANDS = """
+from ndm_ct import cli
+
+
+def made(name, shape):
+    data = np.lib.format.open_memmap(folder + "/" + name, mode="w+", dtype=np.float32, shape=shape)
+    data[:600] = np.random.default_rng(0).normal(size=(600, D))  # the others are holes
+    return folder + "/" + name
+
+
+def work(data, name):
+    out = folder + "/" + name
+    for command in (
+        ["train", data, "--out", out, "--steps", "8", "--batch-size", "32", "--width", "8", "--depth", "1",
+         "--validation-fraction", "0.001"],
+        ["evaluate", out, data, "--out", out + "/e", "--max-rows", "64", "--bound", "elbo", "--samples", "2"],
+    ):
+        assert cli.main([*command, "--quiet"]) == 0
+    return out
+
+
+work(made("small.npy", (2000, D)), "small")
+before = peak()
+work(made("big.npy", shape), "big")
 print(peak() - before)
 """
 
@@ -132,8 +187,9 @@ print(peak() - before)
 @pytest.mark.parametrize(
     ("size", "most"), [(400e6, 200e6), pytest.param(2e9, 300e6, marks=pytest.mark.slow)], ids=["0.4 GB", "2 GB"]
 )
-def test_a_file_larger_than_memory_is_not_held(tmp_path, size, most):
+@pytest.mark.parametrize("script", [LIBRARY, COMMANDS], ids=["library", "commands"])
+def test_a_file_larger_than_memory_is_not_held(tmp_path, script, size, most):
     """Checked, hashed, scored and trained on. The file is sparse, and takes no disk; rows that are read at random bring
     their neighbours with them, up to a megabyte or two each, as long as their batch is made."""
-    (grown,) = in_a_process(tmp_path, SCRIPT, tmp_path, int(size))
+    *_, grown = in_a_process(tmp_path, PREAMBLE + script, tmp_path, int(size))
     assert int(grown) < most

@@ -214,7 +214,7 @@ def test_a_cell_killed_half_way_is_done_again(interrupted, finished, calls):
     """Two cells were finished, one was not and one not begun: these two are drawn, as in a run never killed."""
     assert len(list((interrupted / "samples").glob("*.npz"))) == 2
     assert len(json.loads((interrupted / "results.json").read_text())["cells"]) == 2
-    (interrupted / "samples" / ".cut.npz.0123.tmp").write_bytes(b"half")
+    (interrupted / "samples" / f".cut.npz.{'0' * 32}.tmp").write_bytes(b"half")
     report = benchmark.main([*KILLED, "--out", str(interrupted), "--cache", str(finished[0] / "cache")])
     assert sorted(calls) == sorted([1] * 4 + [40, 24] * (10 + 4))
     assert not list((interrupted / "samples").glob(".*"))

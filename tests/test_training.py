@@ -9,10 +9,12 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 
 import numpy as np
 import pytest
 import torch
+from oracles import setting
 
 import ndm_ct
 from ndm_ct import checkpoint, schedules, transforms
@@ -253,14 +255,6 @@ def damages(path):
     yield "without metadata", st.save({"a": torch.ones(2)})
     for name, text in {"no JSON": "{", "no object": "[1]", "no string": '{"sha256": 3}', "deep": "[" * 100_000}.items():
         yield name, st.save({}, {"ndm_ct": text})
-
-    def setting(*keys, to):
-        def change(description, tensors):
-            for key in keys[:-1]:
-                description = description[key]
-            description[keys[-1]] = to
-
-        return change
 
     for name, change in {
         "unknown class": setting("model", "predictor", "type", to="Popen"),
@@ -701,7 +695,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
             time.sleep(0.002)
     with (folder / "log.jsonl").open("a") as file:
         file.write('{"step": 59, "lo')
-    (folder / ".checkpoint.safetensors.0.tmp").write_bytes(b"half")
+    for name in ("checkpoint.safetensors", "log.jsonl"):
+        (folder / f".{name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
     model, result = regular(folder)
     assert kills > 0
     assert same(model, expected)
