@@ -171,8 +171,8 @@ RECIPES = {
     "fashion-mnist": small_images("fashion-mnist", 16),
     "casp": Recipe(data.casp, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
     "magic": Recipe(data.magic, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
-    "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(2, 32, 8)),
-    "checkers": Recipe(data.checkers, 48, 32, 0, 1500, 1024, flow=(2, 32, 8)),
+    "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(2, 32, 16), flow_scale=2.5),
+    "checkers": Recipe(data.checkers, 48, 32, 0, 1500, 1024, flow=(2, 32, 16), flow_scale=2.5),
 }
 
 PRESETS = {

@@ -228,7 +228,7 @@ def test_a_model_with_a_flow_has_an_invertible_transform(tmp_path, monkeypatch, 
         paper_claims.build("ndm-flow", recipe, (2,), 1.0, 0)
     pytest.importorskip("zuko")
     recipe = replace(recipe, flow=(1, 8, 4))
-    assert recipe.flow_scale == (1.0 if name == "moons" else 4.0)
+    assert recipe.flow_scale == (2.5 if name == "moons" else 4.0)
     monkeypatch.setattr(paper_claims, "RECIPES", {name: recipe})
     assert "ndm-flow" in recipe.models
     paper_claims.main(options(tmp_path, data=name, models="ndm-flow", seeds="0", samples=0))
