@@ -345,7 +345,8 @@ def compare(
     Example:
         >>> import ndm_ct
         >>> wide, right = (ndm_ct.reference.Gaussian(torch.zeros(2), s * torch.eye(2)) for s in (4.0, 1.0))
-        >>> result = compare(wide, right, right.sample_data(64), progress=False)
+        >>> x = right.sample_data(64, generator=torch.Generator().manual_seed(0))
+        >>> result = compare(wide, right, x, progress=False)
         >>> result.difference > 4 * result.stderr > 0.0
         True
     """

@@ -218,7 +218,7 @@ class GaussianMixture(NDM):
         t_min: float | None = None,
     ) -> None:
         weights, means, covs = _numbers("weights", weights), _numbers("means", means), _numbers("covs", covs)
-        if means.ndim < 2:
+        if means.ndim == 0:
             raise ValueError(f"means has shape {tuple(means.shape)}, expected (K, *event), one row per component.")
         event_shape = tuple(means.shape[1:])
         k, d = means.shape[0], event_size(event_shape)
@@ -290,8 +290,6 @@ class Gaussian(GaussianMixture):
         t_min: float | None = None,
     ) -> None:
         mean, cov = _numbers("mean", mean), _numbers("cov", cov)
-        if mean.ndim == 0:
-            raise ValueError("mean is one number, expected shape (*event); write torch.zeros(1) for a line.")
         super().__init__(
             torch.ones(1), mean[None], cov[None], schedule=schedule, transform=transform, volatility=volatility,
             t_min=t_min,

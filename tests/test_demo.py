@@ -95,4 +95,4 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
 def test_readme_opens_with_the_two_commands():
     lines = [line for line in README.splitlines() if "pip install" in line]
     assert lines[0] == 'pip install -c constraints.txt -e ".[demo]" && python -m ndm_ct demo'
-    assert lines[1] == 'pip install -c constraints.txt -e ".[test]" && python -m pytest'
+    assert lines[1] == 'pip install -c constraints.txt -e ".[test]" && python -m pytest -n auto'

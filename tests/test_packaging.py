@@ -41,7 +41,7 @@ def test_commands_for_contributors_are_those_of_the_continuous_integration():
     setup, tests, checks = (line.split("#")[0].strip() for line in commands)
     assert re.search(r'-e "?\.\[dev\]', setup)
     assert setup.removeprefix("pip install ") in run
-    assert tests == "python -m pytest"
+    assert tests == "python -m pytest -n auto"
     for check in checks.split(" && "):
         assert re.search(rf"^{re.escape(check)}$", run, re.MULTILINE), check
         assert shutil.which(check.split()[0]) or check.split()[0] in str(PROJECT["project"]["optional-dependencies"])
