@@ -1,8 +1,9 @@
 """Several processes at one training: what they say to each other, through torch.distributed.
 
 A group is found, not made: ``torchrun`` and ``accelerate launch`` start the processes, and the script (or Accelerate)
-calls ``torch.distributed.init_process_group``. Without one everything here is the identity. No network is wrapped, so
-that adaptive solves, of a length of their own in every process, have nothing to wait for.
+calls ``torch.distributed.init_process_group``. Without one everything here is the identity. No network is wrapped, and
+what is wrapped is unwrapped, so that adaptive solves, of a length of their own in every process, have nothing to wait
+for.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,10 +11,16 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Group"]
+__all__ = ["Group", "unwrapped"]
 
 T = TypeVar("T")
+
+
+def unwrapped(network: Any) -> Any:
+    """The network inside a ``DistributedDataParallel``, where every call may wait for other processes; or itself."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 class Group:

@@ -28,6 +28,7 @@ from ndm_ct import _shapes
 from ndm_ct._errors import PredictorError
 from ndm_ct._noise import Randomness
 from ndm_ct._precision import run_network
+from ndm_ct._processes import unwrapped
 from ndm_ct._shapes import as_time, expand, expand_time
 from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
 from ndm_ct.process import ForwardProcess, Volatility
@@ -97,7 +98,8 @@ class NDM(nn.Module):
 
     Args:
         predictor: callable ``(z (B, *E), t (B,), **cond) -> (B, *E)`` (a pair of these for ``"moments"``); an
-            ``nn.Module`` or a function. Modules that a function merely closes over are not part of the model.
+            ``nn.Module`` or a function. Modules that a function merely closes over are not part of the model. Of a
+            ``DistributedDataParallel``, here and in heads and transforms, the network inside is taken.
         event_shape: E, the shape of one state z, and of one data point unless the transform is an Encoder.
         transform: :math:`F`; None is the identity, an ordinary diffusion.
         schedule: :math:`\alpha, \sigma`; None is ``LinearLogSNR(gamma_min=-13.3, gamma_max=5.0)``.
@@ -133,6 +135,7 @@ class NDM(nn.Module):
         t_min: float | None = None,
     ) -> None:
         super().__init__()
+        predictor = unwrapped(predictor)
         if not callable(predictor):
             raise TypeError(f"predictor must be callable as predictor(z, t), got {type(predictor).__name__}.")
         hidden = getattr(predictor, "func", getattr(predictor, "__self__", None))

@@ -269,6 +269,45 @@ def test_every_row_is_scored_once(tmp_path):
     assert again.values.tolist() == result.values.tolist()
 
 
+class Buffered(torch.nn.Module):
+    """A network with a buffer, which DistributedDataParallel sends to all at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = MLP(2, width=8, depth=1)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, z, t):
+        return self.scale * self.net(z, t)
+
+
+def buffered(wrapped=lambda net: net):
+    """A model of three such networks, in a head and in two transforms."""
+    torch.manual_seed(0)
+    transform = ndm_ct.transforms.Neural(wrapped(Buffered()))
+    return ndm_ct.NDM(Preconditioned(wrapped(Buffered())), (2,), transform=transform)
+
+
+def test_wrapped_networks_do_not_wait_for_each_other(tmp_path):
+    """Each process solves other rows in another number of evaluations; the keys in files are those of the networks."""
+    expected = ndm_ct.loglik(buffered().double(), rows(30).double())
+    code = f"""
+    made = buffered(torch.nn.parallel.DistributedDataParallel)
+    bare = ndm_ct.NDM(torch.nn.parallel.DistributedDataParallel(Buffered()), (2,))
+    assert type(bare.predictor) is Buffered
+    own = slice(0, 3) if rank else slice(3, 30)
+    tolerance = 1e-3 if rank else 1e-8
+    x = rows(30)[own].double()
+    value, info = ndm_ct.loglik(made.double(), x, rtol=tolerance, atol=tolerance, return_info=True)
+    torch.save([value, info.nfe, list(made.state_dict())], f"{tmp_path}/{{rank}}.pt")
+    """
+    assert_done(together(tmp_path, code))
+    few, many = (torch.load(tmp_path / f"{rank}.pt") for rank in (1, 0))
+    assert few[1] != many[1]
+    torch.testing.assert_close(torch.cat([few[0], many[0]]), expected, atol=2e-2, rtol=0.0)
+    assert few[2] == list(buffered().state_dict())
+
+
 @pytest.mark.slow
 def test_a_failure_in_one_process_ends_all(tmp_path):
     results = together(

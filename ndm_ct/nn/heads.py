@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._config import Configurable, Unconfigurable, to_config
+from ndm_ct._processes import unwrapped
 from ndm_ct._shapes import choose, expand, keyword_names
 
 __all__ = ["FromDenoiser", "FromScore", "FromVelocity", "Mixed", "Preconditioned", "Wrapper", "null_of"]
@@ -54,8 +55,8 @@ class Wrapper(nn.Module, Configurable):
 
     def __init__(self, net: Callable[..., Any]) -> None:
         super().__init__()
-        self.net = net
-        self._names, self._anything = keyword_names(net, 2)
+        self.net = unwrapped(net)
+        self._names, self._anything = keyword_names(self.net, 2)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         """Conditioning keywords the network accepts, and whether it accepts any."""

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ndm_ct._processes import unwrapped
 from ndm_ct._shapes import keyword_names, sum_event
 from ndm_ct.transforms.base import Identity, named
 
@@ -46,6 +47,7 @@ class Flow(Identity):
 
     def __init__(self, flow: nn.Module) -> None:
         super().__init__()
+        flow = unwrapped(flow)
         if not callable(getattr(flow, "inverse", None)):
             raise TypeError(
                 f"flow must have a method inverse(y), which {type(flow).__name__} has not; wrap one of zuko in "
@@ -87,9 +89,9 @@ class Encoder(Identity):
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, data_shape: Sequence[int]) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder = unwrapped(encoder), unwrapped(decoder)
         self.data_shape = tuple(int(size) for size in data_shape)
-        self._encodes, self._decodes = keyword_names(encoder, 1), keyword_names(decoder, 1)
+        self._encodes, self._decodes = keyword_names(self.encoder, 1), keyword_names(self.decoder, 1)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._encodes[0] | self._decodes[0], self._encodes[1] or self._decodes[1]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ndm_ct._config import Configurable
 from ndm_ct._precision import run_network
+from ndm_ct._processes import unwrapped
 from ndm_ct._shapes import expand, expand_time, keyword_names, validate_count
 from ndm_ct.transforms.base import Network, Path, Transform, jvp_in_time, named
 
@@ -44,8 +45,8 @@ class Neural(Transform):
 
     def __init__(self, net: Network) -> None:
         super().__init__()
-        self.net = net
-        self._accepted = keyword_names(net, 2)
+        self.net = unwrapped(net)
+        self._accepted = keyword_names(self.net, 2)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._accepted
@@ -88,9 +89,9 @@ class Separable(Transform):
 
     def __init__(self, features: Callable[..., Tensor], basis: PolynomialBasis | None = None) -> None:
         super().__init__()
-        self.features = features
+        self.features = unwrapped(features)
         self.basis = PolynomialBasis() if basis is None else basis
-        self._accepted = keyword_names(features, 1)
+        self._accepted = keyword_names(self.features, 1)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._accepted
