@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ndm_ct import cli, grids, presets, sampling
+from ndm_ct import cli, grids, sampling
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if "```python" in path.read_text())
@@ -80,9 +80,6 @@ def test_names_in_the_pages_exist():
         assert method in sampling.METHODS, method
     for grid in re.findall(r'\bgrid="(\w+)"', text):
         assert grid in grids.GRIDS
-    presets_named = set(re.findall(r"^\| `(\w+)` \| `\w+`", (DOCS / "choosing.md").read_text(), re.MULTILINE))
-    assert presets_named
-    assert presets_named <= set(presets.PRESETS)
 
 
 def test_pages_with_code_are_those_that_have_some():
