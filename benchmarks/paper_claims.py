@@ -150,7 +150,7 @@ class Recipe:
 def small_images(name: str, size: int) -> Recipe:
     """Of the two large sets, shrunk."""
     return Recipe(
-        lambda: data.images(name, size), 16, 4, 2, 6000, 64, gamma=(-13.3, 5.0), test_rows=500, samples=4,
+        lambda: data.images(name, size), 16, 4, 2, 2500, 64, gamma=(-13.3, 5.0), test_rows=500, samples=4,
         flow=(1, 16, 8), flow_scale=4.0,
     )  # fmt: skip
 
@@ -165,10 +165,10 @@ def large_images(source: str) -> Recipe:
 
 RECIPES = {
     "digits": Recipe(
-        data.digits, 16, 2, 2, 4000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32, flow=(1, 16, 8), flow_scale=4.0
+        data.digits, 16, 2, 2, 3000, 64, gamma=(-8.0, 5.0), test_rows=360, samples=32, flow=(1, 16, 8), flow_scale=4.0
     ),
     "mnist": small_images("mnist", 14),
-    "fashion-mnist": small_images("fashion-mnist", 16),
+    "fashion-mnist": small_images("fashion-mnist", 14),
     "casp": Recipe(data.casp, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
     "magic": Recipe(data.magic, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
     "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(2, 32, 16), flow_scale=2.5),

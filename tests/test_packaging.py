@@ -1,7 +1,6 @@
 """What the package says of itself agrees: Python's versions, the source distribution, the commands of its texts."""
 
 import re
-import shutil
 import tomllib
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = {"lint-imports": "import-linter"}
+"""Where a command comes from, if its package has another name."""
 
 
 def test_versions_of_python_agree():
@@ -42,6 +43,8 @@ def test_commands_for_contributors_are_those_of_the_continuous_integration():
     assert re.search(r'-e "?\.\[dev\]', setup)
     assert setup.removeprefix("pip install ") in run
     assert tests == "python -m pytest -n auto"
+    installed = " ".join(PROJECT["project"]["optional-dependencies"]["dev"])
     for check in checks.split(" && "):
         assert re.search(rf"^{re.escape(check)}$", run, re.MULTILINE), check
-        assert shutil.which(check.split()[0]) or check.split()[0] in str(PROJECT["project"]["optional-dependencies"])
+        command = check.split()[0]
+        assert re.search(rf"\b{PACKAGES.get(command, command)}\b", installed), command
