@@ -10,7 +10,8 @@ r"""The claims of Neural Diffusion Models, put to the test: does a learned forwa
 
 A *cell* is a data set, a model and a seed: a training (``fit``, with checkpoints) and its evaluation on the test set.
 Cells are independent; two processes may work on different ``--data`` of one ``--out``. Run again, the same command
-continues where it was stopped and computes nothing twice. ``--on validation`` scores the same trainings on validation
+continues where it was stopped and computes nothing twice; what ``results.json`` holds counts as finished, so a copy of
+the committed results can be added to. ``--on validation`` scores the same trainings on validation
 rows and keeps its results apart.
 
 ===============  ======================================================================================================
@@ -38,11 +39,11 @@ Reported for each cell: the bound (NELBO, unbiased over times and noise) and the
 log-likelihood, both on test rows, in bits per dimension for images and nats for vectors, with standard errors over
 rows; parameters; seconds per optimiser step; for images the Frechet distance of samples at several numbers of steps, by
 "ddpm" and by "ddim"; and the energy distance between samples of the flow and of the reverse SDE, two different models
-where the head is "x" and F nonlinear. Differences from the matched diffusion are paired, seed by seed, with their
-standard error over seeds; at equal training time they are read off the validation curves, where a step takes what
-``--timing`` measured: blocks of ``fit``, all models of a data set in turn, round after round, in seconds of the
-processor. Writes ``results.json``, ``results.md`` and ``curves.png`` into ``--out`` (``validation.json`` and so on with
-``--on validation``).
+where the head is "x" and F nonlinear (samples are drawn of the first seed's models). Differences from the matched
+diffusion are paired, seed by seed, with their standard error over seeds; at equal training time they are read off the
+validation curves, where a step takes what ``--timing`` measured: blocks of ``fit``, all models of a data set in turn,
+round after round, in seconds of the processor. Writes ``results.json``, ``results.md`` and ``curves.png`` (with
+``--on validation``: ``validation.json`` and so on) into ``--out``.
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
@@ -416,12 +417,12 @@ def unit(evaluation: ndm_ct.Evaluation, rows: Rows) -> tuple[float, float]:
 def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate one cell, or continue; returns its entry of the results."""
     folder = options.out / "cells" / cell.name
-    done = folder / f"{results_name(options.on)}.json"
-    if done.exists():
-        entry = json.loads(done.read_text())
+    entry = finished(options.out, options.on).get((cell.data, cell.model, cell.seed))
+    if entry is not None:
         if entry["recipe"] != recipe.settings:
             raise RuntimeError(
-                f"{done} was made by another recipe, {entry['recipe']}; delete {folder} to make it anew."
+                f"{cell.name} was made by another recipe, {entry['recipe']}; delete {folder} and its entry in "
+                f"{options.out / results_name(options.on)}.json to make it anew."
             )
         return entry
     model, curve = trained(cell, recipe, rows, folder, options)
@@ -436,14 +437,23 @@ def run(cell: Cell, recipe: Recipe, rows: Rows, options: argparse.Namespace) -> 
         model, scored, run_dir=folder / f"ode-{options.on}", on_failure="nan",
         max_rows=options.rows or recipe.test_rows, progress=False,
     )  # fmt: skip
+    drawn = options.samples if cell.seed == options.seeds[0] else 0
     entry = asdict(cell) | {
         "recipe": recipe.settings, "parameters": parameters(model), "nelbo": unit(bound, rows), "nll": unit(flow, rows),
         "nll_failed": flow.failed, "nll_nfe": flow.nfe, "curve": curve,
-        "fd": distances(model, rows, options) if rows.split.train_labels is not None and options.samples else {},
-        "sde_ode": asdict(consistency(model, options.samples)) if options.samples else None,
+        "fd": distances(model, rows, options) if rows.split.train_labels is not None and drawn else {},
+        "sde_ode": asdict(consistency(model, drawn)) if drawn else None,
     }  # fmt: skip
-    write_atomically(done, json.dumps(entry, indent=1).encode())
+    write_atomically(folder / f"{results_name(options.on)}.json", json.dumps(entry, indent=1).encode())
     return entry
+
+
+def finished(out: Path, on: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Entries of finished cells: those of other processes too, and of results whose trainings are gone."""
+    whole = out / f"{results_name(on)}.json"
+    entries = json.loads(whole.read_text())["cells"] if whole.exists() else []
+    entries += [json.loads(file.read_text()) for file in sorted((out / "cells").glob(f"*/{whole.name}"))]
+    return {(entry["data"], entry["model"], entry["seed"]): entry for entry in entries}
 
 
 def results_name(on: str) -> str:
@@ -660,6 +670,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--models: {error}.")
     preset = PRESETS[options.preset]
     options.rows = preset["rows"]
+    options.seeds = options.seeds or preset["seeds"]
     options.out = options.out or Path("runs/paper_claims") / options.preset
     options.cache = options.cache or options.out / "cache"
     for name, whole in recipes.items():
@@ -671,7 +682,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             known[name] = known.get(name, {}) | seconds_per_step(recipe, rows, models, options.device)
             write_atomically(options.out / "timing.json", json.dumps(known, indent=1).encode())
             continue
-        for seed in options.seeds or preset["seeds"]:
+        for seed in options.seeds:
             for model in models:
                 entry = run(Cell(name, model, seed), recipe, rows, options)
                 print(
@@ -691,8 +702,7 @@ def timing(out: Path) -> dict[str, dict[str, float]]:
 def write(out: Path, on: str) -> list[dict[str, Any]]:
     """Results from all cells that are finished, those of other processes too."""
     name, seconds = results_name(on), timing(out)
-    files = sorted((out / "cells").glob(f"*/{name}.json"))
-    entries = [json.loads(file.read_text()) for file in files]
+    entries = list(finished(out, on).values())
     order = {name: place for place, name in enumerate([*RECIPES, *MODELS, *ABLATIONS])}
     entries.sort(
         key=lambda e: (
