@@ -170,10 +170,10 @@ RECIPES = {
     ),
     "mnist": small_images("mnist", 14),
     "fashion-mnist": small_images("fashion-mnist", 14),
-    "casp": Recipe(data.casp, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
-    "magic": Recipe(data.magic, 96, 64, 0, 2000, 1024, flow=(2, 48, 8)),
-    "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(2, 32, 16), flow_scale=2.5),
-    "checkers": Recipe(data.checkers, 48, 32, 0, 1500, 1024, flow=(2, 32, 16), flow_scale=2.5),
+    "casp": Recipe(data.casp, 96, 64, 0, 2000, 1024, flow=(1, 64, 16)),
+    "magic": Recipe(data.magic, 96, 64, 0, 2000, 1024, flow=(1, 64, 16)),
+    "moons": Recipe(data.moons, 48, 32, 0, 1500, 1024, flow=(1, 48, 16), flow_scale=2.5),
+    "checkers": Recipe(data.checkers, 48, 32, 0, 1500, 1024, flow=(1, 48, 16), flow_scale=2.5),
 }
 
 PRESETS = {
