@@ -1,6 +1,6 @@
 r"""How raw outputs of a network become a prediction: the bound after a short training, for every way.
 
-    python benchmarks/heads.py --data casp --steps 500 --out benchmarks/results/heads_casp        # 5 minutes
+    python benchmarks/heads.py --data casp --steps 2000 --out benchmarks/results/heads_casp       # 20 minutes
     python benchmarks/heads.py --data digits --steps 200 --out benchmarks/results/heads_digits    # 5 minutes
     python benchmarks/heads.py --data casp --steps 3                                             # a look
 

@@ -2,7 +2,7 @@ r"""What a learned forward process costs: seconds per optimiser step and per sam
 
     python benchmarks/training_cost.py                    # about 5 minutes on one CPU core
     python benchmarks/training_cost.py --preset smoke     # a look, a minute
-    python benchmarks/training_cost.py --compile --data digits --models diffusion,ndm-x,ndm-moments
+    python benchmarks/training_cost.py --compile --models diffusion,ndm-x,ndm-flow
 
 The models are those of ``paper_claims.py`` with its recipes, and the same with
 :math:`F = x + t\,\mathrm{net}(x, t)`, whose time derivative has to be found by forward mode (``-neural``). Timed are
@@ -44,10 +44,10 @@ except ImportError:  # run as a script
     from sampling_cost import timed
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = {"casp": (10,), "digits": (1, 8, 8), "fashion-mnist": (1, 16, 16)}
+SHAPES = {"casp": (10,), "checkers": (2,), "digits": (1, 8, 8), "fashion-mnist": (1, 14, 14)}
 MODELS = tuple(f"{model}{kind}{eta}" for model in ("ndm-x", "ndm-moments") for kind in ("", "-neural")
                for eta in ("", "-eta"))  # fmt: skip
-MODELS = ("diffusion", "matched", *MODELS)
+MODELS = ("diffusion", "matched", *MODELS, "ndm-flow")
 SAMPLED = ("diffusion", "ndm-x", "ndm-x-neural", "ndm-moments")
 PRESETS = {
     "smoke": {"rounds": 2, "block": 1, "batch": 8, "steps": 2},
@@ -69,7 +69,7 @@ def build(name: str, recipe: paper_claims.Recipe, shape: tuple[int, ...]) -> ndm
 def compiled(model: ndm_ct.NDM) -> None:
     """Compile the networks of a model in place."""
     for module in model.modules():
-        if isinstance(module, ndm_ct.nn.UNet | ndm_ct.nn.MLP):
+        if isinstance(module, ndm_ct.nn.UNet | ndm_ct.nn.MLP | ndm_ct.nn.FromZuko):
             module.compile()
 
 
