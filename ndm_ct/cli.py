@@ -217,6 +217,12 @@ def _batches(options: argparse.Namespace, total: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
 
 
+def _generators(options: argparse.Namespace, rows: slice) -> list[torch.Generator]:
+    """Of a seed of its own for every row, so that no result depends on the batches."""
+    seeds = range(options.seed + rows.start, options.seed + rows.stop)
+    return [torch.Generator(options.device).manual_seed(seed) for seed in seeds]
+
+
 @contextmanager
 def _made(
     options: argparse.Namespace, total: int, settings: dict[str, Any], make: Callable[[slice], dict[str, Tensor]]
@@ -270,8 +276,7 @@ def _loglik(options: argparse.Namespace) -> int:
     values = run.rows(options.data, options.array)
 
     def make(rows: slice) -> dict[str, Tensor]:
-        generator = torch.Generator(options.device).manual_seed(options.seed + rows.start)
-        return _scores(run, values[rows], options.stderr, generator)
+        return _scores(run, values[rows], options.stderr, _generators(options, rows))
 
     data = sha256(values[rows] for rows in _batches(options, len(values)))
     with _made(options, len(values), {"data": data, "stderr": options.stderr}, make) as columns:
@@ -285,13 +290,13 @@ def _loglik(options: argparse.Namespace) -> int:
     return 0
 
 
-def _scores(run: runs.Run, x: Tensor, stderr: float | None, generator: torch.Generator) -> dict[str, Tensor]:
+def _scores(run: runs.Run, x: Tensor, stderr: float | None, generators: list[torch.Generator]) -> dict[str, Tensor]:
     """Columns of a batch, float64 on the CPU."""
     if run.bins is None:
-        log_p, info = loglik(run.model, x, stderr=stderr, on_failure="nan", generator=generator, return_info=True)
+        log_p, info = loglik(run.model, x, stderr=stderr, on_failure="nan", generator=generators, return_info=True)
         return {"log_p": log_p.double().cpu() - run.log_scale, "stderr": info.stderr.double().cpu()}
     bits, levels = bits_per_dim(
-        run.model, x, levels=run.bins.levels, dequantisation="truncated-normal", generator=generator, return_info=True
+        run.model, x, levels=run.bins.levels, dequantisation="truncated-normal", generator=generators, return_info=True
     )
     per_bit = x[0].numel() * float(np.log(2.0))
     return {
@@ -370,11 +375,8 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError("images are written as .npz or .png." if images else "a png is for images; write a table.")
 
     def make(rows: slice) -> dict[str, Tensor]:
-        seeds = range(options.seed + rows.start, options.seed + rows.stop)
-        generators = [torch.Generator(options.device).manual_seed(seed) for seed in seeds]
-        z = sample(
-            run.model, rows.stop - rows.start, method=options.method, steps=options.steps, generator=generators
-        )  # fmt: skip
+        generators = _generators(options, rows)
+        z = sample(run.model, len(generators), method=options.method, steps=options.steps, generator=generators)
         return {"x": run.units(z.cpu())}
 
     with _made(options, options.n, {"method": options.method, "steps": options.steps}, make) as columns:
