@@ -29,7 +29,7 @@ from ndm_ct.evaluation import evaluate
 from ndm_ct.files import TABLES, read, write_table
 from ndm_ct.likelihood import loglik
 from ndm_ct.rows import sha256
-from ndm_ct.sampling import sample
+from ndm_ct.sampling import METHODS, sample
 
 __all__ = ["main"]
 
@@ -40,6 +40,9 @@ a first run, of a table with one row per line and numbers only:
   ndm-ct evaluate runs/table test.csv          # mean log-likelihood, with its error
   ndm-ct loglik runs/table test.csv --out scores.csv
   ndm-ct sample runs/table -n 1000 --out drawn.csv
+
+exit codes: 0 done; 1 an error, explained; 2 wrong usage; 3 a self-check that failed; 130 interrupted or out of time:
+the same command goes on
 """
 
 
@@ -359,8 +362,8 @@ def _add_sample(command: Command) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help=f"file to write: {', '.join(TABLES)}, or .png of images"
     )
-    parser.add_argument("--method", default="ode", help="a sampler's name (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of a method on a grid")
+    parser.add_argument("--method", default="ode", help=f"{', '.join(METHODS)} (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps of a method on a grid; ode and other adaptive ones take none")
     _add_batch_size(parser, "drawn")
     _add_seed(parser)
     _add_common(parser)
@@ -375,8 +378,8 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError("images are written as .npz or .png." if images else "a png is for images; write a table.")
 
     def make(rows: slice) -> dict[str, Tensor]:
-        generators = _generators(options, rows)
-        z = sample(run.model, len(generators), method=options.method, steps=options.steps, generator=generators)
+        n, generators = rows.stop - rows.start, _generators(options, rows)
+        z = sample(run.model, n, method=options.method, steps=options.steps, generator=generators)
         return {"x": run.units(z.cpu())}
 
     with _made(options, options.n, {"method": options.method, "steps": options.steps}, make) as columns:

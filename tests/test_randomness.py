@@ -263,7 +263,7 @@ ROW_BY_ROW = {
     "loglik, hutchinson": lambda x, g: ndm_ct.loglik(
         of_images(), x.double(), trace=Hutchinson(4), generator=g, **COARSE
     ),
-    "loglik to an error": lambda x, g: ndm_ct.loglik(of_images(), x.double(), stderr=0.3, generator=g, **COARSE),
+    "loglik to an error": lambda x, g: ndm_ct.loglik(of_images(), x.double(), stderr=0.06, generator=g, **COARSE),
     "truncation": lambda x, g: (
         ndm_ct.loglik(of_images(), x.double(), generator=g, return_info=True, **COARSE)[1].truncation
     ),
