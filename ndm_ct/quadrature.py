@@ -65,7 +65,7 @@ def _blocks(sweeps: Tensor, width: int, generator: Randomness) -> Tensor:
     """
     numbers = partial(uniform, dtype=torch.float64, device=sweeps.device)
     if len(sweeps) == 0 or generator is None or isinstance(generator, torch.Generator):
-        most = int(sweeps.max()) if len(sweeps) else 0
+        most = int(sweeps.max()) if len(sweeps) else 1
         return numbers((len(sweeps), most, width), generator)
     rows = [numbers((count, width), each) for count, each in zip(sweeps.tolist(), generator, strict=True)]
     return pad_sequence(rows, batch_first=True)
