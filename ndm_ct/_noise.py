@@ -1,25 +1,41 @@
-"""Gaussian noise from one generator for a batch, or from one generator per row."""
+"""Noise from one generator for a batch, or from one generator per row."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Randomness", "normal_like", "rows_of", "validate_generator", "validate_randomness"]
+__all__ = ["Randomness", "coins", "normal_like", "repeated", "rows_of", "uniform", "validate_randomness"]
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
 """None is torch's global generator. With one generator per row, a row's noise does not depend on its batch."""
 
+Draw = Callable[[tuple[int, ...], torch.Generator | None], Tensor]
+"""Random numbers of a shape."""
+
+
+def drawn(shape: tuple[int, ...], generator: Randomness, draw: Draw) -> Tensor:
+    """What ``draw`` makes of ``shape`` ``(B, ...)`` and a generator; or its rows, each from its own generator."""
+    if shape[0] == 0:
+        return draw(shape, None)
+    if generator is None or isinstance(generator, torch.Generator):
+        return draw(shape, generator)
+    return torch.stack([draw(shape[1:], each) for each in generator])
+
 
 def normal_like(z: Tensor, generator: Randomness) -> Tensor:
     """Standard normal numbers of the shape, dtype and device of ``z`` ``(B, ...)``."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-    if z.shape[0] == 0:
-        return torch.empty_like(z)
-    rows = [torch.randn(z.shape[1:], dtype=z.dtype, device=z.device, generator=each) for each in generator]
-    return torch.stack(rows)
+    return drawn(z.shape, generator, lambda shape, g: torch.randn(shape, dtype=z.dtype, device=z.device, generator=g))
+
+
+def uniform(shape: tuple[int, ...], generator: Randomness, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) of this shape ``(B, ...)``."""
+    return drawn(shape, generator, lambda shape, g: torch.rand(shape, dtype=dtype, device=device, generator=g))
+
+
+def coins(shape: tuple[int, ...], generator: Randomness, device: torch.device) -> Tensor:
+    """Zeros and ones of this shape ``(B, ...)``, int64."""
+    return drawn(shape, generator, lambda shape, g: torch.randint(0, 2, shape, device=device, generator=g))
 
 
 def rows_of(generator: Randomness, rows: Tensor) -> Randomness:
@@ -29,17 +45,11 @@ def rows_of(generator: Randomness, rows: Tensor) -> Randomness:
     return [generator[row] for row in rows.tolist()]
 
 
-def validate_generator(generator: Any) -> None:
-    """Refuse what is neither a generator nor None, also where nothing is drawn from it.
-
-    Raises:
-        TypeError: anything else.
-    """
-    if not (generator is None or isinstance(generator, torch.Generator)):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, got {type(generator).__name__}; make one with "
-            "torch.Generator().manual_seed(0)."
-        )
+def repeated(generator: Randomness, times: int) -> Randomness:
+    """The randomness of a batch in which every row stands so many times, one after the other."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    return [each for each in generator for _ in range(times)]
 
 
 def validate_randomness(generator: Randomness, n: int) -> Randomness:
@@ -57,9 +67,9 @@ def validate_randomness(generator: Randomness, n: int) -> Randomness:
             "one with torch.Generator().manual_seed(0)."
         )
     if len(generator) != n:
-        raise ValueError(f"generator has {len(generator)} generators for {n} samples; pass one, or one per sample.")
+        raise ValueError(f"generator has {len(generator)} generators for {n} rows; pass one, or one per row.")
     if len({id(each) for each in generator}) != n:
         raise ValueError(
-            "generator holds the same generator twice, so rows would depend on each other; make one per sample."
+            "generator holds the same generator twice, so rows would depend on each other; make one per row."
         )
     return generator

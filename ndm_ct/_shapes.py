@@ -196,7 +196,9 @@ def usable_device(device: Any) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # the last from builds without the device
-        raise ValueError(f"device={device!r} is none that can be used here ({str(error).splitlines()[0]}).") from error
+        raise ValueError(
+            f"device={device!r} is none that can be used here ({str(error).splitlines()[0]}); use 'cpu'."
+        ) from error
 
 
 def validate_data(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct import likelihood, objectives
+from ndm_ct._noise import Randomness, repeated, validate_randomness
 from ndm_ct._shapes import as_time, choose, event_size, validate_count, validate_positive
 from ndm_ct.likelihood import Trace
 from ndm_ct.model import NDM
@@ -69,7 +70,7 @@ def bits_per_dim(
     rtol: float | None = None,
     atol: float | None = None,
     method: str | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Any:
@@ -89,7 +90,8 @@ def bits_per_dim(
         rtol: for "ode".
         atol: for "ode".
         method: for "ode".
-        generator: source of dequantisation noise, probes, times.
+        generator: source of dequantisation noise, probes, times; or a sequence of one per row, whose result is then its
+            own in any batch.
         return_info: also return a :class:`BitsInfo`.
         cond: conditioning.
 
@@ -102,6 +104,7 @@ def bits_per_dim(
     """
     bins = Quantisation(levels, range)
     bins.validate(x)
+    validate_randomness(generator, len(x))
     choose("bound", bound, ("ode", "elbo"))
     choose("dequantisation", dequantisation, DEQUANTISATIONS)
     ode_options = {"stderr": stderr, "trace": trace, "rtol": rtol, "atol": atol, "method": method}
@@ -126,8 +129,9 @@ def bits_per_dim(
             )  # fmt: skip
             model.validate(start, cond, bits_per_dim)
             path = options.likelihood(
-                model, start, (model.t_min, 1.0), cond, generator, budget=False, origin=(rows, x.shape[0])
-            )
+                model, start, (model.t_min, 1.0), cond, repeated(generator, count), budget=False,
+                origin=(rows, x.shape[0]),
+            )  # fmt: skip
             log_weights = path.loglik.double() - log_q
             info = _weighted(log_weights, path.stderr.double(), _variance(path), count, path.nfe, scale, start.dtype)
     result = -info.nats / scale
@@ -135,7 +139,7 @@ def bits_per_dim(
 
 
 def dequantised(
-    model: NDM, bins: Quantisation, x: Tensor, dequantisation: str, samples: int, generator: torch.Generator | None
+    model: NDM, bins: Quantisation, x: Tensor, dequantisation: str, samples: int, generator: Randomness
 ) -> tuple[Tensor, Tensor]:
     r"""Points in the bins of x, and the log-density of having drawn them.
 
@@ -152,7 +156,7 @@ def dequantised(
         truncated-normal point its expectation, minus the entropy).
     """
     dtype, d = model.dtype or torch.get_default_dtype(), event_size(model.data_shape)
-    x = x.repeat_interleave(samples, 0)
+    x, generator = x.repeat_interleave(samples, 0), repeated(generator, samples)
     constant = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     if dequantisation == "uniform":
         return bins.uniform(x, dtype, generator), constant - d * bins.uniform_offset

@@ -29,7 +29,7 @@ from ndm_ct.evaluation import evaluate
 from ndm_ct.files import TABLES, read, write_table
 from ndm_ct.likelihood import loglik
 from ndm_ct.rows import sha256
-from ndm_ct.sampling import sample
+from ndm_ct.sampling import METHODS, sample
 
 __all__ = ["main"]
 
@@ -40,6 +40,9 @@ a first run, of a table with one row per line and numbers only:
   ndm-ct evaluate runs/table test.csv          # mean log-likelihood, with its error
   ndm-ct loglik runs/table test.csv --out scores.csv
   ndm-ct sample runs/table -n 1000 --out drawn.csv
+
+exit codes: 0 done; 1 an error, explained; 2 wrong usage; 3 a self-check that failed; 130 interrupted or out of time:
+the same command goes on
 """
 
 
@@ -217,6 +220,12 @@ def _batches(options: argparse.Namespace, total: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
 
 
+def _generators(options: argparse.Namespace, rows: slice) -> list[torch.Generator]:
+    """Of a seed of its own for every row, so that no result depends on the batches."""
+    seeds = range(options.seed + rows.start, options.seed + rows.stop)
+    return [torch.Generator(options.device).manual_seed(seed) for seed in seeds]
+
+
 @contextmanager
 def _made(
     options: argparse.Namespace, total: int, settings: dict[str, Any], make: Callable[[slice], dict[str, Tensor]]
@@ -270,8 +279,7 @@ def _loglik(options: argparse.Namespace) -> int:
     values = run.rows(options.data, options.array)
 
     def make(rows: slice) -> dict[str, Tensor]:
-        generator = torch.Generator(options.device).manual_seed(options.seed + rows.start)
-        return _scores(run, values[rows], options.stderr, generator)
+        return _scores(run, values[rows], options.stderr, _generators(options, rows))
 
     data = sha256(values[rows] for rows in _batches(options, len(values)))
     with _made(options, len(values), {"data": data, "stderr": options.stderr}, make) as columns:
@@ -285,13 +293,13 @@ def _loglik(options: argparse.Namespace) -> int:
     return 0
 
 
-def _scores(run: runs.Run, x: Tensor, stderr: float | None, generator: torch.Generator) -> dict[str, Tensor]:
+def _scores(run: runs.Run, x: Tensor, stderr: float | None, generators: list[torch.Generator]) -> dict[str, Tensor]:
     """Columns of a batch, float64 on the CPU."""
     if run.bins is None:
-        log_p, info = loglik(run.model, x, stderr=stderr, on_failure="nan", generator=generator, return_info=True)
+        log_p, info = loglik(run.model, x, stderr=stderr, on_failure="nan", generator=generators, return_info=True)
         return {"log_p": log_p.double().cpu() - run.log_scale, "stderr": info.stderr.double().cpu()}
     bits, levels = bits_per_dim(
-        run.model, x, levels=run.bins.levels, dequantisation="truncated-normal", generator=generator, return_info=True
+        run.model, x, levels=run.bins.levels, dequantisation="truncated-normal", generator=generators, return_info=True
     )
     per_bit = x[0].numel() * float(np.log(2.0))
     return {
@@ -354,8 +362,8 @@ def _add_sample(command: Command) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help=f"file to write: {', '.join(TABLES)}, or .png of images"
     )
-    parser.add_argument("--method", default="ode", help="a sampler's name (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of a method on a grid")
+    parser.add_argument("--method", default="ode", help=f"{', '.join(METHODS)} (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps of a method on a grid; ode and other adaptive ones take none")
     _add_batch_size(parser, "drawn")
     _add_seed(parser)
     _add_common(parser)
@@ -370,11 +378,8 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError("images are written as .npz or .png." if images else "a png is for images; write a table.")
 
     def make(rows: slice) -> dict[str, Tensor]:
-        seeds = range(options.seed + rows.start, options.seed + rows.stop)
-        generators = [torch.Generator(options.device).manual_seed(seed) for seed in seeds]
-        z = sample(
-            run.model, rows.stop - rows.start, method=options.method, steps=options.steps, generator=generators
-        )  # fmt: skip
+        n, generators = rows.stop - rows.start, _generators(options, rows)
+        z = sample(run.model, n, method=options.method, steps=options.steps, generator=generators)
         return {"x": run.units(z.cpu())}
 
     with _made(options, options.n, {"method": options.method, "steps": options.steps}, make) as columns:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._autodiff import vjp
+from ndm_ct._noise import Randomness, coins
 from ndm_ct._shapes import choose, event_size, sum_event, validate_count
 
 __all__ = ["BoundTrace", "Exact", "Hutchinson", "Quadrature", "TraceEstimator", "grid_bits", "hadamard", "resolve"]
@@ -118,7 +119,7 @@ class BoundTrace:
 class TraceEstimator(Protocol):
     """Anything that can fix its probes for a batch of states."""
 
-    def bind(self, z: Tensor, generator: torch.Generator | None) -> BoundTrace:
+    def bind(self, z: Tensor, generator: Randomness) -> BoundTrace:
         """Fix the probes for states of the shape, dtype and device of ``z``."""
         ...
 
@@ -139,7 +140,7 @@ class Exact:
 
     chunk: int | None = None
 
-    def bind(self, z: Tensor, generator: torch.Generator | None) -> BoundTrace:
+    def bind(self, z: Tensor, generator: Randomness) -> BoundTrace:
         d = event_size(z.shape[1:])
         unit = torch.eye(d, dtype=z.dtype, device=z.device).reshape(d, 1, *z.shape[1:])
         return BoundTrace(unit.expand(d, *z.shape), True, self.chunk)
@@ -160,10 +161,10 @@ class Hutchinson:
     def __post_init__(self) -> None:
         validate_count("probes", self.probes)
 
-    def bind(self, z: Tensor, generator: torch.Generator | None) -> BoundTrace:
+    def bind(self, z: Tensor, generator: Randomness) -> BoundTrace:
         # Row by row, so that the first rows get the same probes in a larger batch.
         shape = (z.shape[0], self.probes, *z.shape[1:])
-        signs = torch.randint(0, 2, shape, generator=generator, device=z.device)
+        signs = coins(shape, generator, z.device)
         return BoundTrace((2 * signs - 1).to(z.dtype).movedim(1, 0), False, self.chunk)
 
 

@@ -11,6 +11,7 @@ References:
     Kingma et al., Variational Diffusion Models, https://arxiv.org/abs/2107.00630
 """
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -157,11 +158,11 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def score_samples(self, X: Any) -> np.ndarray:
         """Log-density of every row of X, in nats per row in the units of X, shape ``(n_samples,)``.
 
-        Beyond 32 columns the estimate takes its noise from a fixed seed: the same row and batch, the same number.
+        Beyond 32 columns an estimate, whose noise is seeded by the row itself: the same row, the same number.
         """
         z = self._standardised(X)
         log_p = [
-            likelihood.loglik(self.model_, part, generator=self._generator(0)).double().cpu()
+            likelihood.loglik(self.model_, part, generator=self._generators(part)).double().cpu()
             for part in z.split(_ROWS_AT_ONCE)
         ]
         return torch.cat(log_p).numpy() - np.log(self.scale_).sum()
@@ -186,6 +187,9 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         rows = validate_data(self, X, dtype=np.float64, reset=False)
         return torch.from_numpy((rows - self.mean_) / self.scale_).to(self.model_.device)
+
+    def _generators(self, z: Tensor) -> list[torch.Generator]:
+        return [self._generator(zlib.crc32(row.tobytes())) for row in z.cpu().numpy()]
 
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.model_.device or "cpu").manual_seed(seed)

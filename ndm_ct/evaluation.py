@@ -25,8 +25,8 @@ Two models are compared by the paired differences :math:`d_i = \hat\ell^a_i - \h
     \operatorname{Var} d = \operatorname{Var} \hat\ell^a + \operatorname{Var} \hat\ell^b
     - 2 \operatorname{Cov}(\hat\ell^a, \hat\ell^b) .
 
-All randomness is a function of the seed and of a batch's first position in the random order, so an evaluation that was
-killed continues with the bits of one that was not.
+All randomness is a function of the seed and of a row's position in the random order: an evaluation that was killed
+continues with the bits of one that was not, and batches of another size give the same values, up to rounding.
 """
 
 import hashlib
@@ -48,6 +48,7 @@ from tqdm import tqdm
 from ndm_ct import bits, checkpoint, likelihood, objectives
 from ndm_ct._config import Unconfigurable, to_config
 from ndm_ct._errors import CheckpointError, SolverError
+from ndm_ct._noise import Randomness
 from ndm_ct._processes import Group
 from ndm_ct._shapes import choose, event_size, some, validate_cond, validate_count, validate_positive
 from ndm_ct.checkpoint import PathLike
@@ -509,7 +510,7 @@ class _Scorer:
         return 2.0
 
     def score(self, x: Tensor, cond: dict[str, Any], start: int, pilot: bool) -> _Scores:
-        """Score rows; ``start``, the position of the first, seeds their randomness."""
+        """Score rows; ``start`` is the position of the first."""
         estimator, way = self.estimator, self.pilot if pilot else None
         if way == "sweeps" and isinstance(estimator, Quadrature):
             estimator = replace(estimator, sweeps=estimator.sweeps + PILOT_SWEEPS)
@@ -525,7 +526,7 @@ class _Scorer:
         self, x: Tensor, cond: dict[str, Any], start: int, repeat: int, estimator: TraceEstimator | Quadrature
     ) -> _Scores:
         settings = self.settings
-        noise, probes = (self._generator(start, repeat, use) for use in (_NOISE, _TRACE))
+        noise, probes = (self._generators(start, len(x), repeat, use) for use in (_NOISE, _TRACE))
         if settings.bound == "elbo":
             return self._by_elbo(x, cond, noise)
         log_q: Tensor | float = 0.0
@@ -542,7 +543,7 @@ class _Scorer:
             variance = torch.full_like(variance, math.nan)
         return _Scores(log_q - info.loglik.double(), variance, int(info.row_nfe.sum()))
 
-    def _by_elbo(self, x: Tensor, cond: dict[str, Any], noise: torch.Generator) -> _Scores:
+    def _by_elbo(self, x: Tensor, cond: dict[str, Any], noise: Randomness) -> _Scores:
         bins = self.settings.quantisation
         if bins is not None:
             x = bins.centres(x, self.model.dtype or torch.get_default_dtype())
@@ -552,8 +553,10 @@ class _Scorer:
         )
         return _Scores(-bound.double(), info.stderr.double().square(), samples * len(x))
 
-    def _generator(self, *words: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(_seed(self.settings.seed, *words))
+    def _generators(self, start: int, n: int, repeat: int, use: int) -> list[torch.Generator]:
+        """One per row, by its position: what a row draws does not depend on its batch."""
+        seeds = (_seed(self.settings.seed, place, repeat, use) for place in range(start, start + n))
+        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
 
 def _seed(*words: int) -> int:

@@ -21,6 +21,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def _damaged(path: Path, reading: Any) -> Any:
     """What a reader returns, its complaints about the file in one type."""
     try:
         return reading()
-    except (ValueError, EOFError, OSError, struct.error, KeyError) as error:
+    except (ValueError, EOFError, OSError, struct.error, KeyError, csv.Error) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise ValueError(f"{path} cannot be read ({error}); it is damaged or of another format.") from error
@@ -210,27 +211,53 @@ def _npz(path: Path, name: str | None) -> np.ndarray:
 
 
 def _text(path: Path, delimiter: str) -> Rows:
-    def number(text: str) -> bool:
-        try:
-            float(text)
-        except ValueError:
-            return False
-        return True
-
-    with path.open(newline="", encoding="utf-8") as file:
-        first = next(csv.reader(file, delimiter=delimiter), [])
-    named = any(not number(text) for text in first)
+    first = _damaged(path, lambda: next(_cells(path, delimiter), (1, []))[1])
+    named = not all(map(_is_number, first))
+    columns = tuple(text.strip() for text in first) if named else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a file without rows, which is an error here
-        values = _damaged(
-            path, lambda: np.loadtxt(path, delimiter=delimiter, skiprows=int(named), ndmin=2, encoding="utf-8")
-        )
+        try:
+            values = np.loadtxt(path, delimiter=delimiter, skiprows=int(named), ndmin=2, encoding="utf-8")
+        except ValueError as error:
+            fault = _damaged(path, lambda: _fault(path, delimiter, columns))
+            raise ValueError(f"{path}: {fault or error}") from error
     if not values.size:
         raise ValueError(f"{path} holds no rows.")
-    columns = tuple(text.strip() for text in first) if named else None
     if columns is not None and len(columns) != values.shape[1]:
         raise ValueError(f"{path}: the first line names {len(columns)} columns, the rows have {values.shape[1]}.")
     return Rows(_finite(values, path, columns), columns)
+
+
+def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The number of every line that is not empty, and its cells."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        yield from ((reader.line_num, cells) for cells in reader if cells)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _fault(path: Path, delimiter: str, columns: tuple[str, ...] | None) -> str | None:
+    """What is wrong with the first line that is no row of numbers, and the cure; None if all are."""
+    width = len(columns) if columns else None
+    for number, cells in islice(_cells(path, delimiter), 1 if columns else 0, None):
+        width = width or len(cells)
+        if len(cells) != width:
+            return f"line {number} has {len(cells)} cells separated by {delimiter!r}, those before have {width}."
+        for place, text in enumerate(cells):
+            if not _is_number(text):
+                name = columns[place] if columns else f"x{place}"
+                return (
+                    f"line {number}, column {name!r} is {text!r}, expected a number. Drop such rows or columns, or "
+                    f"fill them in; cells are separated by {delimiter!r}."
+                )
+    return None
 
 
 def _pyarrow() -> Any:

@@ -30,7 +30,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ndm_ct._noise import validate_generator
+from ndm_ct._noise import Randomness, rows_of, validate_randomness
 from ndm_ct._shapes import as_time, event_size, sum_event, take_rows, validate_positive
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.model import NDM
@@ -109,7 +109,7 @@ class LikelihoodInfo:
 def loglik(
     model: NDM, x: Tensor, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: torch.Generator | None = ..., return_info: Literal[False] = ..., **cond: Any,
+    generator: Randomness = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def loglik(
 def loglik(
     model: NDM, x: Tensor, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: torch.Generator | None = ..., return_info: Literal[True], **cond: Any,
+    generator: Randomness = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def loglik(
     method: str | None = None,
     on_failure: str = "raise",
     differentiable: Differentiable = False,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Tensor | tuple[Tensor, LikelihoodInfo]:
@@ -157,7 +157,7 @@ def loglik(
         differentiable: True keeps the graph, for gradients with respect to parameters and x; "adjoint" gets them from
             a backward solve, in memory that does not grow with the number of steps (torchdiffeq methods, no
             quadrature).
-        generator: source of nodes and probes.
+        generator: source of nodes and probes; or a sequence of one per row, whose result is then its own in any batch.
         return_info: also return a :class:`LikelihoodInfo`, which costs some percent for its error budget.
         cond: conditioning of predictor and transform; tensors with one entry per row of x go with their rows.
 
@@ -177,7 +177,7 @@ def loglik(
         True
     """
     model.validate(x, cond, loglik)
-    validate_generator(generator)
+    validate_randomness(generator, len(x))
     options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
     info = options.likelihood(model, x, (model.t_min, 1.0), cond, generator, budget=return_info)
     return (info.loglik, info) if return_info else info.loglik
@@ -194,7 +194,7 @@ def encode(
     method: str | None = None,
     on_failure: str = "raise",
     differentiable: Differentiable = False,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Any:
@@ -218,7 +218,7 @@ def encode(
         :math:`z_1`, shape ``(B, *E)``; with ``return_info`` a pair.
     """
     model.validate(x, cond, encode)
-    validate_generator(generator)
+    validate_randomness(generator, len(x))
     options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
     return options.transport(model, x, (model.t_min, 1.0), cond, generator, return_info)
 
@@ -234,7 +234,7 @@ def decode(
     method: str | None = None,
     on_failure: str = "raise",
     differentiable: Differentiable = False,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Any:
@@ -258,7 +258,7 @@ def decode(
         x, shape ``(B, *E)``; with ``return_info`` a pair.
     """
     model.validate_state(z1, cond, decode, name="z1")
-    validate_generator(generator)
+    validate_randomness(generator, len(z1))
     options = Options(trace, stderr, rtol, atol, method, on_failure, differentiable)
     return options.transport(model, z1, (1.0, model.t_min), cond, generator, return_info)
 
@@ -277,7 +277,7 @@ class Options:
 
     def transport(
         self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
-        generator: torch.Generator | None, return_info: bool,
+        generator: Randomness, return_info: bool,
     ) -> Any:  # fmt: skip
         """The end of the path, and its log-determinant if asked."""
         if return_info:
@@ -297,7 +297,7 @@ class Options:
 
     def likelihood(
         self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
-        generator: torch.Generator | None, *, budget: bool, origin: tuple[Tensor, int] | None = None,
+        generator: Randomness, *, budget: bool, origin: tuple[Tensor, int] | None = None,
     ) -> LikelihoodInfo:  # fmt: skip
         """Path, log-determinant and density; the systematic errors of the budget only if asked, else NaN.
 
@@ -321,7 +321,7 @@ class Options:
 
     def _of_latents(
         self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
-        generator: torch.Generator | None, budget: bool, origin: tuple[Tensor, int] | None,
+        generator: Randomness, budget: bool, origin: tuple[Tensor, int] | None,
     ) -> LikelihoodInfo:  # fmt: skip
         """The same between latents and noise."""
         estimator = resolve("auto" if self.trace is None else self.trace, model.event_shape)
@@ -374,7 +374,7 @@ def along(
     problem: Problem,
     estimator: TraceEstimator | Quadrature,
     stderr: float | None,
-    generator: torch.Generator | None,
+    generator: Randomness,
     *,
     budget: bool,
 ) -> LikelihoodInfo:
@@ -408,7 +408,7 @@ class _Draft:
     sweeps: Tensor
 
 
-def _augmented(problem: Problem, estimator: TraceEstimator, generator: torch.Generator | None) -> _Draft:
+def _augmented(problem: Problem, estimator: TraceEstimator, generator: Randomness) -> _Draft:
     """State and log-determinants together, probes frozen."""
     bound = estimator.bind(problem.start.double(), generator)
     solved = problem.augmented(bound)
@@ -419,7 +419,7 @@ def _augmented(problem: Problem, estimator: TraceEstimator, generator: torch.Gen
 
 
 def _by_quadrature(
-    problem: Problem, estimator: Quadrature, stderr: float | None, generator: torch.Generator | None, budget: bool
+    problem: Problem, estimator: Quadrature, stderr: float | None, generator: Randomness, budget: bool
 ) -> _Draft:
     """The path first, then the trace at nodes along it."""
     model, start = problem.model, problem.start
@@ -454,9 +454,7 @@ def _sampled(problem: Problem, sweeps: Sweeps) -> tuple[Solved, Tensor]:
     return solved, values
 
 
-def _refine(
-    problem: Problem, estimator: Quadrature, totals: Totals, stderr: float, generator: torch.Generator | None
-) -> Tensor:
+def _refine(problem: Problem, estimator: Quadrature, totals: Totals, stderr: float, generator: Randomness) -> Tensor:
     """Add sweeps to the rows that need them; returns the evaluations of the paths solved again for their nodes."""
     spent = torch.zeros_like(totals.count)
     while True:
@@ -467,7 +465,7 @@ def _refine(
         _validate_affordable(estimator, totals, rows, missing[rows], stderr, problem.model)
         more = problem.only(rows)
         count = torch.ceil(_SHARE * missing[rows]).long().clamp(max=_PER_ROUND)
-        sweeps = Sweeps.draw(problem.model, estimator, count, generator)
+        sweeps = Sweeps.draw(problem.model, estimator, count, rows_of(generator, rows))
         solved, values = _sampled(more, sweeps)
         totals.add(rows, values)
         spent = spent.index_add(0, rows, solved.evaluations)
@@ -500,7 +498,7 @@ def _ends(problem: Problem, solved: Solved) -> tuple[Tensor, Tensor]:
     return data, problem.model.log_prior(noise)
 
 
-def _finished(problem: Problem, draft: _Draft, generator: torch.Generator | None, budget: bool) -> LikelihoodInfo:
+def _finished(problem: Problem, draft: _Draft, generator: Randomness, budget: bool) -> LikelihoodInfo:
     solved, dtype = draft.solved, problem.start.dtype
     x, log_prior = _ends(problem, solved)
     value = log_prior + draft.logdet if problem.upwards else log_prior - draft.logdet
@@ -539,7 +537,7 @@ def _finished(problem: Problem, draft: _Draft, generator: torch.Generator | None
     )
 
 
-def _truncation(problem: Problem, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
+def _truncation(problem: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor, int]:
     r"""First-order change of the log-density at x from the noise and the scaling left at t_min.
 
     .. math::

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ndm_ct import _shapes
 from ndm_ct._errors import PredictorError
-from ndm_ct._noise import Randomness
+from ndm_ct._noise import Randomness, normal_like
 from ndm_ct._precision import run_network
 from ndm_ct._processes import unwrapped
 from ndm_ct._shapes import as_time, expand, expand_time
@@ -365,9 +365,7 @@ class NDM(nn.Module):
         _shapes.validate_cond(cond, self._cond_names, self._cond_anything, caller)
         _shapes.validate_data(z, self.event_shape, name=name, dtype=self.dtype, device=self.device)
 
-    def to_latent(
-        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""Where the path of data begins: y with :math:`F(x, t) = G(y, t)`, and :math:`\log p(x) - \log p(y)`.
 
         Args:
@@ -417,7 +415,7 @@ class NDM(nn.Module):
             )
         return cast(Tensor, value.to(z.dtype))
 
-    def prior_divergence(self, path: Path, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def prior_divergence(self, path: Path, x: Tensor, generator: Randomness) -> Tensor:
         r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample.
 
         Args:
@@ -430,7 +428,7 @@ class NDM(nn.Module):
         std = expand(c.sigma, x).expand_as(x)
         if isinstance(self.prior, NormalKL):
             return self.prior.kl_from_normal(mean, std)
-        eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        eps = normal_like(x, generator)
         log_q = -_shapes.sum_event(0.5 * eps**2 + std.log() + 0.5 * math.log(2.0 * math.pi))
         return log_q - self.log_prior(mean + std * eps)
 

@@ -34,6 +34,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ndm_ct._noise import Randomness, normal_like, uniform, validate_randomness
 from ndm_ct._shapes import as_time, expand, sum_event, validate_count
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.quantisation import Quantisation, validate_quantisation
@@ -142,7 +143,7 @@ def _integrand(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor,
     return (0.5 * c.snr_rate).to(F.dtype) * sum_event(residual**2 / eta)
 
 
-def prior_term(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+def prior_term(model: NDM, x: Tensor, *, generator: Randomness = None, **cond: Any) -> Tensor:
     r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample."""
     return model.prior_divergence(model.transform.along(x, **cond), x, generator)
 
@@ -152,7 +153,7 @@ def reconstruction_term(
     x: Tensor,
     *,
     quantisation: Quantisation | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     **cond: Any,
 ) -> Tensor:
     r""":math:`E[-\log p(x \mid z_0)]`, nats, ``(B,)``.
@@ -163,7 +164,7 @@ def reconstruction_term(
 
 
 def _reconstruction(
-    model: NDM, path: Path, x: Tensor, quantisation: Quantisation | None, generator: torch.Generator | None
+    model: NDM, path: Path, x: Tensor, quantisation: Quantisation | None, generator: Randomness
 ) -> Tensor:
     t = as_time(model.t_min, x.device).expand(x.shape[0])
     F = x if model.t_min == 0.0 and model.transform.starts_at_data else path(t)
@@ -171,7 +172,7 @@ def _reconstruction(
     if quantisation is None:
         # z_0/alpha_0 = F + e^{gamma_0/2} eps, so the expectation of the square is known.
         return 0.5 * sum_event((F - x) ** 2 * torch.exp(-gamma) + 1.0 + math.log(2.0 * math.pi) + gamma)
-    eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    eps = normal_like(x, generator)
     decoded = F + torch.exp(0.5 * gamma) * eps
     values = quantisation.values(x)
     logits = -0.5 * (decoded[..., None] - values) ** 2 * torch.exp(-gamma)[..., None]
@@ -182,14 +183,14 @@ def _reconstruction(
 @overload
 def elbo(
     model: NDM, x: Tensor, *, samples: int = ..., quantisation: Quantisation | None = ...,
-    generator: torch.Generator | None = ..., return_info: Literal[False] = ..., **cond: Any,
+    generator: Randomness = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def elbo(
     model: NDM, x: Tensor, *, samples: int = ..., quantisation: Quantisation | None = ...,
-    generator: torch.Generator | None = ..., return_info: Literal[True], **cond: Any,
+    generator: Randomness = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, ElboInfo]: ...  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def elbo(
     *,
     samples: int = 1,
     quantisation: Quantisation | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Tensor | tuple[Tensor, ElboInfo]:
@@ -212,7 +213,7 @@ def elbo(
         x: data, shape ``(B, *E)``.
         samples: pairs (t, eps) per row, stratified in time; two and more give a standard error.
         quantisation: the bins, if x are the centres of integer levels; the bound is then on the log-probability.
-        generator: source of times and noise.
+        generator: source of times and noise; or a sequence of one per row, whose bound is then its own in any batch.
         return_info: also return an :class:`ElboInfo`.
         cond: conditioning.
 
@@ -228,10 +229,11 @@ def elbo(
         True
     """
     _validate(model, x, cond, elbo, quantisation)
+    validate_randomness(generator, len(x))
 
     def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
         t, weight = times(model, u)
-        eps = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+        eps = normal_like(y, generator)
         return weight.to(y.dtype) * _integrand_along(model, path, t, eps, cond)
 
     return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
@@ -244,7 +246,7 @@ def elbo_discrete(
     steps: int,
     samples: int = 1,
     quantisation: Quantisation | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Any:
@@ -264,12 +266,13 @@ def elbo_discrete(
         As :func:`elbo`.
     """
     _validate(model, x, cond, elbo_discrete, quantisation)
-    uniform = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
-    grid, _ = times(model, uniform)
+    validate_randomness(generator, len(x))
+    even = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
+    grid, _ = times(model, even)
 
     def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
         index = (u * steps).long().clamp(max=steps - 1)
-        eps = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+        eps = normal_like(y, generator)
         return steps * _transition_kl(model, path, grid[index], grid[index + 1], eps, cond)
 
     return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
@@ -305,7 +308,7 @@ def _bound(
     draw: Callable[[Path, Tensor, Tensor], Tensor],
     samples: int,
     quantisation: Quantisation | None,
-    generator: torch.Generator | None,
+    generator: Randomness,
     return_info: bool,
     cond: dict[str, Any],
 ) -> Any:
@@ -316,7 +319,7 @@ def _bound(
     with model.evaluating():
         for sample in range(samples):
             k = sample % strata
-            uniform = torch.rand(x.shape[0], dtype=torch.float64, device=x.device, generator=generator)
+            u = uniform((len(x),), generator, torch.float64, x.device)
             fresh = sample == 0 or not model.transform.bijective  # an Encoder's latents differ between samples
             if fresh:
                 y, weight = model.to_latent(x, generator=generator, **cond)
@@ -325,7 +328,7 @@ def _bound(
             if fresh or quantisation is not None:
                 reconstruction = _reconstruction(model, path, y, quantisation, generator)
                 reconstruction = reconstruction if weight is None else reconstruction - weight
-            points[k].append(torch.stack([prior, draw(path, y, (k + uniform) / strata), reconstruction]))
+            points[k].append(torch.stack([prior, draw(path, y, (k + u) / strata), reconstruction]))
     (prior, diffusion, reconstruction), variance = _stratified(points)
     bound = -(prior + diffusion + reconstruction)
     if not return_info:

@@ -25,11 +25,14 @@ its error does not average out; here the path needs forward passes only, and eve
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ndm_ct._autodiff import vjp
+from ndm_ct._noise import Randomness, uniform
 from ndm_ct._shapes import as_time, event_size, sum_event
 from ndm_ct.divergence import Quadrature, grid_bits, hadamard
 from ndm_ct.dynamics import ProbabilityFlow
@@ -52,6 +55,20 @@ def path_times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
         angle = 2.0 * torch.atan(torch.exp(start + (end - start) * u))
         t = schedule.time_at(angle).clamp(model.t_min, 1.0)
         return t, (end - start) * angle.sin() / schedule(t).dangle
+
+
+def _blocks(sweeps: Tensor, width: int, generator: Randomness) -> Tensor:
+    """Uniform numbers, ``(B, most sweeps of a row, width)``.
+
+    One block per row, so that the first rows get the same numbers in a larger batch; a row with a generator of its own
+    takes as many from it as it has sweeps, so that others may need more.
+    """
+    numbers = partial(uniform, dtype=torch.float64, device=sweeps.device)
+    if len(sweeps) == 0 or generator is None or isinstance(generator, torch.Generator):
+        most = int(sweeps.max()) if len(sweeps) else 1
+        return numbers((len(sweeps), most, width), generator)
+    rows = [numbers((count, width), each) for count, each in zip(sweeps.tolist(), generator, strict=True)]
+    return pad_sequence(rows, batch_first=True)
 
 
 @dataclass(frozen=True)
@@ -77,12 +94,11 @@ class Sweeps:
     signs: Tensor
 
     @classmethod
-    def draw(cls, model: NDM, estimator: Quadrature, sweeps: Tensor, generator: torch.Generator | None) -> "Sweeps":
+    def draw(cls, model: NDM, estimator: Quadrature, sweeps: Tensor, generator: Randomness) -> "Sweeps":
         """Fix nodes and probes; ``sweeps`` ``(B,)`` is the number each row needs."""
-        B, S, M = sweeps.shape[0], int(sweeps.max()) if sweeps.numel() else estimator.sweeps, estimator.nodes
-        d, device = event_size(model.event_shape), sweeps.device
-        # One block of numbers per row, so that the first rows get the same ones in a larger batch.
-        u = torch.rand(B, S, M // 2 + 1 + d, dtype=torch.float64, device=device, generator=generator)
+        d, M, device = event_size(model.event_shape), estimator.nodes, sweeps.device
+        u = _blocks(sweeps, M // 2 + 1 + d, generator)
+        B, S, _ = u.shape
         centre = (torch.arange(M // 2, dtype=torch.float64, device=device) + 0.5) / (M // 2)
         offset = 0.5 * u[..., : M // 2] / (M // 2)
         places = torch.stack([centre - offset, centre + offset], -1).reshape(B, S * M).mT

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ndm_ct._noise import Randomness, uniform
 from ndm_ct._shapes import some, sum_event, validate_dense, validate_number, validate_values
 
 __all__ = ["Quantisation", "validate_quantisation"]
@@ -124,9 +125,9 @@ class Quantisation:
         """All bin centres, shape ``(levels,)``, dtype and device of ``like``."""
         return self.centres(torch.arange(self.levels, device=like.device), like.dtype)
 
-    def uniform(self, x: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    def uniform(self, x: Tensor, dtype: torch.dtype, generator: Randomness) -> Tensor:
         """Bin centres plus noise uniform in the bin."""
-        noise = torch.rand(x.shape, dtype=dtype, device=x.device, generator=generator)
+        noise = uniform(x.shape, generator, dtype, x.device)
         return self.centres(x, dtype) + (2.0 * noise - 1.0) * self.half_width
 
     @property
@@ -135,13 +136,13 @@ class Quantisation:
         return math.log(2.0 * self.half_width)
 
     def truncated_normal(
-        self, x: Tensor, alpha: float, sigma: float, dtype: torch.dtype, generator: torch.Generator | None
+        self, x: Tensor, alpha: float, sigma: float, dtype: torch.dtype, generator: Randomness
     ) -> Tensor:
         r""":math:`z_0 = \alpha_0 x_k + \sigma_0 \epsilon` with :math:`|\epsilon| \le \tau`, by inverting its CDF."""
         tau = self.half_width * alpha / sigma
-        uniform = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generator)
+        u = uniform(x.shape, generator, torch.float64, x.device)
         mass = math.erf(tau / math.sqrt(2.0))
-        eps = math.sqrt(2.0) * torch.erfinv((2.0 * uniform - 1.0) * mass)
+        eps = math.sqrt(2.0) * torch.erfinv((2.0 * u - 1.0) * mass)
         return (alpha * self.centres(x, torch.float64) + sigma * eps.clamp(-tau, tau)).to(dtype)
 
     def truncated_normal_offset(self, alpha: float, sigma: float) -> float:

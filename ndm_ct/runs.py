@@ -350,7 +350,7 @@ def train(
     held_out = int(settings.validation_fraction * len(rows.values))
     event_shape = tuple(rows.values.shape[1:])
     train_rows = rows.values[: len(rows.values) - held_out]
-    mean, scale = (None, None) if levels else _moments(train_rows, cast(str, settings.data))
+    mean, scale = (None, None) if levels else _moments(replace(rows, values=train_rows), cast(str, settings.data))
     config = {
         "format": FORMAT, "settings": asdict(settings), "levels": levels, "mean": mean, "scale": scale,
         "columns": rows.columns, "event_shape": event_shape,
@@ -379,8 +379,11 @@ def train(
     return run, result
 
 
-def _moments(values: Any, source: str) -> tuple[Any, Any]:
+def _moments(rows: Rows, source: str) -> tuple[Any, Any]:
     """Mean and standard deviation: of each column, or one for all coordinates; float64, in parts."""
+    values = rows.values
+    if len(values) < 2:
+        raise ValueError(f"{source}: {len(values)} rows to train on have no scale; give two or more.")
     axes = 0 if values.ndim == 2 else tuple(range(values.ndim))
 
     def average(function: Callable[[np.ndarray], np.ndarray]) -> Any:
@@ -390,9 +393,10 @@ def _moments(values: Any, source: str) -> tuple[Any, Any]:
     mean = average(lambda block: block)
     scale = np.sqrt(average(lambda block: np.square(block - mean)))
     if not np.all(scale > 0.0):
-        place = np.argwhere(np.atleast_1d(scale <= 0.0))[0].tolist()
+        place = int(np.argmax(np.atleast_1d(scale <= 0.0)))
+        name = rows.columns[place] if rows.columns else f"x{place}"
         raise ValueError(
-            f"{source}: column {place[0]} is constant over the training rows: it has no density. Leave it out."
+            f"{source}: column {name!r} is constant over the training rows: it has no density. Leave it out."
         )
     return mean.tolist(), scale.tolist()
 

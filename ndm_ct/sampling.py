@@ -324,11 +324,6 @@ class _Adaptive:
         if not self.with_density:
             solved = problem.transport()
             return _ended(self.model, solved, z1, self.denoise, cond)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(
-                "info.logp takes its probes from one generator for the batch, got one per sample; pass one generator, "
-                "or take the density from loglik(model, x)."
-            )
         estimator = resolve("auto" if self.trace is None else self.trace, self.model.event_shape)
         info = along(problem, estimator, None, generator, budget=False)
         nfe = evaluations_per_call(self.model.predictor) * info.nfe

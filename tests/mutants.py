@@ -93,9 +93,9 @@ MUTANTS = (
     Mutant(
         "one probe for all rows", "divergence.py",
         "shape = (z.shape[0], self.probes, *z.shape[1:])\n"
-        "        signs = torch.randint(0, 2, shape, generator=generator, device=z.device)",
+        "        signs = coins(shape, generator, z.device)",
         "shape = (1, self.probes, *z.shape[1:])\n"
-        "        signs = torch.randint(0, 2, shape, generator=generator, device=z.device)\n"
+        "        signs = coins(shape, generator, z.device)\n"
         "        signs = signs.expand(z.shape[0], *shape[1:])",
         "likelihood::test_reported_standard_error_is_calibrated "
         "likelihood::test_t_interval_of_four_probes_covers",
@@ -103,9 +103,9 @@ MUTANTS = (
     Mutant(
         "probes drawn column by column", "divergence.py",
         "shape = (z.shape[0], self.probes, *z.shape[1:])\n"
-        "        signs = torch.randint(0, 2, shape, generator=generator, device=z.device)",
+        "        signs = coins(shape, generator, z.device)",
         "shape = (self.probes, z.shape[0], *z.shape[1:])\n"
-        "        signs = torch.randint(0, 2, shape, generator=generator, device=z.device).movedim(1, 0)",
+        "        signs = coins(shape, generator, z.device).movedim(1, 0)",
         "likelihood::test_same_generator_same_bits_and_rows_keep_their_probes",
     ),
     Mutant(

@@ -487,8 +487,8 @@ SAMPLERS = (
     (
         "one generator per row, the first for all",
         "_noise.py",
-        "generator=each) for each in generator]",
-        "generator=generator[0]) for each in generator]",
+        "draw(shape[1:], each) for",
+        "draw(shape[1:], generator[0]) for",
         "samplers::test_a_row_with_its_own_generator_does_not_depend_on_its_batch",
     ),
     (

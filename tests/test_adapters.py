@@ -1,6 +1,7 @@
 """Networks in the conventions of others, against the exact velocity, density and steps they stand for."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from oracles import ddpm_table, rotated_covariance
 import ndm_ct
 from ndm_ct import adapters, schedules
 from ndm_ct.discrete import DDIM
-from ndm_ct.reference import Gaussian
+from ndm_ct.reference import Gaussian, GaussianMixture
 from ndm_ct.stepping import walk
 
 D = 4
@@ -203,6 +204,109 @@ def test_guidance_reaches_a_network_that_says_what_none_is():
     assert x.shape == (2, D)
 
 
+SDE = schedules.VariancePreserving()
+
+
+def preconditioned(net):
+    """EDM's D, with data of standard deviation one."""
+
+    def denoiser(z, sigma):
+        s = sigma[:, None]
+        return z / (1.0 + s**2) + s / (1.0 + s**2).sqrt() * net(z / (1.0 + s**2).sqrt(), 0.25 * sigma.log())
+
+    return denoiser
+
+
+def on_thousandths(net):
+    """A network called with the index of the table, as those of diffusers are."""
+    return lambda z, k: net(z, k / 1000.0)
+
+
+def scaled(net):
+    """score_sde's: the network's output over -sigma."""
+    return lambda z, t: -net(z, t) / SDE(t.double()).sigma.to(z.dtype)[:, None]
+
+
+TRAINED = {
+    "denoiser": lambda net: adapters.from_denoiser(preconditioned(net), (2,), sigma_min=0.01, sigma_max=40.0),
+    "eps": lambda net: adapters.from_eps(on_thousandths(net), (2,), alphas_cumprod=TABLE),
+    "v": lambda net: adapters.from_v(on_thousandths(net), (2,), alphas_cumprod=TABLE),
+    "velocity": lambda net: adapters.from_velocity(net, (2,)),
+    "score": lambda net: adapters.from_score(scaled(net), (2,), schedule=SDE, t_min=1e-3),
+}
+
+
+class TestTrained:
+    """Small networks, each trained by the loss of its convention, on two normals whose density is known."""
+
+    WEIGHTS, CENTRES, WIDTH = torch.tensor([0.3, 0.7]), torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), 0.4
+
+    def rows(self, n, generator):
+        which = torch.multinomial(self.WEIGHTS, n, replacement=True, generator=generator)
+        return self.CENTRES[which] + self.WIDTH * torch.randn(n, 2, generator=generator)
+
+    def of_denoiser(self, net, x, noise, u):
+        """EDM's weights and preconditioning, log-normal sigma."""
+        sigma = torch.exp(-1.2 + 1.2 * math.sqrt(2.0) * torch.erfinv(2.0 * u - 1.0).clamp(-3.0, 3.0))
+        weight = (sigma**2 + 1.0) / sigma**2
+        return weight * (preconditioned(net)(x + sigma[:, None] * noise, sigma) - x).square().sum(1)
+
+    def on_table(self, x, noise, u):
+        k = (1000 * u).long()
+        alpha = TABLE[k].sqrt().float()[:, None]
+        sigma = (1.0 - alpha**2).sqrt()
+        return k, alpha * x + sigma * noise, alpha * noise - sigma * x
+
+    def of_eps(self, net, x, noise, u):
+        k, z, _ = self.on_table(x, noise, u)
+        return (on_thousandths(net)(z, k) - noise).square().sum(1)
+
+    def of_v(self, net, x, noise, u):
+        k, z, v = self.on_table(x, noise, u)
+        return (on_thousandths(net)(z, k) - v).square().sum(1)
+
+    def of_velocity(self, net, x, noise, u):
+        """Of torchcfm and flow_matching: noise at 0, data at 1."""
+        z = u[:, None] * x + (1.0 - u[:, None]) * noise
+        return (net(z, u) - (x - noise)).square().sum(1)
+
+    def of_score(self, net, x, noise, u):
+        """Of score_sde: sigma times the score."""
+        t = 1e-3 + (1.0 - 1e-3) * u
+        c = SDE(t.double())
+        alpha, sigma = (part.float()[:, None] for part in (c.alpha, c.sigma))
+        return (sigma * scaled(net)(alpha * x + sigma * noise, t) + noise).square().sum(1)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", TRAINED)
+    def test_densities_bounds_and_samples_are_nearly_those_of_the_data(self, name):
+        generator = torch.Generator().manual_seed(0)
+        net, steps = ndm_ct.nn.MLP(2, width=64, depth=2), 2000
+        optimiser = torch.optim.Adam(net.parameters(), lr=2e-3)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        for _ in range(steps):
+            x = self.rows(256, generator)
+            noise, u = torch.randn(256, 2, generator=generator), torch.rand(256, generator=generator)
+            optimiser.zero_grad()
+            getattr(self, f"of_{name}")(net, x, noise, u).mean().backward()
+            optimiser.step()
+            decay.step()
+        model, x = TRAINED[name](net.eval().requires_grad_(False)), self.rows(500, generator)
+        covs = (self.WIDTH**2 * torch.eye(2)).expand(2, 2, 2)
+        exact = GaussianMixture(self.WEIGHTS, self.CENTRES, covs, schedule=model.schedule, t_min=model.t_min)
+        found, info = ndm_ct.loglik(model, x, return_info=True)
+        gap = float((exact.log_prob(x).float() - found).mean())
+        assert -0.015 < gap < 0.04  # on the data's own rows a divergence
+        torch.testing.assert_close(ndm_ct.decode(model, ndm_ct.encode(model, x[:50])), x[:50], rtol=0.0, atol=1e-2)
+        below = (found - ndm_ct.elbo(model, x, samples=64, generator=generator)).double()
+        error = float(below.std()) / len(x) ** 0.5
+        assert -4.0 * error < float(below.mean()) < 0.1 + 4.0 * error
+        drawn = ndm_ct.sample(model, 500, generator=generator)
+        assert float((drawn[:, 0] > 0.0).float().mean()) == pytest.approx(0.7, abs=0.08)
+        assert drawn.mean(0).tolist() == pytest.approx((self.WEIGHTS @ self.CENTRES).tolist(), abs=0.15)
+        print(f"{name}: {gap:.4f} nats below the exact density, nfe {info.nfe}")
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 class TestDiffusers:
@@ -220,6 +324,34 @@ class TestDiffusers:
             norm_num_groups=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         ).eval()  # fmt: skip
+
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
+    def test_an_exact_network_has_the_exact_density(self, diffusers, prediction):
+        """Pixels of N(0, 0.6^2), at the times between the entries of the table too."""
+        flow = prediction == "flow"
+        scheduler = (
+            diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+            if flow
+            else diffusers.DDPMScheduler(prediction_type=prediction)
+        )
+        schedule = schedules.Rectified() if flow else schedules.Tabulated(scheduler.alphas_cumprod)
+
+        class Exact(torch.nn.Module):
+            def forward(self, z, timestep):
+                c = schedule(timestep.double() / (1000.0 if flow else 999.0))
+                alpha, sigma = (part[:, None, None, None] for part in (c.alpha, c.sigma))
+                x = alpha * 0.36 * z / (0.36 * alpha**2 + sigma**2)
+                noise = sigma * z / (0.36 * alpha**2 + sigma**2)
+                answers = {
+                    "epsilon": noise, "sample": x, "v_prediction": alpha * noise - sigma * x, "flow": noise - x,
+                }  # fmt: skip
+                return types.SimpleNamespace(sample=answers[prediction].to(z.dtype))
+
+        model = adapters.from_diffusers(Exact(), scheduler, (1, 2, 2))
+        x = 0.6 * torch.randn(5, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        start = model.schedule(torch.tensor(model.t_min, dtype=torch.float64))
+        exact = torch.distributions.Normal(0.0, (0.36 * start.alpha**2 + start.sigma**2).sqrt())
+        torch.testing.assert_close(ndm_ct.loglik(model, x), exact.log_prob(x).sum((1, 2, 3)), rtol=0.0, atol=2e-3)
 
     @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
     def test_a_step_of_ddim_is_theirs(self, diffusers, unet, prediction):

@@ -237,7 +237,13 @@ def test_selfcheck_passes_and_can_fail(monkeypatch, capsys):
     ("content", "name", "words"),
     [
         (b"a,b,c\n1,2,3\n1,nan,3\n", "rows.csv", "row 1, column 'b' is nan"),
-        (b"a,b,c\n1,2,3\n1,x,3\n", "rows.csv", "cannot be read"),
+        (b"a,b,c\n1,2,3\n1,x,3\n", "rows.csv", "line 3, column 'b' is 'x', expected a number. Drop"),
+        (b"a,b,c\n1,,3\n", "rows.csv", "line 2, column 'b' is '', expected a number"),
+        (b"1,2,3\n\n1,2,x\n", "rows.csv", "line 3, column 'x2' is 'x', expected a number"),
+        (b"a;b;c\n1;2;3\n", "rows.csv", "column 'a;b;c' is '1;2;3'.*separated by ','"),
+        (b"a,b,c\n1,2,3\n1,2\n", "rows.csv", "line 3 has 2 cells separated by ',', those before have 3"),
+        (b"\xff\xfea,b,c\n", "rows.csv", r"rows.csv cannot be read \('utf-8'"),
+        (b"a,b,c\n1,2,3\n1,\xff,3\n", "rows.csv", r"rows.csv cannot be read \('utf-8'"),
         (b"a,b\n1,2,3\n", "rows.csv", "names 2 columns, the rows have 3"),
         (b"a,b,d\n1,2,3\n", "rows.csv", "has the columns a, b, d, the model was trained on a, b, c"),
         (b"1,2\n", "rows.csv", r"rows of shape \(2,\), the model has \(3,\)"),
@@ -294,7 +300,10 @@ def test_a_constant_column_is_refused(tmp_path, capsys):
     rows[:, 1] = 7.0
     write_csv(tmp_path / "rows.csv", rows)
     assert cli.main(["train", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "r"), *QUICK]) == 1
-    assert "column 1 is constant" in capsys.readouterr().err
+    assert "column 'b' is constant" in capsys.readouterr().err
+    write_csv(tmp_path / "rows.csv", rows[:1])
+    assert cli.main(["train", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "r"), *QUICK]) == 1
+    assert "1 rows to train on have no scale; give two or more" in capsys.readouterr().err
 
 
 def test_integers_of_a_table_are_levels_where_asked(tmp_path, capsys):
@@ -302,7 +311,8 @@ def test_integers_of_a_table_are_levels_where_asked(tmp_path, capsys):
     write_csv(tmp_path / "rows.csv", values, names=None)
     ok("train", tmp_path / "rows.csv", "--levels", 4, "--out", tmp_path / "run", *QUICK)
     ok("loglik", tmp_path / "run", tmp_path / "rows.csv", "--out", tmp_path / "p.npz", "--quiet")
-    model, generator = ndm_ct.load(tmp_path / "run" / "model.safetensors"), torch.Generator().manual_seed(0)
+    model = ndm_ct.load(tmp_path / "run" / "model.safetensors")
+    generator = [torch.Generator().manual_seed(row) for row in range(100)]
     expected = ndm_ct.bits_per_dim(
         model, torch.as_tensor(values), levels=4, dequantisation="truncated-normal", generator=generator
     )

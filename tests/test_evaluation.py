@@ -189,8 +189,8 @@ def test_no_randomness_is_used_twice(monkeypatch, generator):
     seeds, seed = [], evaluation._seed
     monkeypatch.setattr(evaluation, "_seed", lambda *words: seeds.append(seed(*words)) or seeds[-1])
     evaluate(quantised("uniform"), levels(90, generator), quantisation=BINS, **COARSE)
-    # Order, then noise and probes of the pilot, of its second score and of the other batch.
-    assert len(set(seeds)) == len(seeds) == 7
+    # Order, then noise and probes of every row: of the pilot, of its second score and of the other batch.
+    assert len(set(seeds)) == len(seeds) == 1 + 2 * (32 + 32 + 58)
 
 
 def test_the_pilot_costs_are_counted(generator):

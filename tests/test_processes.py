@@ -337,3 +337,43 @@ def test_a_folder_in_use_is_refused_in_all(tmp_path):
 def test_parts_have_to_be_shared_equally(tmp_path):
     results = together(tmp_path, "train(model(), accumulate=3)")
     assert all("accumulate=3 parts of a batch cannot be shared equally by 2 processes" in text for text, _ in results)
+
+
+LAUNCHED = """
+import sys
+sys.path[:0] = {paths!r}
+from test_processes import *
+torch.set_num_threads(1)
+if sys.argv[1] == "accelerate":
+    from accelerate import Accelerator
+    assert Accelerator(cpu=True).num_processes == 2
+else:
+    torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+made = model(seed=rank)
+train(made)
+result = ndm_ct.evaluate(made, rows(60), batch_size=16, progress=False, bound="elbo", samples=4)
+torch.save([made.state_dict(), result.indices, result.values], f"{folder}/{{rank}}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["torch", "accelerate"])
+def test_torchrun_starts_them(tmp_path, by):
+    """As the guide says, the group made by torch or by Accelerate; the result is that of one process."""
+    pytest.importorskip(by)
+    expected = model()
+    train(expected)
+    scores = ndm_ct.evaluate(expected, rows(60), batch_size=16, progress=False, bound="elbo", samples=4)
+    paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED.format(paths=paths, folder=tmp_path))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), by]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        state, indices, values = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        for name, tensor in expected.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5)
+        assert torch.equal(indices, scores.indices)
+        torch.testing.assert_close(values, scores.values, atol=1e-3, rtol=1e-4)

@@ -234,3 +234,98 @@ def test_torchs_own_generator_serves_where_none_is_passed(name):
         results.append(FOLLOWS[name](None).detach())
     assert torch.equal(*results[:2])
     assert not torch.equal(*results[1:])
+
+
+def seeds(n, first=0):
+    return [torch.Generator().manual_seed(first + k) for k in range(n)]
+
+
+IMAGES = torch.randn(7, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randint(0, 8, IMAGES.shape, generator=torch.Generator().manual_seed(0))
+
+
+def of_images():
+    """Above the number of dimensions for which a trace is exact, in float64, and no zero function."""
+    net = built(lambda: NDM(nn.Preconditioned(nn.UNet(1, width=4, levels=1)), (1, 6, 6), schedule=SHORT))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.02
+    return net.double().requires_grad_(False)
+
+
+def mixed():
+    """A prior whose divergence is sampled."""
+    return unknown_prior().double()
+
+
+ROW_BY_ROW = {
+    "loglik": lambda x, g: ndm_ct.loglik(of_images(), x.double(), generator=g, **COARSE),
+    "loglik, hutchinson": lambda x, g: ndm_ct.loglik(
+        of_images(), x.double(), trace=Hutchinson(4), generator=g, **COARSE
+    ),
+    "loglik to an error": lambda x, g: ndm_ct.loglik(of_images(), x.double(), stderr=0.06, generator=g, **COARSE),
+    "truncation": lambda x, g: (
+        ndm_ct.loglik(of_images(), x.double(), generator=g, return_info=True, **COARSE)[1].truncation
+    ),
+    "encode": lambda x, g: ndm_ct.encode(of_images(), x.double(), generator=g, return_info=True, **COARSE)[1].logdet,
+    "elbo": lambda x, g: ndm_ct.elbo(of_images(), x.double(), samples=3, generator=g),
+    "elbo, sampled prior": lambda x, g: ndm_ct.elbo(mixed(), x.double().flatten(1)[:, :2], generator=g),
+    "elbo, encoder": lambda x, g: ndm_ct.elbo(latent(), x.flatten(1)[:, :2], generator=g),
+    "elbo_discrete": lambda x, g: objectives.elbo_discrete(of_images(), x.double(), steps=5, generator=g),
+}
+LEVEL_BY_LEVEL = {
+    "bits": {}, "bits, points": {"samples": 3}, "bits, truncated": {"dequantisation": "truncated-normal"},
+    "bits, bound": {"bound": "elbo", "samples": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*ROW_BY_ROW, *LEVEL_BY_LEVEL])
+def test_a_row_with_a_generator_of_its_own_does_not_know_its_batch(name):
+    def scored(rows, generators):
+        if name in ROW_BY_ROW:
+            return ROW_BY_ROW[name](IMAGES[rows], generators)
+        options = LEVEL_BY_LEVEL[name] | ({} if "bound" in name else COARSE)
+        return ndm_ct.bits_per_dim(of_images(), PIXELS[rows], levels=8, generator=generators, **options)
+
+    whole = scored(slice(0, 7), seeds(7))
+    for size in (1, 3):
+        parts = [scored(slice(k, k + size), seeds(min(size, 7 - k), k)) for k in range(0, 7, size)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(scored(slice(0, 7), seeds(7, 100)), whole, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="generator has 3 generators for 7 rows; pass one, or one per row"):
+        scored(slice(0, 7), seeds(3))
+    with pytest.raises(TypeError, match="generator must be"):
+        scored(slice(0, 7), 5)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"trace": Hutchinson(2)}, {"bound": "elbo", "samples": 3}, {"quantisation": Quantisation(8)},
+    {"quantisation": Quantisation(8), "bound": "elbo", "samples": 2},
+], ids=["sweep", "hutchinson", "elbo", "levels", "levels, elbo"])  # fmt: skip
+def test_evaluations_do_not_depend_on_batches(options):
+    data = PIXELS if "quantisation" in options else IMAGES.double()
+    tolerances = {} if "bound" in options else COARSE
+    net = of_images()
+    found = [
+        ndm_ct.evaluate(net, data, batch_size=size, seed=3, progress=False, **options, **tolerances)
+        for size in (1, 3, 7)
+    ]
+    for each in found[1:]:
+        assert torch.equal(each.indices, found[0].indices)
+        torch.testing.assert_close(each.values, found[0].values, rtol=1e-6, atol=1e-6)
+    differences = [
+        ndm_ct.compare(net, model_b=net, data=data, batch_size=size, seed=3, progress=False, **options, **tolerances)
+        for size in (2, 7)
+    ]
+    torch.testing.assert_close(*(each.values_a for each in differences), rtol=1e-6, atol=1e-6)
+
+
+def test_samples_with_generators_of_their_own_have_densities_of_their_own():
+    def drawn_with_density(size):
+        x, info = ndm_ct.sample(
+            of_images(), 5, batch_size=size, generator=seeds(5), return_info=True, dtype=torch.float64, **COARSE
+        )
+        return x, info.logp
+
+    for parts, whole in zip(drawn_with_density(2), drawn_with_density(None), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)

@@ -1215,7 +1215,7 @@ REFUSED = {
         {"method": "deis2", "steps": 4, "trajectory": True}, ValueError, "needs return_info=True",
     ),
     "a generator too few": (
-        {"method": "ddpm", "steps": 4, "generator": generators(3)}, ValueError, "3 generators for 4 samples; pass one",
+        {"method": "ddpm", "steps": 4, "generator": generators(3)}, ValueError, "3 generators for 4 rows; pass one",
     ),
     "a generator twice": (
         {"method": "ddpm", "steps": 4, "generator": [*generators(2), *TWICE]}, ValueError, "same generator twice",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ndm_ct._autodiff import jvp
 from ndm_ct._config import Configurable
+from ndm_ct._noise import Randomness
 from ndm_ct._shapes import expand
 
 __all__ = ["Composed", "Identity", "Network", "Path", "Transform", "jvp_in_time", "named"]
@@ -87,9 +88,7 @@ class Transform(nn.Module, Configurable):
     data_shape: tuple[int, ...] | None = None
     """Shape of a data point; None: that of the latents."""
 
-    def to_latent(
-        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""The latents y and their log-weight w, ``(B,)`` in nats, with :math:`\log p(x) \ge E[\log p(y) + w]`.
 
         An equality where ``bijective``. None means that y is x and the weight zero.
@@ -199,9 +198,7 @@ class Composed(Transform):
         self.linear = outer.linear and inner.linear
         self.latent, self.bijective, self.data_shape = inner.latent, inner.bijective, inner.data_shape
 
-    def to_latent(
-        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         return self.inner.to_latent(x, generator=generator, **cond)
 
     def from_latent(self, y: Tensor, **cond: Any) -> Tensor:

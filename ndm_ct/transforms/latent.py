@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ndm_ct._noise import Randomness, normal_like
 from ndm_ct._processes import unwrapped
 from ndm_ct._shapes import keyword_names, sum_event
 from ndm_ct.transforms.base import Identity, named
@@ -59,9 +60,7 @@ class Flow(Identity):
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._accepted
 
-    def to_latent(
-        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         found = self.flow(x, **named(cond, self._accepted))
         if not (isinstance(found, tuple) and len(found) == 2):
             raise TypeError(
@@ -96,11 +95,9 @@ class Encoder(Identity):
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._encodes[0] | self._decodes[0], self._encodes[1] or self._decodes[1]
 
-    def to_latent(
-        self, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         mean, log_std = self.encoder(x, **named(cond, self._encodes))
-        eps = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        eps = normal_like(mean, generator)
         y = mean + log_std.exp() * eps
         log_q = -sum_event(0.5 * eps**2 + log_std + 0.5 * math.log(2.0 * math.pi))
         return y, self._decoded(y, cond).log_prob(x) - log_q
