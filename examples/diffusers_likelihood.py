@@ -13,8 +13,8 @@ error, AdamW; the data are scikit-learn's digits with uniform noise in the bins 
 
 gives for every image an upper bound of the bits per dimension and the standard error of its estimate. The mean over
 test images is known to the error of the rows, and to that of the estimate, which is smaller; both are reported. Beside
-it stands the bound that the training objective belongs to (ELBO), and diffusers' DDIM draws samples. Writes
-``diffusers_likelihood.png`` and ``diffusers_likelihood.json``; ``--save`` keeps the network.
+it stands the bound of the reverse SDE (ELBO), of levels noised as in training, and diffusers' DDIM draws samples.
+Writes ``diffusers_likelihood.png`` and ``diffusers_likelihood.json``; ``--save`` keeps the network.
 
 References:
     von Platen et al., Diffusers, https://github.com/huggingface/diffusers
@@ -22,6 +22,7 @@ References:
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -76,6 +77,19 @@ def train(net: nn.Module, scheduler: Any, levels: Tensor, bins: Quantisation, st
         optimiser.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+def bound(model: ndm_ct.NDM, levels: Tensor, bins: Quantisation) -> tuple[float, float]:
+    """The ELBO in bits per dimension, and the standard error of its estimate.
+
+    Of the density of levels with uniform noise in their bins, on which the network was trained: at the bins' centres,
+    which it never saw, the bound is about 1.4 bits worse.
+    """
+    noised = bins.uniform(levels, torch.float32, torch.Generator().manual_seed(3))
+    result = ndm_ct.evaluate(model, noised, bound="elbo", samples=64, progress=False)
+    d = levels[0].numel()
+    bit = d * math.log(2.0)
+    return (result.nll - d * bins.uniform_offset) / bit, result.estimator_stderr / bit
 
 
 @torch.no_grad()
@@ -140,18 +154,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     bits, info = ndm_ct.bits_per_dim(
         model, images, levels=17, generator=torch.Generator().manual_seed(2), return_info=True
     )
-    bound = ndm_ct.evaluate(model, images, bound="elbo", samples=64, quantisation=bins, progress=False)
+    elbo, elbo_error = bound(model, images, bins)
     over_rows = float(bits.std()) / len(bits) ** 0.5
     of_estimate = float(info.stderr.square().sum().sqrt()) / len(bits)
     reading = (
         f"{len(bits)} test digits: {float(bits.mean()):.3f} bits per dimension, +- {over_rows:.3f} over images and "
-        f"{of_estimate:.4f} of the estimate; the bound of training says {bound.bits_per_dim:.3f}."
+        f"{of_estimate:.4f} of the estimate; the ELBO says {elbo:.3f}, +- {elbo_error:.3f} of its estimate."
     )
     report = {
         "reading": reading, "steps": options.steps, "loss": sum(losses[-100:]) / len(losses[-100:]),
         "bits_per_dim": float(bits.mean()), "stderr_rows": over_rows, "stderr_estimate": of_estimate,
-        "elbo": bound.bits_per_dim, "rows": bits.tolist(), "rows_stderr": info.stderr.tolist(), "nfe": info.nfe,
-        "seconds": time.perf_counter() - start,
+        "elbo": elbo, "elbo_stderr_estimate": elbo_error, "rows": bits.tolist(),
+        "rows_stderr": info.stderr.tolist(), "nfe": info.nfe, "seconds": time.perf_counter() - start,
     }  # fmt: skip
     figure = picture(bins.centres(images, torch.float32), bits, info.stderr, drawn(net, scheduler, SHOWN))
     return save(options.out, "diffusers_likelihood", figure, report)

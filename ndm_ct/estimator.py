@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct import likelihood
+from ndm_ct._shapes import usable_device
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, FromZuko, Preconditioned
 from ndm_ct.sampling import sample
@@ -112,7 +113,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """Train on rows ``(n_samples, n_features)``, two or more; y is ignored.
 
         Raises:
-            ValueError: data that scikit-learn refuses, or a parameter out of range.
+            ValueError: data that scikit-learn refuses, a parameter out of range, or no such device.
             RuntimeError: the training diverged.
         """
         if not 0.0 <= self.validation_fraction < 1.0:
@@ -194,7 +195,6 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.model_.device or "cpu").manual_seed(seed)
 
-    def _device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    def _device(self) -> torch.device:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        return usable_device(default if self.device == "auto" else self.device)

@@ -111,16 +111,22 @@ CALLS = {
     "Cosine": (schedules.Cosine, ("offset",)),
     "Tabulated": (schedules.Tabulated, ("alphas_cumprod",)),
     "from_denoiser": (
-        lambda **k: adapters.from_denoiser(lambda z, s: z, **({"event_shape": (2,)} | k)),
-        ("event_shape", "sigma_min", "sigma_max"),
+        lambda **k: adapters.from_denoiser(**({"net": lambda z, s: z, "event_shape": (2,)} | k)),
+        ("net", "event_shape", "sigma_min", "sigma_max"),
     ),
     "from_eps": (
-        lambda **k: adapters.from_eps(lambda z, k: z, **({"event_shape": (2,), "alphas_cumprod": [0.9, 0.1]} | k)),
-        ("event_shape", "alphas_cumprod"),
+        lambda **k: adapters.from_eps(
+            **({"net": lambda z, k: z, "event_shape": (2,), "alphas_cumprod": [0.9, 0.1]} | k)
+        ),
+        ("net", "event_shape", "alphas_cumprod"),
     ),
     "from_velocity": (
-        lambda **k: adapters.from_velocity(lambda z, t: z, **({"event_shape": (2,)} | k)),
-        ("event_shape", "schedule", "t_min"),
+        lambda **k: adapters.from_velocity(**({"net": lambda z, t: z, "event_shape": (2,)} | k)),
+        ("net", "event_shape", "schedule", "data_at", "time_scale", "t_min"),
+    ),
+    "from_score": (
+        lambda **k: adapters.from_score(**({"net": lambda z, t: z, "event_shape": (2,), "schedule": SHORT} | k)),
+        ("net", "event_shape", "t_min"),
     ),
     "Blur": (lambda **k: transforms.Blur(**({"event_shape": (4, 4)} | k)), ("event_shape", "blur", "floor")),
     "MLP": (lambda **k: nn.MLP(**({"event_shape": 2, "width": 4} | k)), ("event_shape", "outputs", "dropout")),

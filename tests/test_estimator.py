@@ -121,11 +121,20 @@ def test_tables_of_pandas_keep_their_names():
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"validation_fraction": 1.0}, "validation_fraction"), ({"steps": 0}, "steps"), ({"lr": -1.0}, "lr"),
-    ({"width": 0}, "width"), ({"gamma_min": 6.0}, "gamma_m"),
+    ({"width": 0}, "width"), ({"gamma_min": 6.0}, "gamma_m"), ({"device": "cuda:99"}, "device='cuda:99' is none"),
 ])  # fmt: skip
 def test_parameters_are_validated(wrong, message):
     with pytest.raises(ValueError, match=message):
         NDMDensity(**({"width": 8, "steps": 5} | wrong)).fit(np.random.default_rng(0).normal(size=(60, 2)))
+
+
+def test_estimates_of_a_row_do_not_know_the_others():
+    """Beyond 32 columns a trace is sampled."""
+    x = np.random.default_rng(0).normal(size=(60, 40))
+    density = NDMDensity(width=16, depth=1, steps=20, random_state=0).fit(x)
+    scores = density.score_samples(x[:6])
+    np.testing.assert_allclose(density.score_samples(x[:6][::-1])[::-1], scores, rtol=0, atol=1e-6)
+    np.testing.assert_allclose([density.score(row[None]) for row in x[:6]], scores, rtol=0, atol=1e-6)
 
 
 def test_a_flow_inside_keeps_units_and_density():

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ndm_ct._shapes import validate_count
+from ndm_ct._shapes import validate_count, validate_positive
 from ndm_ct.model import NDM
 from ndm_ct.nn import FromDenoiser, FromScore, FromVelocity
 from ndm_ct.nn.heads import Wrapper
@@ -68,8 +68,9 @@ class FlowTime(Wrapper):
         self, net: Callable[..., Any], data_at: int = 1, time_scale: float = 1.0, time_first: bool = False
     ) -> None:
         super().__init__(net)
-        if data_at not in (0, 1):
+        if not (isinstance(data_at, int) and data_at in (0, 1)):
             raise ValueError(f"data_at must be 0 or 1, the network's time at data, got {data_at!r}.")
+        validate_positive("time_scale", time_scale)
         self.data_at, self.time_scale, self.time_first = data_at, time_scale, time_first
 
     def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:

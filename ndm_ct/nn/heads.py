@@ -55,6 +55,8 @@ class Wrapper(nn.Module, Configurable):
 
     def __init__(self, net: Callable[..., Any]) -> None:
         super().__init__()
+        if not callable(net):
+            raise TypeError(f"net must be callable as net(z, t), got {type(net).__name__}.")
         self.net = unwrapped(net)
         self._names, self._anything = keyword_names(self.net, 2)
 
