@@ -17,7 +17,9 @@ Your own images are given by a path: :func:`dataset`.
 
 import hashlib
 import importlib.util
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,16 +49,21 @@ FOLDERS = {
 TEST_SHARE = 10
 """One image in so many is held out where the files know no test set."""
 
+MOONS_NOISE = 0.05
+"""Standard deviation around the half-circles."""
+
 
 @dataclass(frozen=True)
 class Split:
-    """Training and test rows; of classified images also their classes, of integer data the number of levels."""
+    """Training and test rows; of classified images also their classes, of integer data the number of levels, of rows
+    that are drawn here their log-density in nats."""
 
     train: Tensor
     test: Tensor
     train_labels: Tensor | None = None
     test_labels: Tensor | None = None
     levels: int | None = None
+    log_density: Callable[[Tensor], Tensor] | None = None
 
 
 def fingerprint(*tensors: Tensor | None) -> str:
@@ -274,7 +281,18 @@ def moons(n: int = 20_000) -> Split:
     """scikit-learn's two half-circles with noise 0.05, standardised."""
     from sklearn.datasets import make_moons
 
-    return _standardised(make_moons(n, noise=0.05, random_state=0)[0])
+    return _standardised(make_moons(n, noise=MOONS_NOISE, random_state=0)[0], _moons_log_density)
+
+
+def _moons_log_density(points: np.ndarray) -> np.ndarray:
+    """Of points ``(N, 2)`` of the half-circles as scikit-learn draws them, by 2,000 points on each."""
+    angle = np.linspace(0.0, np.pi, 4001)[1::2]
+    x, y = np.cos(angle), np.sin(angle)
+    arcs = np.concatenate([np.stack([x, y], 1), np.stack([1.0 - x, 0.5 - y], 1)])
+    variance = MOONS_NOISE**2
+    parts = [((part[:, None] - arcs) ** 2).sum(-1) for part in np.array_split(points, 1 + len(points) // 256)]
+    kernels = np.concatenate([np.exp(-0.5 * squares / variance).mean(1) for squares in parts])
+    return np.log(kernels) - math.log(2.0 * math.pi * variance)
 
 
 def checkers(n: int = 20_000) -> Split:
@@ -282,7 +300,14 @@ def checkers(n: int = 20_000) -> Split:
     generator = np.random.default_rng(0)
     column = generator.integers(0, 4, n)
     row = 2 * generator.integers(0, 2, n) + column % 2
-    return _standardised(np.stack([column, row], 1) + generator.uniform(size=(n, 2)))
+    return _standardised(np.stack([column, row], 1) + generator.uniform(size=(n, 2)), _checkers_log_density)
+
+
+def _checkers_log_density(points: np.ndarray) -> np.ndarray:
+    """Of points ``(N, 2)`` of the board before it is standardised."""
+    column, row = np.floor(points).T
+    dark = (points >= 0.0).all(1) & (points < 4.0).all(1) & (column % 2 == row % 2)
+    return np.where(dark, -math.log(8.0), -np.inf)
 
 
 def _in_package(variable: str, package: str, inside: str, requirement: str) -> Path:
@@ -295,8 +320,13 @@ def _in_package(variable: str, package: str, inside: str, requirement: str) -> P
     return Path(spec.origin).parent / inside
 
 
-def _standardised(table: np.ndarray) -> Split:
-    """Rows in random order without duplicates, integer columns dequantised; nine tenths train and set the scale."""
+def _standardised(table: np.ndarray, log_density: Callable[[np.ndarray], np.ndarray] | None = None) -> Split:
+    """Rows in random order without duplicates, integer columns dequantised; nine tenths train and set the scale.
+
+    Args:
+        table: the rows.
+        log_density: theirs, if known; the split's is that of the standardised rows.
+    """
     rows = np.unique(table, axis=0)
     generator = np.random.default_rng(0)
     integer = (rows == np.round(rows)).all(0)
@@ -305,4 +335,10 @@ def _standardised(table: np.ndarray) -> Split:
     train, test = rows[: len(rows) * 9 // 10], rows[len(rows) * 9 // 10 :]
     mean, std = train.mean(0), train.std(0)
     train, test = (torch.as_tensor((part - mean) / std, dtype=torch.float32) for part in (train, test))
-    return Split(train, test)
+    if log_density is None:
+        return Split(train, test)
+
+    def standardised(z: Tensor) -> Tensor:
+        return torch.as_tensor(log_density(z.double().numpy() * std + mean) + np.log(std).sum())
+
+    return Split(train, test, log_density=standardised)

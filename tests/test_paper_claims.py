@@ -17,6 +17,7 @@ paper_claims = pytest.importorskip("benchmarks.paper_claims")
 
 @pytest.fixture
 def small(monkeypatch):
+    paper_claims.truth.cache_clear()
     recipe = replace(
         paper_claims.RECIPES["moons"], load=lambda: paper_claims.data.moons(400), width=8, transform_width=8, steps=400,
         batch_size=32, flow=None,
@@ -243,3 +244,30 @@ def test_a_model_with_a_flow_has_an_invertible_transform(tmp_path, monkeypatch, 
     size = x[0].numel()
     expected = jacobian.reshape(3, size, size).slogdet().logabsdet
     torch.testing.assert_close(logdet, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["moons", "checkers"])
+def test_drawn_sets_know_their_density(name):
+    """It is one in all, and in every quarter of the plane as much as the share of the rows there."""
+    split = getattr(paper_claims.data, name)()
+    axis = torch.linspace(-2.5, 2.5, 500, dtype=torch.float64)
+    axis = axis[:-1] + 0.5 * (axis[1] - axis[0])
+    grid = torch.cartesian_prod(axis, axis)
+    mass = split.log_density(grid).exp() * (axis[1] - axis[0]) ** 2
+    assert float(mass.sum()) == pytest.approx(1.0, abs=0.01)
+    for cut in (-0.9, 0.4):
+        for side in range(2):
+            share, n = float((split.train[:, side] > cut).double().mean()), len(split.train)
+            expected = float(mass[grid[:, side] > cut].sum())
+            assert share == pytest.approx(expected, abs=0.01 + 4 * math.sqrt(expected * (1 - expected) / n))
+
+
+def test_the_true_density_stands_in_the_table(tmp_path, small):
+    """As the mean over the rows scored; no model is better but by chance."""
+    (entry,) = paper_claims.main(options(tmp_path, models="diffusion", seeds="0", samples=0))
+    value, error = paper_claims.truth("moons", "test")
+    rows = paper_claims.RECIPES["moons"].load()
+    assert value == pytest.approx(-float(rows.log_density(rows.test).mean()))
+    assert entry["nll"][0] > value - 4 * (error + entry["nll"][1])
+    assert f"The true density of moons has {value:.4f} ± {error:.4f}" in (tmp_path / "results.md").read_text()
+    assert paper_claims.truth("digits", "test") is None
