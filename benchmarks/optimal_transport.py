@@ -28,7 +28,8 @@ All have predictors of one size. Reported for each, with z followed by Runge-Kut
   standard error over independent parts of the samples.
 
 The least straightness error in one dimension is computed by descent on the laws of :math:`\alpha F` at every t, each
-a set of points: what is reported is reached by one, so it is an upper bound on the minimum over all F. Writes
+a set of points: what is reported is reached by one, so it is an upper bound on the minimum over all F. The deviation of
+those paths from the line stands beside it: the noise of the schedule keeps every F from it. Writes
 ``optimal_transport.json``, ``.md`` and ``.png``.
 
 References:
@@ -237,8 +238,8 @@ def smoothed_quantiles(points: Tensor, sigma: Tensor, u: Tensor) -> Tensor:
     return q - (rank(q) - u) / density.clamp(min=1e-6)
 
 
-def least_error(line: Line, schedule: Schedule, t_min: float, size: tuple[int, int], iterations: int) -> float:
-    r"""The straightness error of the best laws of :math:`\alpha F` that descent finds, on the line.
+def straightest(line: Line, schedule: Schedule, t_min: float, size: tuple[int, int], iterations: int) -> Tensor:
+    r"""The straightest paths that descent on the laws of :math:`\alpha F` finds on the line, of points of even ranks.
 
     Args:
         line: the data.
@@ -246,6 +247,9 @@ def least_error(line: Line, schedule: Schedule, t_min: float, size: tuple[int, i
         t_min: start of the interval.
         size: points of each law, and intervals of time.
         iterations: of L-BFGS.
+
+    Returns:
+        States at even times, ``(intervals + 1, points, 1)``; the last are those of the standard normal.
     """
     count, intervals = size
     tau = torch.linspace(0.0, 1.0, intervals + 1, dtype=torch.float64)
@@ -256,25 +260,25 @@ def least_error(line: Line, schedule: Schedule, t_min: float, size: tuple[int, i
     inner, sigma = tau[1:-1, None], c.sigma[1:-1]
     straight = (1.0 - inner) * first + inner * last
     identity = c.alpha[1:-1, None] * line.quantile(u)
-    best = math.inf
+
+    def states(points: Tensor) -> Tensor:
+        return torch.cat([first[None], smoothed_quantiles(points, sigma, u), last[None]])[..., None]
+
+    found = []
     # From the straight line itself, as far as it leaves room for the noise, and from the diffusion.
     for start in (straight * (1.0 - sigma[:, None] ** 2).clamp(min=0.0).sqrt(), identity):
         points = start.clone().requires_grad_()
         optimizer = torch.optim.LBFGS([points], max_iter=iterations, line_search_fn="strong_wolfe")
 
-        def error(points: Tensor = points) -> Tensor:
-            path = torch.cat([first[None], smoothed_quantiles(points, sigma, u), last[None]])
-            return straightness(path[..., None])
-
-        def closure(optimizer: torch.optim.Optimizer = optimizer, error: Callable[[], Tensor] = error) -> Tensor:
+        def closure(optimizer: torch.optim.Optimizer = optimizer, points: Tensor = points) -> Tensor:
             optimizer.zero_grad()
-            value = error()
+            value = straightness(states(points))
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-        best = min(best, float(error().detach()))
-    return best
+        found.append(states(points.detach()))
+    return min(found, key=lambda path: float(straightness(path)))
 
 
 def paths(model: ndm_ct.NDM, x: Tensor, steps: int) -> Tensor:
@@ -434,11 +438,12 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-def markdown(rows: list[dict[str, Any]], least: dict[str, float], words: str) -> str:
+def markdown(rows: list[dict[str, Any]], least: dict[str, dict[str, float]], words: str) -> str:
     """The tables."""
     lines = ["# Dynamic optimal transport", "", f"`{words}`", ""]
-    lines += ["Least straightness error found in one dimension, over all F, by schedule: "]
-    lines += [", ".join(f"{name} {value:.4f}" for name, value in least.items()) + ".", ""]
+    lines += ["Least straightness error found in one dimension, over all F, by schedule (its deviation, rms): "]
+    each = (f"{name} {value['straightness']:.4f} ({value['deviation']:.3f})" for name, value in least.items())
+    lines += [", ".join(each) + ".", ""]
     head = ["data", "model", "seed", "straightness error", "rectified / this", "deviation, rms", "deviation, max"]
     head += ["NLL", "NLL - rectified", "NLL - entropy", "NELBO", "energy, 4 steps", "4 steps - rectified's 100"]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -557,21 +562,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return write(entries, least, asdict(size), words, work, options.out)
 
 
-def least_errors(size: Size, work: Path) -> dict[str, float]:
-    """The least straightness error by model, computed once."""
+def least_errors(size: Size, work: Path) -> dict[str, dict[str, float]]:
+    """The least straightness error by model, and the deviation it comes with, computed once."""
     file = work / "least.json"
     if not file.exists():
         found = {}
         for kind in ("diffusion", "rectified", "transport"):
             model = build(kind, 1, 0)
-            found[kind] = least_error(Line(), model.schedule, model.t_min, size.points, size.iterations)
+            states = straightest(Line(), model.schedule, model.t_min, size.points, size.iterations)
+            found[kind] = {"straightness": float(straightness(states)), "deviation": deviation(states, states[-1])[0]}
         work.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(found).encode())
     return json.loads(file.read_text())
 
 
 def write(
-    entries: list[dict[str, Any]], least: dict[str, float], size: dict[str, Any], words: str, work: Path, out: Path
+    entries: list[dict[str, Any]],
+    least: dict[str, dict[str, float]],
+    size: dict[str, Any],
+    words: str,
+    work: Path,
+    out: Path,
 ) -> dict[str, Any]:
     """JSON, Markdown and picture."""
     order = {name: place for place, name in enumerate([*SETS, *MODELS])}
