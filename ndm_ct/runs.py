@@ -383,7 +383,7 @@ def _moments(rows: Rows, source: str) -> tuple[Any, Any]:
     """Mean and standard deviation: of each column, or one for all coordinates; float64, in parts."""
     values = rows.values
     if len(values) < 2:
-        raise ValueError(f"{source}: {len(values)} rows to train on have no scale; give two or more.")
+        raise ValueError(f"{source}: expected two or more rows to train on, which set the scale, got {len(values)}.")
     axes = 0 if values.ndim == 2 else tuple(range(values.ndim))
 
     def average(function: Callable[[np.ndarray], np.ndarray]) -> Any:

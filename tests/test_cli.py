@@ -303,7 +303,7 @@ def test_a_constant_column_is_refused(tmp_path, capsys):
     assert "column 'b' is constant" in capsys.readouterr().err
     write_csv(tmp_path / "rows.csv", rows[:1])
     assert cli.main(["train", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "r"), *QUICK]) == 1
-    assert "1 rows to train on have no scale; give two or more" in capsys.readouterr().err
+    assert "expected two or more rows to train on, which set the scale, got 1" in capsys.readouterr().err
 
 
 def test_integers_of_a_table_are_levels_where_asked(tmp_path, capsys):
