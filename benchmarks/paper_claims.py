@@ -10,9 +10,9 @@ r"""The claims of Neural Diffusion Models, put to the test: does a learned forwa
 
 A *cell* is a data set, a model and a seed: a training (``fit``, with checkpoints) and its evaluation on the test set.
 Cells are independent; two processes may work on different ``--data`` of one ``--out``. Run again, the same command
-continues where it was stopped and computes nothing twice; what ``results.json`` holds counts as finished, so a copy of
-the committed results can be added to. ``--on validation`` scores the same trainings on validation
-rows and keeps its results apart.
+continues where it was stopped and computes nothing twice; what ``results.json`` holds counts as finished, so the
+committed results are added to by ``--out benchmarks/results/paper_claims``. ``--on validation`` scores the same
+trainings on validation rows and keeps its results apart.
 
 ===============  ======================================================================================================
 diffusion        F the identity, the predictor of the NDMs
