@@ -592,6 +592,11 @@ def at_equal_time(
     return found
 
 
+def with_error(gap: float, error: float) -> str:
+    """A difference; one seed alone has no error."""
+    return f"{gap:+.4f}" if math.isnan(error) else f"{gap:+.4f} ± {error:.4f}"
+
+
 def markdown(entries: list[dict[str, Any]], seconds: dict[str, dict[str, float]], on: str) -> str:
     """Tables: absolute values, and paired differences from the matched diffusion."""
     lines = ["# Claims", "", "| data | model | seeds | parameters | NELBO | flow NLL | ms / step |", "|" + "---|" * 7]
@@ -605,16 +610,16 @@ def markdown(entries: list[dict[str, Any]], seconds: dict[str, dict[str, float]]
         numbers = f"{cells[0]['parameters']} | {means[0]:.4f} | {means[1]:.4f} | {f'{1e3 * step:.1f}' if step else ''}"
         lines.append(f"| {name} | {model} | {len(cells)} | {numbers} |")
     for name, (value, error) in {name: value for (name, _) in groups if (value := truth(name, on))}.items():
-        lines += ["", f"The true density of {name} has {value:.4f} ± {error:.4f} on all these rows."]
+        lines += ["", f"The true density of {name} has {value:.4f} ± {error:.4f} on all {on} rows."]
     lines += ["", "Differences from the matched diffusion, paired by seed (negative is better):", ""]
     lines += ["| data | model | NELBO | flow NLL |", "|---|---|---|---|"]
     for (name, model), (gap, error) in gaps["nelbo"].items():
         other, other_error = gaps["nll"][name, model]
-        lines.append(f"| {name} | {model} | {gap:+.4f} ± {error:.4f} | {other:+.4f} ± {other_error:.4f} |")
+        lines.append(f"| {name} | {model} | {with_error(gap, error)} | {with_error(other, other_error)} |")
     timed = paired(at_equal_time(entries, seconds), "at_time")
     if timed:
         lines += ["", "Validation bound at equal training time:", "", "| data | model | difference |", "|---|---|---|"]
-        lines += [f"| {name} | {model} | {gap:+.4f} ± {error:.4f} |" for (name, model), (gap, error) in timed.items()]
+        lines += [f"| {name} | {model} | {with_error(*gap)} |" for (name, model), gap in timed.items()]
     drawn = [entry for entry in entries if entry["sde_ode"]]
     if drawn:
         lines += ["", "Energy distance between samples of flow and SDE, over its scatter where they have one law:", ""]
