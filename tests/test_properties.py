@@ -572,21 +572,15 @@ def test_it_holds(name):
     assert run(name, PROPERTIES[name][2], derandomize=True) >= min(4, PROPERTIES[name][2])
 
 
-DRAWN = {}
-"""Cases of every property in the slow run."""
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_it_holds_in_many_cases(name):
-    DRAWN[name] = run(name, PROPERTIES[name][3])
-    print(f"{name}: {DRAWN[name]} cases")
+    count = run(name, PROPERTIES[name][3])
+    print(f"{name}: {count} cases")
+    assert count >= PROPERTIES[name][3]
 
 
-@pytest.mark.slow
 def test_thousands_of_cases_are_drawn():
-    """Of those that ran in this process; all of them, where it ran them all."""
-    if DRAWN.keys() != PROPERTIES.keys():
-        pytest.skip("counts the cases of a run of all properties")
-    assert sum(DRAWN.values()) >= 2000
+    """By the slow run, in which every property draws at least as many as it asks for."""
+    assert sum(slow for *_, slow in PROPERTIES.values()) > 2000
