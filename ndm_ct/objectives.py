@@ -354,6 +354,7 @@ def loss(
     x: Tensor,
     *,
     sampler: TimeSampler | None = None,
+    regressions: tuple[float, float] = (1.0, 1.0),
     generator: torch.Generator | None = None,
     **cond: Any,
 ) -> Tensor:
@@ -363,7 +364,8 @@ def loss(
     bound and with the transform held fixed,
 
     .. math::
-        \tfrac12 e^{-\gamma} \gamma' \bigl( \|F - \hat F\|^2 + \|\dot F - \hat{\dot F}\|^2 / \gamma'^2 \bigr) ,
+        \tfrac12 e^{-\gamma} \gamma' \bigl( \omega_1 \|F - \hat F\|^2
+        + \omega_2 \|\dot F - \hat{\dot F}\|^2 / \gamma'^2 \bigr) ,
 
     so that at the optimum both are conditional means, and the probability flow is the true one. While a transform is
     trained, the loss then takes a gradient of its own on the way: ``backward`` goes through it, ``torch.func.grad`` and
@@ -373,13 +375,19 @@ def loss(
         model: the model, in the mode the caller chose.
         x: data, shape ``(B, *E)``.
         sampler: density of the times in the coordinate of :func:`times`, which learns from this batch; None: uniform.
+        regressions: weights :math:`\omega_1, \omega_2` of the two regressions; no other prediction than "moments" has
+            them. At zero nothing makes the probability flow the one that the bound is of.
         generator: source of times and noise.
         cond: conditioning.
 
     Returns:
         Shape ``(B,)``, nats; its mean is to be minimised.
+
+    Raises:
+        ValueError: a weight is negative or not finite.
     """
     _validate(model, x, cond, loss, None)
+    _validate_regressions(regressions)
     u = low_discrepancy(x.shape[0], generator, x.device)
     v, rarity = (u, torch.ones_like(u)) if sampler is None else sampler(u)
     t, weight = times(model, v)
@@ -396,7 +404,7 @@ def loss(
     F_hat, dF_hat = _predicted(model, z, t, cond)
     weight, rarity = weight.to(y.dtype), rarity.to(y.dtype)
     bound = weight * _integrand(model, F, dF, F_hat, dF_hat, t)
-    integrand = bound + weight * _regressions(model, *held, F_hat, dF_hat, t) if regress else bound
+    integrand = bound + weight * _regressions(model, *held, F_hat, dF_hat, t, regressions) if regress else bound
     if sampler is not None:
         sampler.observe(v, integrand)
     nats = rarity * integrand + model.prior_divergence(path, y, generator)
@@ -407,10 +415,15 @@ def loss(
 
 
 class Bound(nn.Module):
-    """:func:`loss` as an object with a sampler of times, for ``fit(objective=Bound(LossHistory()))``.
+    """:func:`loss` as an object with its settings, for ``fit(objective=Bound(LossHistory()))``.
 
     Args:
-        sampler: a sampler of :mod:`ndm_ct.timesampling`; its state is saved in the checkpoints of a training.
+        sampler: a sampler of :mod:`ndm_ct.timesampling`; its state is saved in the checkpoints of a training. None:
+            times uniform in the coordinate of :func:`times`.
+        regressions: as in :func:`loss`.
+
+    Raises:
+        ValueError: a weight of a regression is negative or not finite.
 
     Example:
         >>> import ndm_ct
@@ -420,17 +433,19 @@ class Bound(nn.Module):
         torch.Size([5])
     """
 
-    def __init__(self, sampler: TimeSampler) -> None:
+    def __init__(self, sampler: TimeSampler | None = None, *, regressions: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__()
-        self.sampler = sampler
+        _validate_regressions(regressions)
+        self.sampler, self.regressions = sampler, regressions
 
     def forward(self, model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
         """See :func:`loss`."""
-        return loss(model, x, sampler=self.sampler, generator=generator, **cond)
+        return loss(model, x, sampler=self.sampler, regressions=self.regressions, generator=generator, **cond)
 
     def describe(self) -> str:
         """Its settings, the same in every process, for a checkpoint to compare."""
-        return f"Bound({type(self.sampler).__name__}({self.sampler.describe()}))"
+        parts = [] if self.sampler is None else [f"{type(self.sampler).__name__}({self.sampler.describe()})"]
+        return f"Bound({', '.join([*parts, f'regressions={self.regressions}'])})"
 
 
 def _through_state(bound: Tensor, z: Tensor, alpha: Tensor, F: Tensor) -> Tensor:
@@ -446,9 +461,20 @@ def _through_state(bound: Tensor, z: Tensor, alpha: Tensor, F: Tensor) -> Tensor
     return along - along.detach()
 
 
-def _regressions(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor) -> Tensor:
+def _validate_regressions(weights: tuple[float, float]) -> None:
+    """Two finite weights, none negative."""
+    if len(weights) != 2 or not all(math.isfinite(weight) and weight >= 0.0 for weight in weights):
+        raise ValueError(
+            f"regressions={weights} has to be two finite weights, none negative, such as (1.0, 1.0): that of F_hat and "
+            "that of its time derivative."
+        )
+
+
+def _regressions(
+    model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor, weights: tuple[float, float]
+) -> Tensor:
     c = model.schedule(t)
-    error = (F - F_hat) ** 2 + (expand(c.inverse_dgamma, F) * (dF - dF_hat)) ** 2
+    error = weights[0] * (F - F_hat) ** 2 + weights[1] * (expand(c.inverse_dgamma, F) * (dF - dF_hat)) ** 2
     return (0.5 * c.snr_rate).to(F.dtype) * sum_event(error)
 
 

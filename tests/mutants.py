@@ -357,12 +357,17 @@ MUTANTS = (
     ),
     Mutant(
         "regressions without dF", "objectives.py",
-        "error = (F - F_hat) ** 2 + (expand(c.inverse_dgamma, F) * (dF - dF_hat)) ** 2", "error = (F - F_hat) ** 2",
+        "+ weights[1] * (expand(c.inverse_dgamma, F) * (dF - dF_hat)) ** 2", "",
         "objectives::test_moments_loss_adds_both_regressions",
     ),
     Mutant(
         "regressions without F", "objectives.py",
-        "error = (F - F_hat) ** 2 + (expand(", "error = (expand(",
+        "error = weights[0] * (F - F_hat) ** 2 + weights[1]", "error = weights[1]",
+        "objectives::test_moments_loss_adds_both_regressions",
+    ),
+    Mutant(
+        "weights of the regressions exchanged", "objectives.py",
+        "error = weights[0] * (F - F_hat) ** 2 + weights[1]", "error = weights[1] * (F - F_hat) ** 2 + weights[0]",
         "objectives::test_moments_loss_adds_both_regressions",
     ),
     Mutant(

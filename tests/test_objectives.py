@@ -311,7 +311,8 @@ def test_bound_and_loss_are_the_sums_of_their_terms():
     torch.testing.assert_close(losses, prior + diffusion + reconstruction)
 
 
-def test_moments_loss_adds_both_regressions():
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.0), (0.0, 0.5)])
+def test_moments_loss_adds_both_regressions(weights):
     """The formula of ``loss``, term by term: the derivative counts, though the bound alone could find it."""
     model = NDM(
         lambda z, t: (0.5 * z, 0.3 * z), (1,), transform=Wiggle(), schedule=schedules.LinearLogSNR(-4, 4),
@@ -319,14 +320,28 @@ def test_moments_loss_adds_both_regressions():
     )  # fmt: skip
     x = torch.randn(6, 1, dtype=torch.float64)
     t, weight, eps = drawn_by_loss(model, x, 1)
-    losses = ndm_ct.loss(model, x, generator=torch.Generator().manual_seed(1))
+    objective = objectives.Bound(regressions=weights)
+    losses = objective(model, x, generator=torch.Generator().manual_seed(1))
     bound = weight * objectives.diffusion_integrand(model, x, t, eps)
     bound = bound + objectives.prior_term(model, x) + objectives.reconstruction_term(model, x)
     F, dF = model.transform.with_derivative(x, t)
     z = model.process.sample(x, t, eps=eps)
     c = model.schedule(t)
-    error = ((F - 0.5 * z) ** 2 + (dF - 0.3 * z) ** 2 / 8.0**2)[:, 0]
+    error = (weights[0] * (F - 0.5 * z) ** 2 + weights[1] * (dF - 0.3 * z) ** 2 / 8.0**2)[:, 0]
     torch.testing.assert_close(losses - bound, weight * 0.5 * (-c.gamma).exp() * 8.0 * error)
+    assert objective.describe() == f"Bound(regressions={weights})"
+    if weights == (1.0, 1.0):
+        torch.testing.assert_close(ndm_ct.loss(model, x, generator=torch.Generator().manual_seed(1)), losses)
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (-0.1, 1.0), (1.0, math.inf), (math.nan, 1.0)])
+def test_weights_of_regressions_are_two_and_finite(weights):
+    """Said by ``Bound`` before a training and by ``loss``."""
+    model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
+    with pytest.raises(ValueError, match=r"two finite weights, none negative"):
+        objectives.Bound(regressions=weights)
+    with pytest.raises(ValueError, match=r"two finite weights, none negative"):
+        ndm_ct.loss(model, torch.zeros(3, 2), regressions=weights)
 
 
 def test_conditioning_reaches_every_term():

@@ -162,9 +162,21 @@ def test_ablations_change_what_they_name():
         "ndm-x", "vp", "neural", 8, "buckets"
     )
     assert type(paper_claims.Variant.parse("diffusion+history").objective.sampler).__name__ == "LossHistory"
+    assert paper_claims.Variant.parse("ndm-moments+R0.1").objective.describe() == "Bound(regressions=(0.1, 0.1))"
+    both = paper_claims.Variant.parse("ndm-moments+history+R3").objective
+    assert both.regressions == (3.0, 3.0)
+    assert type(both.sampler).__name__ == "LossHistory"
+    with pytest.raises(ValueError, match=r"changes nothing"):
+        paper_claims.Variant.parse("ndm-x+R0.1")
     assert paper_claims.Variant.parse("diffusion").objective is None
     for name in (*recipe.models, *paper_claims.ABLATIONS):
         built(name)
+
+
+def test_the_claims_are_about_seven_sets():
+    """Whole MNIST images are computed only when they are asked for."""
+    assert set(paper_claims.RECIPES) - set(paper_claims.SETS) == {"mnist-28"}
+    assert len(paper_claims.SETS) == 7
 
 
 def test_bits_of_dequantised_integers():
