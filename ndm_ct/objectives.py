@@ -453,7 +453,7 @@ def _through_state(bound: Tensor, z: Tensor, alpha: Tensor, F: Tensor) -> Tensor
 
     Bound and regressions share one evaluation of the predictor, at a state in which F is held fixed. The bound's
     gradient in that state costs a backward pass without weights, a second evaluation a forward and a full backward
-    pass: together 1.3 against 1.9 to 2.0 times one evaluation with its backward pass
+    pass: together 1.2 to 1.3 against 2.0 times one evaluation with its backward pass
     (``benchmarks/training_cost.py``).
     """
     (gradient,) = torch.autograd.grad(bound.sum(), z, retain_graph=True, materialize_grads=True)
