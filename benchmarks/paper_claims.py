@@ -257,9 +257,9 @@ class Variant:
     @property
     def objective(self) -> Bound | None:
         """For ``fit``; None: the library's."""
-        if self.times not in TIMES and self.regressions == 1.0:
-            return None
         sampler = TIMES[self.times]() if self.times in TIMES else None
+        if sampler is None and self.regressions == 1.0:
+            return None
         return Bound(sampler, regressions=(self.regressions, self.regressions))
 
 
