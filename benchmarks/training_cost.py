@@ -24,7 +24,7 @@ into ``--out``.
 import argparse
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,12 @@ def build(name: str, recipe: paper_claims.Recipe, shape: tuple[int, ...]) -> ndm
     return paper_claims.build(name.replace("-neural", "") + change, recipe, shape, 1.0, 0)
 
 
-def compiled(model: ndm_ct.NDM) -> None:
-    """Compile the networks of a model in place."""
+def compile_networks(models: Iterable[ndm_ct.NDM]) -> None:
+    """Compile the networks of models in place."""
     import torch._dynamo.config
 
     torch._dynamo.config.recompile_limit = 256  # counted for the code, which all models here share
-    for module in model.modules():
+    for module in (module for model in models for module in model.modules()):
         if isinstance(module, ndm_ct.nn.UNet | ndm_ct.nn.MLP | ndm_ct.nn.FromZuko):
             module.compile()
 
@@ -237,8 +237,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     batch = preset["batch"] or recipe.batch_size
     models = {each: build(each, recipe, shape) for each in options.models}
     if options.compile:
-        for model in models.values():
-            compiled(model)
+        compile_networks(models.values())
     torch.manual_seed(0)
     x = torch.randn(block * batch, *shape)
     walks = {each: sampling(model, batch, steps) for each, model in models.items() if each in SAMPLED}

@@ -387,7 +387,7 @@ def loss(
         ValueError: a weight is negative or not finite.
     """
     _validate(model, x, cond, loss, None)
-    _validate_regressions(regressions)
+    weights = _pair(regressions)
     u = low_discrepancy(x.shape[0], generator, x.device)
     v, rarity = (u, torch.ones_like(u)) if sampler is None else sampler(u)
     t, weight = times(model, v)
@@ -404,7 +404,7 @@ def loss(
     F_hat, dF_hat = _predicted(model, z, t, cond)
     weight, rarity = weight.to(y.dtype), rarity.to(y.dtype)
     bound = weight * _integrand(model, F, dF, F_hat, dF_hat, t)
-    integrand = bound + weight * _regressions(model, *held, F_hat, dF_hat, t, regressions) if regress else bound
+    integrand = bound + weight * _regressions(model, *held, F_hat, dF_hat, t, weights) if regress else bound
     if sampler is not None:
         sampler.observe(v, integrand)
     nats = rarity * integrand + model.prior_divergence(path, y, generator)
@@ -435,8 +435,7 @@ class Bound(nn.Module):
 
     def __init__(self, sampler: TimeSampler | None = None, *, regressions: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__()
-        _validate_regressions(regressions)
-        self.sampler, self.regressions = sampler, regressions
+        self.sampler, self.regressions = sampler, _pair(regressions)
 
     def forward(self, model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
         """See :func:`loss`."""
@@ -461,13 +460,15 @@ def _through_state(bound: Tensor, z: Tensor, alpha: Tensor, F: Tensor) -> Tensor
     return along - along.detach()
 
 
-def _validate_regressions(weights: tuple[float, float]) -> None:
+def _pair(weights: Any) -> tuple[float, float]:
     """Two finite weights, none negative."""
-    if len(weights) != 2 or not all(math.isfinite(weight) and weight >= 0.0 for weight in weights):
+    pair = tuple(weights) if isinstance(weights, tuple | list) else ()
+    if len(pair) != 2 or not all(math.isfinite(weight) and weight >= 0.0 for weight in pair):
         raise ValueError(
             f"regressions={weights} has to be two finite weights, none negative, such as (1.0, 1.0): that of F_hat and "
             "that of its time derivative."
         )
+    return float(pair[0]), float(pair[1])
 
 
 def _regressions(

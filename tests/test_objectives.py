@@ -334,7 +334,7 @@ def test_moments_loss_adds_both_regressions(weights):
         torch.testing.assert_close(ndm_ct.loss(model, x, generator=torch.Generator().manual_seed(1)), losses)
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (-0.1, 1.0), (1.0, math.inf), (math.nan, 1.0)])
+@pytest.mark.parametrize("weights", [0.1, None, (1.0,), (-0.1, 1.0), (1.0, math.inf), (math.nan, 1.0)])
 def test_weights_of_regressions_are_two_and_finite(weights):
     """Said by ``Bound`` before a training and by ``loss``."""
     model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
@@ -342,6 +342,7 @@ def test_weights_of_regressions_are_two_and_finite(weights):
         objectives.Bound(regressions=weights)
     with pytest.raises(ValueError, match=r"two finite weights, none negative"):
         ndm_ct.loss(model, torch.zeros(3, 2), regressions=weights)
+    assert objectives.Bound(regressions=[1, 0]).describe() == objectives.Bound(regressions=(1.0, 0.0)).describe()
 
 
 def test_conditioning_reaches_every_term():
