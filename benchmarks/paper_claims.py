@@ -45,8 +45,8 @@ rows; parameters; seconds per optimiser step; for images the Frechet distance of
 where the head is "x" and F nonlinear (samples are drawn of the first seed's models). Differences from the matched
 diffusion are paired, seed by seed, with their standard error over seeds; at equal training time they are read off the
 validation curves, where a step takes what ``--timing`` measured: blocks of ``fit``, all models of a data set in turn,
-round after round, in seconds of the processor. Writes ``results.json``, ``results.md`` and ``curves.png`` (with
-``--on validation``: ``validation.json`` and so on) into ``--out``.
+round after round, in seconds of the processor. Writes ``results.json``, ``results.md``, ``curves.png`` and
+``differences.png`` (with ``--on validation``: ``validation.json`` and so on) into ``--out``.
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
@@ -655,22 +655,60 @@ def markdown(entries: list[dict[str, Any]], seconds: dict[str, dict[str, float]]
 
 def plot(entries: list[dict[str, Any]], seconds: dict[str, dict[str, float]], path: Path) -> None:
     """Validation bounds over steps and, where timed, over seconds, a row of panels per data set."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     names, models = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("data", "model"))
-    figure = Figure(figsize=(11, 3.2 * len(names)), layout="constrained")
-    for name, axes in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
+    models.sort(key=place)
+    colours = colormaps["tab10"] if len(models) <= 10 else colormaps["turbo"].resampled(len(models))
+    columns = 2 if any(name in seconds for name in names) else 1
+    height = max(3.2 * len(names), 0.6 + 0.18 * len(models))
+    figure = Figure(figsize=(2.0 + 4.75 * columns, height), layout="constrained")
+    lines = {}
+    for name, axes in zip(names, figure.subplots(len(names), columns, squeeze=False), strict=True):
         for entry in (entry for entry in entries if entry["data"] == name):
             steps, values = np.array(entry["curve"])[1:].T
-            style = {"color": f"C{models.index(entry['model'])}", "linewidth": 0.9}
-            axes[0].plot(steps, values, label=entry["model"] if entry["seed"] == 0 else None, **style)
+            style = {"color": colours(models.index(entry["model"])), "linewidth": 0.9}
+            (lines[entry["model"]],) = axes[0].plot(steps, values, **style)
             if entry["model"] in seconds.get(name, {}):
-                axes[1].plot(seconds[name][entry["model"]] * steps, values, **style)
+                axes[-1].plot(seconds[name][entry["model"]] * steps, values, **style)
+        axes[-1].set(xlabel="seconds of training")
         axes[0].set(title=name, xlabel="steps", ylabel="validation bound")
-        axes[1].set(xlabel="seconds of training")
-        axes[0].legend(fontsize=7)
         for axis in axes:
             axis.grid(alpha=0.3)
+    figure.legend([lines[model] for model in models], models, loc="outside right upper", fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def plot_differences(entries: list[dict[str, Any]], path: Path) -> None:
+    """Differences from the matched diffusion with two standard errors over seeds, a panel per data set."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    gaps = {"NELBO": paired(entries, "nelbo"), "flow NLL": paired(entries, "nll")}
+    names = list(dict.fromkeys(name for name, _ in gaps["NELBO"]))
+    models = sorted({model for _, model in gaps["NELBO"]}, key=place)
+    images = {entry["data"]: entry["recipe"]["levels"] > 0 for entry in entries}
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    size = (2.0 + 2.3 * columns, rows * (1.0 + 0.24 * len(models)))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for name, axes in zip(names, panels, strict=False):
+        for (label, found), marker, lift in zip(gaps.items(), "os", (-0.12, 0.12), strict=True):
+            heights = np.array([row for row, model in enumerate(models) if (name, model) in found])
+            values, errors = np.array([found[name, models[row]] for row in heights]).T
+            bars = 2.0 * np.nan_to_num(errors)
+            axes.errorbar(values, heights + lift, xerr=bars, fmt=marker, markersize=4, label=label)
+        axes.axvline(0.0, color="0.4", linewidth=0.8)
+        unit = "bits/dim" if images[name] else "nats"
+        axes.set(title=f"{name}, {unit}", yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(alpha=0.3)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
+    figure.supxlabel("difference from the matched diffusion", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -736,25 +774,25 @@ def timing(out: Path) -> dict[str, dict[str, float]]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def place(name: str) -> tuple[int, str]:
+    """Of a data set or a model in the tables; unknown ones come last, by name."""
+    known = [*RECIPES, *MODELS, *ABLATIONS]
+    return (known.index(name), "") if name in known else (len(known), name)
+
+
 def write(out: Path, on: str) -> list[dict[str, Any]]:
     """Results from all cells that are finished, those of other processes too."""
     name, seconds = results_name(on), timing(out)
     entries = list(finished(out, on).values())
-    order = {name: place for place, name in enumerate([*RECIPES, *MODELS, *ABLATIONS])}
-    entries.sort(
-        key=lambda e: (
-            order.get(e["data"], len(order)),
-            e["data"],
-            order.get(e["model"], len(order)),
-            e["model"],
-            e["seed"],
-        )
-    )
+    entries.sort(key=lambda e: (place(e["data"]), place(e["model"]), e["seed"]))
     results = {"torch": torch.__version__, "seconds_per_step": seconds, "cells": entries}
     write_atomically(out / f"{name}.json", (json.dumps(results, indent=1) + "\n").encode())
     write_atomically(out / f"{name}.md", markdown(entries, seconds, on).encode())
+    suffix = "" if on == "test" else f"_{on}"
     if entries:
-        plot(entries, seconds, out / ("curves.png" if on == "test" else f"curves_{on}.png"))
+        plot(entries, seconds, out / f"curves{suffix}.png")
+    if paired(entries, "nelbo"):
+        plot_differences(entries, out / f"differences{suffix}.png")
     return entries
 
 

@@ -60,7 +60,8 @@ def test_cells_are_computed_once_and_differences_paired(tmp_path, small, monkeyp
     assert error == pytest.approx(0.5 * abs(first - second))
     table = (tmp_path / "results.md").read_text()
     assert f"| moons | ndm-x | {gap:+.4f} ± {error:.4f} |" in table
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    for name in ("curves", "differences"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000, name
     recipe = paper_claims.RECIPES["moons"]
     monkeypatch.setattr(paper_claims, "RECIPES", {"moons": replace(recipe, lr=1e-4)})
     with pytest.raises(RuntimeError, match="made by another recipe"):
