@@ -32,7 +32,7 @@ ndm-flow         :math:`F(x, t) = h(x)`, h an invertible spline flow of zuko (IN
 ``learned``), ``ndm-x+neural`` the transform :math:`x + t\,f(x, t)`, ``ndm-x+F64`` its network's width, and
 ``ndm-x+history``, ``ndm-x+buckets`` the density of times (:mod:`ndm_ct.timesampling`), ``ndm-x+scaling`` one learned
 factor for every coordinate with the volatility that belongs to it, a log-SNR for every coordinate, and
-``ndm-moments+R0.1`` the weight of both regressions, ``ndm-moments+joint`` regressions that train F too.
+``ndm-moments+R0.1`` the weight of both regressions.
 
 Images are dequantised by uniform noise in the bins, for training and for scores. ``--preset full`` has MNIST and
 Fashion-MNIST at 28x28, and any images by their path (an npz file, a folder, idx files: ``benchmarks/data.py``), such as
@@ -96,7 +96,7 @@ ABLATIONS = (
     "ndm-x+neural", "ndm-moments+neural", "ndm-x-eta+neural", "ndm-x+scaling",
     *(f"{base}+{name}" for name in TIMES for base in ("diffusion", "ndm-x")),
     *(f"ndm-x+F{width}" for width in (4, 16, 32, 128)),
-    *(f"ndm-moments+R{weight:g}" for weight in (0.03, 0.3, 3)), "ndm-moments+joint", "ndm-moments+R0.1+joint",
+    *(f"ndm-moments+R{weight:g}" for weight in (0.03, 0.3, 3)),
 )  # fmt: skip
 """What ``--ablations`` adds to the models."""
 
@@ -226,7 +226,6 @@ class Variant:
     transform_width: int | None = None
     times: str = "even"
     regressions: float = 1.0
-    joint: bool = False
 
     @staticmethod
     def parse(name: str) -> "Variant":
@@ -249,8 +248,6 @@ class Variant:
                 found["transform_width"] = int(change[1:])
             elif re.fullmatch(r"R\d+(\.\d+)?", change) and "moments" in base:
                 found["regressions"] = float(change[1:])
-            elif change == "joint" and "moments" in base:
-                found["joint"] = True
             else:
                 raise ValueError(f"{name}: {change!r} changes nothing in {base!r}")
         if base not in MODELS:
@@ -261,9 +258,9 @@ class Variant:
     def objective(self) -> Bound | None:
         """For ``fit``; None: the library's."""
         sampler = TIMES[self.times]() if self.times in TIMES else None
-        if sampler is None and self.regressions == 1.0 and not self.joint:
+        if sampler is None and self.regressions == 1.0:
             return None
-        return Bound(sampler, regressions=(self.regressions, self.regressions), joint=self.joint)
+        return Bound(sampler, regressions=(self.regressions, self.regressions))
 
 
 def schedule_of(variant: Variant, recipe: Recipe) -> tuple[schedules.Schedule, float]:

@@ -355,7 +355,6 @@ def loss(
     *,
     sampler: TimeSampler | None = None,
     regressions: tuple[float, float] = (1.0, 1.0),
-    joint: bool = False,
     generator: torch.Generator | None = None,
     **cond: Any,
 ) -> Tensor:
@@ -368,13 +367,9 @@ def loss(
         \tfrac12 e^{-\gamma} \gamma' \bigl( \omega_1 \|F - \hat F\|^2
         + \omega_2 \|\dot F - \hat{\dot F}\|^2 / \gamma'^2 \bigr) ,
 
-    so that at the optimum both are conditional means, and the probability flow is the true one. The transform then
-    descends the bound and the predictor another function, and nothing makes such a pair settle: one of three trainings
-    on MNIST left the identity and lost a bit per dimension. ``joint`` lets the regressions train the transform too: one
-    function for both, at the cost of one backward pass, of which the transform no longer maximises the bound alone
-    (``benchmarks/paper_claims.py``, models ``ndm-moments+joint``). Without it, while a transform is trained, the loss
-    takes a gradient of its own on the way: ``backward`` goes through it, ``torch.func.grad`` and second derivatives do
-    not, and weights of rows are exact only for a predictor that does not mix rows.
+    so that at the optimum both are conditional means, and the probability flow is the true one. While a transform is
+    trained, the loss then takes a gradient of its own on the way: ``backward`` goes through it, ``torch.func.grad`` and
+    second derivatives do not, and weights of rows are exact only for a predictor that does not mix rows.
 
     Args:
         model: the model, in the mode the caller chose.
@@ -382,7 +377,6 @@ def loss(
         sampler: density of the times in the coordinate of :func:`times`, which learns from this batch; None: uniform.
         regressions: weights :math:`\omega_1, \omega_2` of the two regressions; no other prediction than "moments" has
             them. At zero nothing makes the probability flow the one that the bound is of.
-        joint: let them train the transform too.
         generator: source of times and noise.
         cond: conditioning.
 
@@ -402,7 +396,7 @@ def loss(
     path = model.transform.along(y, **cond)
     F, dF = path.with_derivative(t)
     regress = model.prediction == "moments" and not isinstance(model.transform, Identity)
-    split = regress and not joint and F.requires_grad  # one evaluation, but two gradients in its state
+    split = regress and F.requires_grad  # one evaluation, but two gradients in its state
     held = (F.detach(), dF.detach()) if split else (F, dF)
     z = model.process.state(held[0], t, eps)
     if split:
@@ -427,7 +421,6 @@ class Bound(nn.Module):
         sampler: a sampler of :mod:`ndm_ct.timesampling`; its state is saved in the checkpoints of a training. None:
             times uniform in the coordinate of :func:`times`.
         regressions: as in :func:`loss`.
-        joint: as in :func:`loss`.
 
     Raises:
         ValueError: a weight of a regression is negative or not finite.
@@ -440,27 +433,18 @@ class Bound(nn.Module):
         torch.Size([5])
     """
 
-    def __init__(
-        self,
-        sampler: TimeSampler | None = None,
-        *,
-        regressions: tuple[float, float] = (1.0, 1.0),
-        joint: bool = False,
-    ) -> None:
+    def __init__(self, sampler: TimeSampler | None = None, *, regressions: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__()
-        self.sampler, self.regressions, self.joint = sampler, _pair(regressions), joint
+        self.sampler, self.regressions = sampler, _pair(regressions)
 
     def forward(self, model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
         """See :func:`loss`."""
-        return loss(
-            model, x, sampler=self.sampler, regressions=self.regressions, joint=self.joint, generator=generator, **cond
-        )
+        return loss(model, x, sampler=self.sampler, regressions=self.regressions, generator=generator, **cond)
 
     def describe(self) -> str:
         """Its settings, the same in every process, for a checkpoint to compare."""
         parts = [] if self.sampler is None else [f"{type(self.sampler).__name__}({self.sampler.describe()})"]
-        parts += [f"regressions={self.regressions}", *(["joint=True"] if self.joint else [])]
-        return f"Bound({', '.join(parts)})"
+        return f"Bound({', '.join([*parts, f'regressions={self.regressions}'])})"
 
 
 def _through_state(bound: Tensor, z: Tensor, alpha: Tensor, F: Tensor) -> Tensor:

@@ -164,8 +164,6 @@ def test_ablations_change_what_they_name():
     )
     assert type(paper_claims.Variant.parse("diffusion+history").objective.sampler).__name__ == "LossHistory"
     assert paper_claims.Variant.parse("ndm-moments+R0.1").objective.describe() == "Bound(regressions=(0.1, 0.1))"
-    joint = paper_claims.Variant.parse("ndm-moments+joint").objective
-    assert joint.describe() == "Bound(regressions=(1.0, 1.0), joint=True)"
     both = paper_claims.Variant.parse("ndm-moments+history+R3").objective
     assert both.regressions == (3.0, 3.0)
     assert type(both.sampler).__name__ == "LossHistory"
