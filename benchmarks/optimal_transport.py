@@ -10,7 +10,7 @@ A *cell* is a data set, a model and a seed. Cells that are finished are not comp
 diffusion       F the identity, log-SNR linear in t
 rectified       F the identity, :math:`\alpha = 1 - t, \sigma = t` (the schedule of flow matching)
 transport       :math:`F = x + \sum_k t^k f_k(x)`, head "moments", the curvature penalty of ``ndm_ct.transport``,
-                regressions of a tenth of their weight, and a schedule with little noise until late,
+                regressions of weight 0.1, and a schedule with little noise until late,
                 :math:`\gamma = \gamma_0 + at + bt^p`
 transport-x     the same with head "x"
 late            F the identity under the schedule of the transport
@@ -70,9 +70,6 @@ GAMMA_MIN = -7.0
 WIDTH, TERMS = 128, 3
 EULER_STEPS, REFERENCE_STEPS = 4, 100
 STRENGTH = 1.0
-REGRESSIONS = (0.1, 0.1)
-"""The penalty bends the predictor, and the bound pulls the transform after it; the regressions hold the predictor back
-and leave the transform where it is, so at their full weight paths are less straight."""
 RAMP = (0.01, 0.03, 0.1, 0.3)
 """Shares of the penalty's strength in the first half of a training: from the start it would forbid all motion."""
 
@@ -345,7 +342,7 @@ def fitted(name: str, kind: str, seed: int, size: Size, strength: float, folder:
     if kind.startswith("transport"):
         early = size.steps // (2 * len(RAMP))
         stages = [(early, strength * share) for share in RAMP] + [(size.steps - early * len(RAMP), strength)]
-    bound = objectives.Bound(regressions=REGRESSIONS)
+    bound = objectives.Bound()
     for k, (steps, penalty) in enumerate(stages):
         trained = ndm_ct.fit(
             model, split.train, steps=steps, batch_size=size.batch_size, lr=3e-3, warmup=min(50, steps), ema=0.99,

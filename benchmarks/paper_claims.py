@@ -32,7 +32,7 @@ ndm-flow         :math:`F(x, t) = h(x)`, h an invertible spline flow of zuko (IN
 ``learned``), ``ndm-x+neural`` the transform :math:`x + t\,f(x, t)`, ``ndm-x+F64`` its network's width, and
 ``ndm-x+history``, ``ndm-x+buckets`` the density of times (:mod:`ndm_ct.timesampling`), ``ndm-x+scaling`` one learned
 factor for every coordinate with the volatility that belongs to it, a log-SNR for every coordinate, and
-``ndm-moments+R0.1`` the weight of both regressions.
+``ndm-moments+R1`` the weight of both regressions, 0.1 in the models above.
 
 Images are dequantised by uniform noise in the bins, for training and for scores. ``--preset full`` has MNIST and
 Fashion-MNIST at 28x28, and any images by their path (an npz file, a folder, idx files: ``benchmarks/data.py``), such as
@@ -96,7 +96,7 @@ ABLATIONS = (
     "ndm-x+neural", "ndm-moments+neural", "ndm-x-eta+neural", "ndm-x+scaling",
     *(f"{base}+{name}" for name in TIMES for base in ("diffusion", "ndm-x")),
     *(f"ndm-x+F{width}" for width in (4, 16, 32, 128)),
-    *(f"ndm-moments+R{weight:g}" for weight in (0.03, 0.3, 3)),
+    *(f"ndm-moments+R{weight:g}" for weight in (0.03, 0.3, 1, 3)),
 )  # fmt: skip
 """What ``--ablations`` adds to the models."""
 
@@ -225,7 +225,7 @@ class Variant:
     transform: str = "separable"
     transform_width: int | None = None
     times: str = "even"
-    regressions: float = 1.0
+    regressions: float = 0.1
 
     @staticmethod
     def parse(name: str) -> "Variant":
@@ -258,9 +258,9 @@ class Variant:
     def objective(self) -> Bound | None:
         """For ``fit``; None: the library's."""
         sampler = TIMES[self.times]() if self.times in TIMES else None
-        if sampler is None and self.regressions == 1.0:
-            return None
-        return Bound(sampler, regressions=(self.regressions, self.regressions))
+        if "moments" in self.base:
+            return Bound(sampler, regressions=(self.regressions, self.regressions))
+        return None if sampler is None else Bound(sampler)
 
 
 def schedule_of(variant: Variant, recipe: Recipe) -> tuple[schedules.Schedule, float]:

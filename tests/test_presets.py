@@ -202,7 +202,7 @@ def test_vdm_is_the_published_bound():
     torch.testing.assert_close(objectives.prior_term(model, x), prior, **EXACT)
     reconstruction = torch.full((ROWS,), 0.5 * 2 * (1.0 + math.log(2.0 * math.pi) + g0), dtype=torch.float64)
     torch.testing.assert_close(objectives.reconstruction_term(model, x), reconstruction, **EXACT)
-    assert objective.describe() == f"Bound(LearnedBuckets({objective.sampler.describe()}), regressions=(1.0, 1.0))"
+    assert objective.describe() == f"Bound(LearnedBuckets({objective.sampler.describe()}), regressions=(0.1, 0.1))"
 
 
 def test_vdm_learns_the_ends_of_its_schedule():
