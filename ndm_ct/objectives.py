@@ -377,8 +377,8 @@ def loss(
         sampler: density of the times in the coordinate of :func:`times`, which learns from this batch; None: uniform.
         regressions: weights :math:`\omega_1, \omega_2` of the two regressions; no other prediction than "moments" has
             them. At zero nothing makes the probability flow the one that the bound is of; at one they distract the
-            predictor from what the bound moves the transform to, and one of two trainings on MNIST lost a bit per dimension
-            (``benchmarks/paper_claims.py``, ``ndm-moments+R1``).
+            predictor from what the bound moves the transform to, and one of two trainings on MNIST lost a bit per
+            dimension (``benchmarks/paper_claims.py``, ``ndm-moments+R1``).
         generator: source of times and noise.
         cond: conditioning.
 
