@@ -25,9 +25,9 @@ and for head "moments" with the learned F of ``paper_claims.py``
 ================  =====================================================================================================
 
 All train on the same batches, times and noise, by the recipes of ``paper_claims.py`` cut short, with both regressions
-of "moments" at weight one. Reported is the
-validation NELBO at the end (bits per dimension or nats), as the difference from the library's way, paired by seed, with
-its standard error over seeds. Writes ``heads.json`` and ``heads.md`` into ``--out``.
+of "moments" at weight one. Reported is the validation NELBO at the end (bits per dimension or nats), as the difference
+from the library's way, paired by seed, with its standard error over seeds. Writes ``heads.json`` and ``heads.md``
+into ``--out``.
 """
 
 import argparse

@@ -671,9 +671,10 @@ def plot(entries: list[dict[str, Any]], seconds: dict[str, dict[str, float]], pa
             style = {"color": colours(models.index(entry["model"])), "linewidth": 0.9}
             (lines[entry["model"]],) = axes[0].plot(steps, values, **style)
             if entry["model"] in seconds.get(name, {}):
-                axes[-1].plot(seconds[name][entry["model"]] * steps, values, **style)
-        axes[-1].set(xlabel="seconds of training")
+                axes[1].plot(seconds[name][entry["model"]] * steps, values, **style)
         axes[0].set(title=name, xlabel="steps", ylabel="validation bound")
+        if columns == 2:
+            axes[1].set(xlabel="seconds of training")
         for axis in axes:
             axis.grid(alpha=0.3)
     figure.legend([lines[model] for model in models], models, loc="outside right upper", fontsize=7)
