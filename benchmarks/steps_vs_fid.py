@@ -16,8 +16,7 @@ samples. Kept files are named by all settings and by versions, not by code: afte
 the folder samples or scores.
 
 ``--models``    a network of ``benchmarks/networks.py`` by name, a checkpoint, ``LABEL=`` either, or ``train``: a DDPM
-                and Neural Diffusion Models with the heads "x" and "moments" (regressions of weight
-                one), trained in the output folder.
+                and Neural Diffusion Models with the heads "x" and "moments", trained in the output folder.
 ``--samplers``  ``METHOD`` or ``METHOD@GRID`` of ``ndm_ct.sample`` ("ddpm", "ddim", "heun@karras", ...), with
                 ``+denoise`` behind it for the estimate of x in place of the last state; or a scheduler of diffusers
                 (``benchmarks/schedulers.py``): ``diffusers:DPMSolverMultistep+karras``.
@@ -59,7 +58,6 @@ from tqdm import tqdm
 import ndm_ct
 from ndm_ct import nn, schedules, transforms
 from ndm_ct.checkpoint import alone_in, clear_leftovers, write_atomically
-from ndm_ct.objectives import Bound
 from ndm_ct.quantisation import Quantisation
 
 try:
@@ -306,8 +304,7 @@ def trained(out: Path, split: data.Split, bins: Quantisation, steps: int, progre
         folder = out / "models" / kind
         result = ndm_ct.fit(
             untrained(kind, shape, std), split.train, steps=steps, batch_size=min(64, len(split.train)), lr=2e-3,
-            objective=Bound(regressions=(1.0, 1.0)), quantisation=bins, run_dir=folder, progress=progress,
-            log_every=max(1, min(100, steps // 10)),
+            quantisation=bins, run_dir=folder, progress=progress, log_every=max(1, min(100, steps // 10)),
         )  # fmt: skip
         if not result.finished:  # Ctrl-C, which a training turns into a checkpoint
             raise KeyboardInterrupt

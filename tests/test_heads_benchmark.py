@@ -60,3 +60,24 @@ def test_smoke(tmp_path):
     gaps = [x - edm for x, edm in zip(values["x"], values["edm"], strict=True)]
     row = f"{sum(gaps) / 2:+.4f} ± {abs(gaps[0] - gaps[1]) / 2:.4f} |"
     assert row in (tmp_path / "heads.md").read_text()
+
+
+def test_continues_after_the_last_training_and_refuses_results_of_other_settings(tmp_path, monkeypatch):
+    arguments = ["--data", "moons", "--models", "diffusion", "--steps", "2", "--out", str(tmp_path)]
+    trained = []
+
+    def third_fails(*_):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(float(len(trained)))
+        return trained[-1]
+
+    monkeypatch.setattr(heads, "bound", third_fails)
+    with pytest.raises(KeyboardInterrupt):
+        heads.main([*arguments, "--seeds", "1"])
+    monkeypatch.setattr(heads, "bound", lambda *_: 9.0)
+    ways = heads.main([*arguments, "--seeds", "2"])["results"]["moons"]["diffusion"]
+    assert ways == {"edm": [0.0, 9.0], "x": [1.0, 9.0], "eps": [9.0, 9.0], "v": [9.0, 9.0]}
+    arguments[5] = "3"
+    with pytest.raises(SystemExit, match=r"holds results of .*'steps': 2.* not of .*'steps': 3.*another --out"):
+        heads.main(arguments)
