@@ -9,8 +9,8 @@ A *cell* is a data set, a model and a seed. Cells that are finished are not comp
 ==============  ======================================================================================================
 diffusion       F the identity, log-SNR linear in t
 rectified       F the identity, :math:`\alpha = 1 - t, \sigma = t` (the schedule of flow matching)
-transport       :math:`F = x + \sum_k t^k f_k(x)`, head "moments", the curvature penalty of ``ndm_ct.transport``,
-                regressions of weight 0.1, and a schedule with little noise until late,
+transport       :math:`F = x + \sum_k t^k f_k(x)`, head "moments", the curvature of the batch's flow as a penalty
+                (``ndm_ct.transport``), and a schedule with little noise until late,
                 :math:`\gamma = \gamma_0 + at + bt^p`
 transport-x     the same with head "x"
 late            F the identity under the schedule of the transport
@@ -69,9 +69,7 @@ MODELS = ("diffusion", "rectified", "transport", "transport-x", "late", "curved"
 GAMMA_MIN = -7.0
 WIDTH, TERMS = 128, 3
 EULER_STEPS, REFERENCE_STEPS = 4, 100
-STRENGTH = 1.0
-RAMP = (0.01, 0.03, 0.1, 0.3)
-"""Shares of the penalty's strength in the first half of a training: from the start it would forbid all motion."""
+STRENGTH = 30.0
 
 
 @dataclass(frozen=True)
@@ -107,16 +105,19 @@ PRESETS = {
 }
 
 
-def late(slope: float = 4.0, rise: float = 10.0, power: float = 8.0) -> schedules.Tabulated:
+def late(start: float = -13.0, slope: float = 8.0, rise: float = 12.0, power: float = 16.0) -> schedules.Tabulated:
     r"""Variance preserving with little noise until late: :math:`\gamma(t) = \gamma_0 + at + bt^p`, interpolated.
 
+    The bound charges motion of F by :math:`1/\gamma'`, so the slope is steep and begins at little noise.
+
     Args:
+        start: :math:`\gamma_0`.
         slope: a.
         rise: b.
         power: p.
     """
     t = torch.linspace(0.0, 1.0, 257, dtype=torch.float64)
-    return schedules.Tabulated(torch.sigmoid(-(GAMMA_MIN + slope * t + rise * t**power)))
+    return schedules.Tabulated(torch.sigmoid(-(start + slope * t + rise * t**power)))
 
 
 class Perceptron(nn.Module):
@@ -136,8 +137,10 @@ class Perceptron(nn.Module):
         inputs = size + (len(self.POWERS) if time else 0)
         widths = [inputs, WIDTH, WIDTH, WIDTH]
         hidden: list[nn.Module] = []
-        for a, b in pairwise(widths):
-            hidden += [nn.Linear(a, b), nn.SiLU()]
+        for place, (a, b) in enumerate(pairwise(widths)):
+            linear = nn.Linear(a, b)
+            nn.init.normal_(linear.weight, std=math.sqrt((2.0 if place else 4.0) / a))  # as nn.MLP, and for its reason
+            hidden += [linear, nn.SiLU()]
         last = nn.Linear(WIDTH, size * (outputs or 1))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -157,7 +160,7 @@ def build(name: str, size: int, seed: int) -> ndm_ct.NDM:
     schedule: Schedule = late()
     if name in ("diffusion", "rectified"):
         schedule = schedules.Rectified() if name == "rectified" else schedules.LinearLogSNR(GAMMA_MIN, 7.0)
-    # Data are followed from the same noise, whatever the schedule.
+    # Data are followed from the noise of the other diffusion.
     start = torch.atan(torch.exp(torch.tensor(0.5 * GAMMA_MIN, dtype=torch.float64)))
     t_min = float(schedule.time_at(start)) if name == "rectified" else None
     if name in ("diffusion", "rectified", "late"):
@@ -338,20 +341,14 @@ def fitted(name: str, kind: str, seed: int, size: Size, strength: float, folder:
     """The trained model of a cell; what is trained already is only read."""
     split = SETS[name][0]()
     model = build(kind, split.train.shape[1], seed)
-    stages: list[tuple[int, float | None]] = [(size.steps, None)]
-    if kind.startswith("transport"):
-        early = size.steps // (2 * len(RAMP))
-        stages = [(early, strength * share) for share in RAMP] + [(size.steps - early * len(RAMP), strength)]
     bound = objectives.Bound()
-    for k, (steps, penalty) in enumerate(stages):
-        trained = ndm_ct.fit(
-            model, split.train, steps=steps, batch_size=size.batch_size, lr=3e-3, warmup=min(50, steps), ema=0.99,
-            weight_decay=0.0, seed=100 * seed + k, lr_final=0.01 if k == len(stages) - 1 else 0.5,
-            objective=None if penalty is None else transport.Straight(penalty, bound),
-            run_dir=folder / f"stage-{k}", progress=not quiet,
-        )  # fmt: skip
-        if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
-            raise KeyboardInterrupt
+    trained = ndm_ct.fit(
+        model, split.train, steps=size.steps, batch_size=size.batch_size, lr=3e-3, warmup=min(50, size.steps), ema=0.99,
+        weight_decay=0.0, seed=seed, lr_final=0.01, run_dir=folder, progress=not quiet,
+        objective=transport.Straight(strength, bound, "batch") if kind.startswith("transport") else bound,
+    )  # fmt: skip
+    if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
+        raise KeyboardInterrupt
     return model.requires_grad_(False)
 
 
@@ -411,7 +408,7 @@ def weightings(model: ndm_ct.NDM, x: Tensor) -> dict[str, dict[str, float]]:
                 values = transport.curvature(model, x, generator=generator)
             else:
                 share = 0.5 * tau * (1.0 - tau) if weight == "legendre" else torch.full_like(tau, math.pi**-2)
-                a = transport.acceleration(model, model.process.sample(x, t, generator=generator), t)
+                a = transport.acceleration(model.flow(x.dtype), model.process.sample(x, t, generator=generator), t)
                 values = rarity * length**3 * share * a.double().square().sum(1)
             mean = float(values.mean())
             found[f"{weight}, {times}"] = {"mean": mean, "scatter": float(values.std()) / mean}

@@ -5,9 +5,25 @@ r"""Straight paths: the curvature of the probability flow as a penalty beside th
     C = \tfrac12 \int_0^1 \tau (1 - \tau)\, E\|\ddot z\|^2 d\tau, \qquad
     \ddot z = (1 - t_{min})^2 \bigl( \partial_t v + (\nabla_z v)\, v \bigr)
 
-with :math:`\tau = (t - t_{min})/(1 - t_{min})` and the velocity v of the probability flow at
+with :math:`\tau = (t - t_{min})/(1 - t_{min})` and the velocity v of a probability flow at
 :math:`z_t = \alpha F_\varphi(x, t) + \sigma\epsilon`. The acceleration is one Jacobian-vector product of v with the
 tangent (v, 1).
+
+**Whose flow.** Of two:
+
+- The *model's*: v from the predictor. Its gradient reaches predictor and transform, but only through the state: the
+  predictor is bent towards straight paths, whether or not its flow still ends in the data, and the transform follows it
+  by the bound.
+- The *batch's*: v from the posterior means under the empirical law of the batch :math:`x_1 \dots x_B`,
+
+  .. math::
+      E[F \mid z] = \sum_j w_j F_\varphi(x_j, t), \qquad
+      w = \mathrm{softmax}_j \Bigl(-\frac{\|z - \alpha F_\varphi(x_j, t)\|^2}{2\sigma^2}\Bigr),
+
+  and :math:`\dot F` alike. It needs no predictor, so the predictor is left to the bound and its flow to the law of the
+  data, and the transform sees how all of its values bend the flow. For data of few dimensions, whose batches are dense
+  at the scale of :math:`\sigma`; where they are not, every z sees its own x alone, and what is made straight is the
+  path of a single :math:`(x, \epsilon)`.
 
 **Why this weight.** C bounds how far a path is from the straight line between its ends, passed at constant speed,
 
@@ -35,7 +51,7 @@ References:
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +59,24 @@ from torch import Tensor, nn
 from ndm_ct import objectives
 from ndm_ct._autodiff import jvp
 from ndm_ct._shapes import sum_event
+from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.process import ForwardProcess
 
 __all__ = ["Straight", "acceleration", "curvature"]
 
+Flow = Literal["model", "batch"]
+TIMES = 8
+"""Times at which the flow of a batch is evaluated; each evaluates F at all rows."""
 
-def acceleration(model: NDM, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
+
+def acceleration(flow: ProbabilityFlow, z: Tensor, t: Tensor) -> Tensor:
     r""":math:`\partial_t v + (\nabla_z v)\, v`: the second time derivative along paths of the probability flow.
 
     Args:
-        model: the model.
+        flow: v, such as ``model.flow(z.dtype)``.
         z: states, shape ``(B, *E)``.
         t: their times, float64, ``(B,)``.
-        cond: conditioning.
 
     Returns:
         Shape of ``z``; gradients reach the networks.
@@ -64,10 +85,9 @@ def acceleration(model: NDM, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
         >>> import ndm_ct
         >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2), schedule=ndm_ct.schedules.Rectified())
         >>> t = torch.tensor([0.5], dtype=torch.float64)  # paths are proportional to sqrt(t^2 + (1 - t)^2)
-        >>> acceleration(model, torch.ones(1, 2, dtype=torch.float64), t)
+        >>> acceleration(model.flow(torch.float64), torch.ones(1, 2, dtype=torch.float64), t)
         tensor([[4., 4.]], dtype=torch.float64)
     """
-    flow = model.flow(z.dtype, **cond)
 
     def velocity(state: Tensor, time: Tensor) -> Tensor:
         return flow(time, state)
@@ -75,14 +95,16 @@ def acceleration(model: NDM, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
     return jvp(velocity, (z, t), (velocity(z, t), torch.ones_like(t)))[1]
 
 
-def curvature(model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+def curvature(
+    model: NDM, x: Tensor, *, flow: Flow = "model", generator: torch.Generator | None = None, **cond: Any
+) -> Tensor:
     r"""An unbiased estimate of C per row, times of low discrepancy over the batch.
-
-    The random z is :math:`\alpha F_\varphi(x, t) + \sigma\epsilon`, so gradients reach the transform.
 
     Args:
         model: the model, in the mode the caller chose.
         x: data, shape ``(B, *E)``.
+        flow: whose flow, ``"model"`` or ``"batch"``. The flow of the batch takes time and memory for
+            :math:`B^2` pairs, evaluates F at 8 times for every row, and gives all its gradient to the transform.
         generator: source of times and noise.
         cond: conditioning.
 
@@ -90,6 +112,7 @@ def curvature(model: NDM, x: Tensor, *, generator: torch.Generator | None = None
         Shape ``(B,)``, in squared units of z.
 
     Raises:
+        ValueError: ``flow`` is neither; conditioning with the flow of the batch, whose rows are one law.
         PredictorError: the acceleration is NaN or infinite (with time and rows).
 
     Example:
@@ -99,12 +122,47 @@ def curvature(model: NDM, x: Tensor, *, generator: torch.Generator | None = None
         torch.Size([5])
     """
     model.validate(x, cond, curvature)
+    _validate_flow(flow, cond)
     length = 1.0 - model.t_min
-    t = model.t_min + length * _quantile(objectives.low_discrepancy(x.shape[0], generator, x.device))
+    count = x.shape[0] if flow == "model" else min(TIMES, x.shape[0])
+    times = model.t_min + length * _quantile(objectives.low_discrepancy(count, generator, x.device))
+    place = torch.arange(x.shape[0], device=x.device) % max(count, 1)
+    t = times[place]
     y, _ = model.to_latent(x, generator=generator, **cond)
-    a = acceleration(model, model.process.sample(y, t, generator=generator, **cond), t, **cond)
+    z = model.process.sample(y, t, generator=generator, **cond)
+    a = acceleration(model.flow(z.dtype, **cond) if flow == "model" else _flow_of(model.process, y, count), z, t)
     validate_prediction(a, t)
     return length**4 / 12.0 * sum_event(a**2)  # the weight tau (1 - tau)/2 is 1/12 of the density
+
+
+def _validate_flow(flow: str, cond: dict[str, Any]) -> None:
+    if flow not in ("model", "batch"):
+        raise ValueError(f'flow must be "model" or "batch", got {flow!r}.')
+    if flow == "batch" and cond:
+        names = ", ".join(cond)
+        raise ValueError(
+            f'flow="batch" takes the rows of a batch for draws of one law, but they are conditioned on {names}; '
+            'take flow="model".'
+        )
+
+
+def _flow_of(process: ForwardProcess, y: Tensor, count: int) -> ProbabilityFlow:
+    r"""The flow whose data are the rows of y, at states of which number i has the time of number i + ``count``."""
+    path = process.transform.along(y)
+
+    def moments(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        curves = [path.with_derivative(time) for time in t[:count]]
+        F, dF = (torch.stack(each).flatten(2) for each in zip(*curves, strict=True))
+        c = process.schedule(t[:count])
+        alpha, sigma = (each.to(z.dtype)[:, None, None] for each in (c.alpha, c.sigma))
+        place = torch.arange(z.shape[0], device=z.device) % count
+        distance = (z.flatten(1)[:, None] - (alpha * F)[place]) / sigma[place]
+        weights = (-0.5 * distance.square().sum(2)).softmax(1)
+        means = (torch.einsum("ij,ijk->ik", weights, each[place]) for each in (F, dF))
+        first, second = (mean.reshape(z.shape) for mean in means)
+        return first, second
+
+    return ProbabilityFlow(process, moments, y.dtype)
 
 
 def _quantile(u: Tensor) -> Tensor:
@@ -116,19 +174,21 @@ class Straight(nn.Module):
     r"""Minus the ELBO and :math:`\lambda C`, for ``fit(objective=Straight(...))``.
 
     With prediction "moments" the velocity is that of the marginals at the optimum, and the transform is what makes it
-    straight. With "x" and a transform nonlinear in x the penalty straightens the flow of the one prediction, which the
-    bound says little about (see :mod:`ndm_ct.dynamics`).
+    straight. With "x" and a transform nonlinear in x the model's flow is that of the one prediction, which the bound
+    says little about (see :mod:`ndm_ct.dynamics`).
 
-    Train in stages of growing strength (``fit`` continues from the weights it is given): where F is still the identity
-    a strong penalty makes the flow stand still before the transform has learned to move.
+    The model's flow wants stages of growing strength (``fit`` continues from the weights it is given): where F is still
+    the identity a strong penalty makes the flow stand still before the transform has learned to move. The batch's flow
+    can be straightened at full strength from the first step.
 
     Args:
         strength: :math:`\lambda`, nats per squared unit of z.
         bound: the objective C is added to, such as a :class:`~ndm_ct.objectives.Bound`; None is
             :func:`ndm_ct.loss`.
+        flow: whose flow is made straight, ``"model"`` or ``"batch"``.
 
     Raises:
-        ValueError: strength is negative or not finite.
+        ValueError: strength is negative or not finite; ``flow`` is neither.
 
     Example:
         >>> import ndm_ct
@@ -137,11 +197,12 @@ class Straight(nn.Module):
         torch.Size([5])
     """
 
-    def __init__(self, strength: float = 1.0, bound: objectives.Bound | None = None) -> None:
+    def __init__(self, strength: float = 1.0, bound: objectives.Bound | None = None, flow: Flow = "model") -> None:
         super().__init__()
+        _validate_flow(flow, {})
         if not (math.isfinite(strength) and strength >= 0.0):
             raise ValueError(f"strength must be a finite number >= 0, got {strength!r}.")
-        self.strength, self.bound = strength, bound
+        self.strength, self.bound, self.flow = strength, bound, flow
 
     def forward(self, model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
         """One estimate per row.
@@ -157,9 +218,10 @@ class Straight(nn.Module):
         """
         bound = objectives.loss if self.bound is None else self.bound
         nats: Tensor = bound(model, x, generator=generator, **cond)
-        return nats + self.strength * curvature(model, x, generator=generator, **cond)
+        return nats + self.strength * curvature(model, x, flow=self.flow, generator=generator, **cond)
 
     def describe(self) -> str:
         """Its settings, the same in every process, for a checkpoint to compare."""
         bound = "" if self.bound is None else f", bound={self.bound.describe()}"
-        return f"Straight(strength={self.strength:g}{bound})"
+        flow = "" if self.flow == "model" else f", flow={self.flow}"
+        return f"Straight(strength={self.strength:g}{bound}{flow})"

@@ -144,8 +144,8 @@ TRAINING = (
     (
         "curvature at even times",
         "transport.py",
-        "_quantile(objectives.low_discrepancy(x.shape[0], generator, x.device))",
-        "objectives.low_discrepancy(x.shape[0], generator, x.device)",
+        "_quantile(objectives.low_discrepancy(count, generator, x.device))",
+        "objectives.low_discrepancy(count, generator, x.device)",
         "transport::test_the_estimate_is_unbiased",
     ),
     (
@@ -165,9 +165,37 @@ TRAINING = (
     (
         "curvature that cannot train the transform",
         "transport.py",
-        "model.process.sample(y, t, generator=generator, **cond), t, **cond)",
-        "model.process.sample(y, t, generator=generator, **cond).detach(), t, **cond)",
+        "z = model.process.sample(y, t, generator=generator, **cond)",
+        "z = model.process.sample(y, t, generator=generator, **cond).detach()",
         "transport::test_gradients_reach_the_transform_and_the_predictor",
+    ),
+    (
+        "flow of a batch whose posterior is twice too wide",
+        "transport.py",
+        "(-0.5 * distance.square()",
+        "(-0.25 * distance.square()",
+        "transport::test_the_flow_of_a_batch_is_that_of_its_rows_under_the_law_of_the_batch",
+    ),
+    (
+        "flow of a batch whose rows are not scaled",
+        "transport.py",
+        "(alpha * F)[place]",
+        "F[place]",
+        "transport::test_the_flow_of_a_large_batch_is_that_of_its_law",
+    ),
+    (
+        "flow of a batch at the time of another row",
+        "transport.py",
+        "% max(count, 1)",
+        "* count // x.shape[0]",
+        "transport::test_the_flow_of_a_batch_is_that_of_its_rows_under_the_law_of_the_batch",
+    ),
+    (
+        "flow of a batch that is never used",
+        "transport.py",
+        "flow=self.flow, generator",
+        "generator",
+        "transport::test_the_objective_is_the_bound_and_the_penalty",
     ),
     (
         "penalty without its strength",

@@ -58,14 +58,14 @@ def test_the_acceleration_of_gaussian_paths(name):
     value, _, second = spreads(model, t)
     expected = (z @ BASIS * second / value) @ BASIS.mT
     assert float(expected.abs().max()) > 0.1
-    torch.testing.assert_close(transport.acceleration(model, z, t), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(transport.acceleration(model.flow(z.dtype), z, t), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_straight_paths_have_no_acceleration():
     tau = 0.5
     model = gaussian(schedules.Rectified(), straight(tau), torch.full((2,), tau**2, dtype=torch.float64))
     z, t = torch.randn(50, 2, dtype=torch.float64), torch.linspace(0.02, 0.98, 50, dtype=torch.float64)
-    assert float(transport.acceleration(model, z, t).abs().max()) < 1e-7
+    assert float(transport.acceleration(model.flow(z.dtype), z, t).abs().max()) < 1e-7
     assert float(transport.curvature(model, model.sample_data(64)).max()) < 1e-8
 
 
@@ -124,18 +124,91 @@ def test_gradients_reach_the_transform_and_the_predictor():
             assert float(parameter.grad.abs().max()) > 0.0, name
 
 
-def test_the_objective_is_the_bound_and_the_penalty():
+def bent(size=2):
+    """A model in float64 whose F is a nonlinear function of x and of t, and the network in F."""
+    torch.manual_seed(0)
+    net = nn.MLP(size, width=8, depth=1, outputs=3, time=False).double()
+    torch.nn.init.normal_(net.output.weight, std=0.3)
+    transform = transforms.Separable(net, transforms.PolynomialBasis(3))
+    predictor = nn.Preconditioned(nn.MLP(size, width=8, depth=1, outputs=2).double(), head="moments")
+    schedule = schedules.LinearLogSNR(-4.0, 4.0)
+    return ndm_ct.NDM(predictor, (size,), transform=transform, schedule=schedule, prediction="moments"), net
+
+
+def test_the_flow_of_a_batch_is_that_of_its_rows_under_the_law_of_the_batch():
+    model, _ = bent()
+    x = torch.randn(11, 2, dtype=torch.float64)
+    curved = transport.curvature(model, x, flow="batch", generator=torch.Generator().manual_seed(3))
+
+    def velocity(z, t):
+        """Of one state: the mean of the conditional velocities over the posterior of the rows, by Bayes' rule."""
+        times = t.expand(len(x))
+        c, means = model.schedule(t), model.process.mean(x, times)
+        rows = z.expand(len(x), -1)
+        density = torch.distributions.Normal(means, c.sigma).log_prob(rows).sum(1).exp()
+        return density @ model.process.velocity(rows, x, times) / density.sum()
+
+    generator = torch.Generator().manual_seed(3)
+    shift = torch.rand((), dtype=torch.float64, generator=generator)
+    u = ((shift + torch.arange(8, dtype=torch.float64) / 8) % 1.0)[torch.arange(11) % 8]
+    tau = 0.5 - torch.sin(torch.asin(1.0 - 2.0 * u) / 3.0)
+    z = model.process.sample(x, tau, generator=generator)
+    h = 1e-5
+    for row, start, t in zip(curved, z, tau, strict=True):
+        v = velocity(start, t)
+        along = [velocity(start + sign * h * v, t + sign * h) for sign in (1.0, -1.0)]
+        expected = ((along[0] - along[1]) / (2.0 * h)).square().sum() / 12.0
+        torch.testing.assert_close(row, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_flow_of_a_large_batch_is_that_of_its_law():
+    model = gaussian(schedules.Rectified(), lambda t: 1.0 + t, t_min=0.4)
+    generator = torch.Generator().manual_seed(0)
+    batches = [model.sample_data(600, generator=generator) for _ in range(30)]
+    batch, exact = (
+        torch.stack([transport.curvature(model, x, flow=flow, generator=generator).mean() for x in batches])
+        for flow in ("batch", "model")
+    )
+    error = float(torch.sqrt(batch.var() / len(batch) + exact.var() / len(exact)))
+    assert error < 0.06 * float(exact.mean())
+    assert abs(float(batch.mean() - exact.mean())) < 4.0 * error
+
+
+def test_the_flow_of_a_batch_leaves_the_predictor_alone():
+    model, net = bent()
+    transport.curvature(model, torch.randn(16, 2, dtype=torch.float64), flow="batch").mean().backward()
+    assert all(parameter.grad is None for parameter in model.predictor.parameters())
+    assert all(float(parameter.grad.abs().max()) > 0.0 for parameter in net.parameters())
+
+
+def test_the_flow_of_a_batch_is_of_one_law():
+    model, _ = bent()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r'flow must be "model" or "batch", got \'data\''):
+        transport.curvature(model, x, flow="data")
+    with pytest.raises(ValueError, match=r'flow must be "model" or "batch", got 3'):
+        transport.Straight(flow=3)
+    conditioned = ndm_ct.NDM(lambda z, t, *, label: z, (2,))
+    with pytest.raises(ValueError, match=r'conditioned on label; take flow="model"'):
+        transport.curvature(conditioned, x, flow="batch", label=torch.zeros(4))
+
+
+@pytest.mark.parametrize("flow", ["model", "batch"])
+def test_the_objective_is_the_bound_and_the_penalty(flow):
     model = gaussian(schedules.LinearLogSNR(-5.0, 5.0))
     x = model.sample_data(8)
     generator = torch.Generator().manual_seed(3)
-    expected = objectives.loss(model, x, generator=generator) + 2.5 * transport.curvature(model, x, generator=generator)
-    torch.testing.assert_close(transport.Straight(2.5)(model, x, generator=torch.Generator().manual_seed(3)), expected)
+    expected = objectives.loss(model, x, generator=generator)
+    expected = expected + 2.5 * transport.curvature(model, x, flow=flow, generator=generator)
+    objective = transport.Straight(2.5, flow=flow)
+    torch.testing.assert_close(objective(model, x, generator=torch.Generator().manual_seed(3)), expected)
 
 
 def test_the_objective_describes_itself():
     bound = objectives.Bound(timesampling.LossHistory(10))
     assert transport.Straight(0.5).describe() == "Straight(strength=0.5)"
     assert transport.Straight(0.5, bound).describe() == f"Straight(strength=0.5, bound={bound.describe()})"
+    assert transport.Straight(0.5, flow="batch").describe() == "Straight(strength=0.5, flow=batch)"
     assert "bound.sampler.count" in transport.Straight(0.5, bound).state_dict()
 
 
@@ -145,7 +218,8 @@ def test_a_strength_that_is_none_is_refused(strength):
         transport.Straight(strength)
 
 
-def test_training_makes_paths_straighter():
+@pytest.mark.parametrize("flow", ["model", "batch"])
+def test_training_makes_paths_straighter(flow):
     def trained(strength):
         torch.manual_seed(0)
         k = transforms.Separable(nn.MLP(1, width=8, depth=1, outputs=2, time=False))
@@ -155,8 +229,10 @@ def test_training_makes_paths_straighter():
         )  # fmt: skip
         x = 0.5 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(1))
         ndm_ct.fit(
-            model, x, steps=60, batch_size=128, lr=5e-3, ema=0.9, progress=False, objective=transport.Straight(strength)
-        )
-        return float(transport.curvature(model, x, generator=torch.Generator().manual_seed(2)).mean().detach())
+            model, x, steps=60, batch_size=128, lr=5e-3, ema=0.9, progress=False,
+            objective=transport.Straight(strength, flow=flow),
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(2)
+        return float(transport.curvature(model, x[:1000], flow=flow, generator=generator).mean().detach())
 
     assert trained(3.0) < 0.6 * trained(0.0)
