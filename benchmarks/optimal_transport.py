@@ -6,16 +6,18 @@ r"""Dynamic optimal transport: a learned forward process that makes the paths of
 
 A *cell* is a data set, a model and a seed. Cells that are finished are not computed again.
 
-==============  ======================================================================================================
-diffusion       F the identity, log-SNR linear in t
-rectified       F the identity, :math:`\alpha = 1 - t, \sigma = t` (the schedule of flow matching)
-transport       :math:`F = x + \sum_k t^k f_k(x)`, head "moments", the curvature of the batch's flow as a penalty
-                (``ndm_ct.transport``), and a schedule with little noise until late,
-                :math:`\gamma = \gamma_0 + at + bt^p`
-transport-x     the same with head "x"
-late            F the identity under the schedule of the transport
-curved          the transport without the penalty
-==============  ======================================================================================================
+===============  =====================================================================================================
+diffusion        F the identity, log-SNR linear in t
+rectified        F the identity, :math:`\alpha = 1 - t, \sigma = t` (the schedule of flow matching)
+transport        :math:`F = x + \sum_k t^k f_k(x)`, head "moments", the curvature penalty of ``ndm_ct.transport`` in
+                 stages of growing strength, and a schedule with little noise until late,
+                 :math:`\gamma = \gamma_0 + at + bt^p`
+transport-batch  the same with the curvature of the batch's flow, thirty times as strong from the first step, and less
+                 noise
+transport-x      the transport with head "x"
+late             F the identity under the schedule of the transport
+curved           the transport without the penalty
+===============  =====================================================================================================
 
 All have predictors of one size. Reported for each, with z followed by Runge-Kutta steps from test data to the prior and
 :math:`\tau = (t - t_{min})/(1 - t_{min})`:
@@ -65,11 +67,15 @@ except ImportError:  # run as a script
     from metrics import energy_distance
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = ("diffusion", "rectified", "transport", "transport-x", "late", "curved")
+MODELS = ("diffusion", "rectified", "transport", "transport-batch", "transport-x", "late", "curved")
 GAMMA_MIN = -7.0
 WIDTH, TERMS = 128, 3
 EULER_STEPS, REFERENCE_STEPS = 4, 100
-STRENGTH = 30.0
+STRENGTH = 1.0
+RAMP = (0.01, 0.03, 0.1, 0.3)
+"""Shares of the penalty's strength in the first half of a training: from the start it would forbid all motion."""
+BATCH_SHARE = 30.0
+"""Share where the batch's flow is made straight, which does not bend the predictor."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +111,20 @@ PRESETS = {
 }
 
 
-def late(start: float = -13.0, slope: float = 8.0, rise: float = 12.0, power: float = 16.0) -> schedules.Tabulated:
+def late(start: float, slope: float, rise: float, power: float) -> schedules.Tabulated:
     r"""Variance preserving with little noise until late: :math:`\gamma(t) = \gamma_0 + at + bt^p`, interpolated.
-
-    The bound charges motion of F by :math:`1/\gamma'`, so the slope is steep and begins at little noise.
 
     Args:
         start: :math:`\gamma_0`.
-        slope: a.
+        slope: a; the bound charges motion of F by :math:`1/\gamma'`.
         rise: b.
         power: p.
     """
     t = torch.linspace(0.0, 1.0, 257, dtype=torch.float64)
     return schedules.Tabulated(torch.sigmoid(-(start + slope * t + rise * t**power)))
+
+
+LATE = {"transport": late(GAMMA_MIN, 4.0, 10.0, 8.0), "transport-batch": late(-13.0, 8.0, 12.0, 16.0)}
 
 
 class Perceptron(nn.Module):
@@ -137,10 +144,8 @@ class Perceptron(nn.Module):
         inputs = size + (len(self.POWERS) if time else 0)
         widths = [inputs, WIDTH, WIDTH, WIDTH]
         hidden: list[nn.Module] = []
-        for place, (a, b) in enumerate(pairwise(widths)):
-            linear = nn.Linear(a, b)
-            nn.init.normal_(linear.weight, std=math.sqrt((2.0 if place else 4.0) / a))  # as nn.MLP, and for its reason
-            hidden += [linear, nn.SiLU()]
+        for a, b in pairwise(widths):
+            hidden += [nn.Linear(a, b), nn.SiLU()]
         last = nn.Linear(WIDTH, size * (outputs or 1))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -157,7 +162,7 @@ class Perceptron(nn.Module):
 def build(name: str, size: int, seed: int) -> ndm_ct.NDM:
     """An untrained model, one of ``MODELS``, on events ``(size,)``."""
     torch.manual_seed(seed)
-    schedule: Schedule = late()
+    schedule: Schedule = LATE.get(name, LATE["transport"])
     if name in ("diffusion", "rectified"):
         schedule = schedules.Rectified() if name == "rectified" else schedules.LinearLogSNR(GAMMA_MIN, 7.0)
     # Data are followed from the noise of the other diffusion.
@@ -341,14 +346,22 @@ def fitted(name: str, kind: str, seed: int, size: Size, strength: float, folder:
     """The trained model of a cell; what is trained already is only read."""
     split = SETS[name][0]()
     model = build(kind, split.train.shape[1], seed)
+    stages: list[tuple[int, transport.Straight | None]] = [(size.steps, None)]
     bound = objectives.Bound()
-    trained = ndm_ct.fit(
-        model, split.train, steps=size.steps, batch_size=size.batch_size, lr=3e-3, warmup=min(50, size.steps), ema=0.99,
-        weight_decay=0.0, seed=seed, lr_final=0.01, run_dir=folder, progress=not quiet,
-        objective=transport.Straight(strength, bound, "batch") if kind.startswith("transport") else bound,
-    )  # fmt: skip
-    if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
-        raise KeyboardInterrupt
+    if kind == "transport-batch":
+        stages = [(size.steps, transport.Straight(BATCH_SHARE * strength, bound, "batch"))]
+    elif kind.startswith("transport"):
+        early = size.steps // (2 * len(RAMP))
+        stages = [(early, transport.Straight(strength * share, bound)) for share in RAMP]
+        stages += [(size.steps - early * len(RAMP), transport.Straight(strength, bound))]
+    for k, (steps, objective) in enumerate(stages):
+        trained = ndm_ct.fit(
+            model, split.train, steps=steps, batch_size=size.batch_size, lr=3e-3, warmup=min(50, steps), ema=0.99,
+            weight_decay=0.0, seed=100 * seed + k, lr_final=0.01 if k == len(stages) - 1 else 0.5,
+            objective=objective, run_dir=folder / f"stage-{k}", progress=not quiet,
+        )  # fmt: skip
+        if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
+            raise KeyboardInterrupt
     return model.requires_grad_(False)
 
 
@@ -479,7 +492,7 @@ def plot(entries: list[dict[str, Any]], work: Path, path: Path) -> None:
     """Densities and paths over time on the line, paths in the plane: diffusions beside transport."""
     from matplotlib.figure import Figure
 
-    kinds = [kind for kind in ("diffusion", "rectified", "transport") if any(e["model"] == kind for e in entries)]
+    kinds = [kind for kind in ("diffusion", "rectified", *LATE) if any(e["model"] == kind for e in entries)]
     names = [name for name in SETS if any(e["data"] == name for e in entries)]
     figure = Figure(figsize=(4.2 * max(1, len(kinds)), 3.6 * len(names)), layout="constrained")
     for name, axes in zip(names, figure.subplots(len(names), max(1, len(kinds)), squeeze=False), strict=True):
@@ -534,8 +547,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     add(
         "--models",
         type=_names(MODELS),
-        default=list(MODELS[:3]),
-        help=f"of {', '.join(MODELS)}; default: the first three",
+        default=list(MODELS[:4]),
+        help=f"of {', '.join(MODELS)}; default: the first four",
     )
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="default: those of the preset")
     add("--strength", type=float, default=STRENGTH, help=f"of the penalty ({STRENGTH:g})")
@@ -566,7 +579,7 @@ def least_errors(size: Size, work: Path) -> dict[str, dict[str, float]]:
     file = work / "least.json"
     if not file.exists():
         found = {}
-        for kind in ("diffusion", "rectified", "transport"):
+        for kind in ("diffusion", "rectified", *LATE):
             model = build(kind, 1, 0)
             states = straightest(Line(), model.schedule, model.t_min, size.points, size.iterations)
             found[kind] = {"straightness": float(straightness(states)), "deviation": deviation(states, states[-1])[0]}

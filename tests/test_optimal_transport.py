@@ -76,7 +76,7 @@ def test_quantiles_of_smoothed_points_and_their_gradient():
 
 def test_less_noise_allows_straighter_paths():
     line = optimal_transport.Line()
-    quiet, loud = optimal_transport.late(), schedules.LinearLogSNR(optimal_transport.GAMMA_MIN, 7.0)
+    quiet, loud = optimal_transport.LATE["transport"], schedules.LinearLogSNR(optimal_transport.GAMMA_MIN, 7.0)
     found = [optimal_transport.straightest(line, schedule, 0.0, (16, 8), 20) for schedule in (quiet, loud)]
     errors = [float(optimal_transport.straightness(states)) for states in found]
     assert 0.0 < errors[0] < 0.5 * errors[1]
