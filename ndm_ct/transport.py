@@ -11,9 +11,9 @@ tangent (v, 1).
 
 **Whose flow.** Of two:
 
-- The *model's*: v from the predictor. Its gradient reaches predictor and transform, but only through the state: the
-  predictor is bent towards straight paths, whether or not its flow still ends in the data, and the transform follows it
-  by the bound.
+- The *model's*: v from the predictor. The gradient reaches the predictor, and the transform through the state z alone:
+  the predictor is bent towards straight paths, whether or not its flow still ends in the data, and the transform
+  follows it by the bound.
 - The *batch's*: v from the posterior means under the empirical law of the batch :math:`x_1 \dots x_B`,
 
   .. math::
@@ -51,6 +51,7 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -98,7 +99,7 @@ def acceleration(flow: ProbabilityFlow, z: Tensor, t: Tensor) -> Tensor:
 def curvature(
     model: NDM, x: Tensor, *, flow: Flow = "model", generator: torch.Generator | None = None, **cond: Any
 ) -> Tensor:
-    r"""An unbiased estimate of C per row, times of low discrepancy over the batch.
+    r"""An unbiased estimate of C per row, of the flow of the model or of the batch, times of low discrepancy.
 
     Args:
         model: the model, in the mode the caller chose.
@@ -112,7 +113,7 @@ def curvature(
         Shape ``(B,)``, in squared units of z.
 
     Raises:
-        ValueError: ``flow`` is neither; conditioning with the flow of the batch, whose rows are one law.
+        ValueError: ``flow`` is neither; no rows or conditioning for the flow of the batch, whose rows are one law.
         PredictorError: the acceleration is NaN or infinite (with time and rows).
 
     Example:
@@ -122,7 +123,7 @@ def curvature(
         torch.Size([5])
     """
     model.validate(x, cond, curvature)
-    _validate_flow(flow, cond)
+    _validate_flow(flow, x.shape[0], cond)
     length = 1.0 - model.t_min
     count = x.shape[0] if flow == "model" else min(TIMES, x.shape[0])
     times = model.t_min + length * _quantile(objectives.low_discrepancy(count, generator, x.device))
@@ -135,9 +136,11 @@ def curvature(
     return length**4 / 12.0 * sum_event(a**2)  # the weight tau (1 - tau)/2 is 1/12 of the density
 
 
-def _validate_flow(flow: str, cond: dict[str, Any]) -> None:
+def _validate_flow(flow: str, rows: int = 1, cond: Mapping[str, Any] | None = None) -> None:
     if flow not in ("model", "batch"):
         raise ValueError(f'flow must be "model" or "batch", got {flow!r}.')
+    if flow == "batch" and rows == 0:
+        raise ValueError('x has no rows, of which flow="batch" needs one at least.')
     if flow == "batch" and cond:
         names = ", ".join(cond)
         raise ValueError(
@@ -199,7 +202,7 @@ class Straight(nn.Module):
 
     def __init__(self, strength: float = 1.0, bound: objectives.Bound | None = None, flow: Flow = "model") -> None:
         super().__init__()
-        _validate_flow(flow, {})
+        _validate_flow(flow)
         if not (math.isfinite(strength) and strength >= 0.0):
             raise ValueError(f"strength must be a finite number >= 0, got {strength!r}.")
         self.strength, self.bound, self.flow = strength, bound, flow

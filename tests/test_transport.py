@@ -188,6 +188,9 @@ def test_the_flow_of_a_batch_is_of_one_law():
         transport.curvature(model, x, flow="data")
     with pytest.raises(ValueError, match=r'flow must be "model" or "batch", got 3'):
         transport.Straight(flow=3)
+    with pytest.raises(ValueError, match=r'x has no rows, of which flow="batch" needs one'):
+        transport.curvature(model, x[:0], flow="batch")
+    assert transport.curvature(model, x[:0]).shape == (0,)
     conditioned = ndm_ct.NDM(lambda z, t, *, label: z, (2,))
     with pytest.raises(ValueError, match=r'conditioned on label; take flow="model"'):
         transport.curvature(conditioned, x, flow="batch", label=torch.zeros(4))
