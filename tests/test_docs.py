@@ -76,6 +76,8 @@ def test_names_in_the_pages_exist():
     for name in set(re.findall(rf"(?<![\w./])(?:{modules})\.[\w.]+\w", text)):
         path = name if name.startswith("ndm_ct.") else f"ndm_ct.{name}"
         assert pkgutil.resolve_name(path) is not None
+    for file, test in re.findall(r"`tests/(\w+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (Path(__file__).parent / file).read_text(), test
     for method in re.findall(r'\bmethod="(\w+)"', text):
         assert method in sampling.METHODS, method
     for grid in re.findall(r'\bgrid="(\w+)"', text):
