@@ -158,12 +158,13 @@ def _flow_of(process: ForwardProcess, y: Tensor, count: int) -> ProbabilityFlow:
         F, dF = (torch.stack(each).flatten(2) for each in zip(*curves, strict=True))
         c = process.schedule(t[:count])
         alpha, sigma = (each.to(z.dtype)[:, None, None] for each in (c.alpha, c.sigma))
-        place = torch.arange(z.shape[0], device=z.device) % count
-        distance = (z.flatten(1)[:, None] - (alpha * F)[place]) / sigma[place]
-        weights = (-0.5 * distance.square().sum(2)).softmax(1)
-        means = (torch.einsum("ij,ijk->ik", weights, each[place]) for each in (F, dF))
-        first, second = (mean.reshape(z.shape) for mean in means)
-        return first, second
+        # States of one time together; some stand in for rows that a last round lacks, and are dropped.
+        states = torch.cat([z, z[: -z.shape[0] % count]]).flatten(1).unflatten(0, (-1, count)).transpose(0, 1)
+        distance = (states / sigma)[:, :, None] - (alpha * F / sigma)[:, None]
+        weights = (-0.5 * distance.square().sum(3)).softmax(2)
+        means = weights @ torch.cat([F, dF], 2)
+        first, second = means.transpose(0, 1).flatten(0, 1)[: z.shape[0]].chunk(2, 1)
+        return first.reshape(z.shape), second.reshape(z.shape)
 
     return ProbabilityFlow(process, moments, y.dtype)
 
