@@ -144,8 +144,10 @@ class Perceptron(nn.Module):
         inputs = size + (len(self.POWERS) if time else 0)
         widths = [inputs, WIDTH, WIDTH, WIDTH]
         hidden: list[nn.Module] = []
-        for a, b in pairwise(widths):
-            hidden += [nn.Linear(a, b), nn.SiLU()]
+        for place, (a, b) in enumerate(pairwise(widths)):
+            linear = nn.Linear(a, b)
+            nn.init.normal_(linear.weight, std=math.sqrt((2.0 if place else 4.0) / a))  # as nn.MLP, and for its reason
+            hidden += [linear, nn.SiLU()]
         last = nn.Linear(WIDTH, size * (outputs or 1))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
