@@ -351,16 +351,17 @@ def fitted(name: str, kind: str, seed: int, size: Size, strength: float, folder:
     stages: list[tuple[int, transport.Straight | None]] = [(size.steps, None)]
     bound = objectives.Bound()
     if kind == "transport-batch":
-        stages = [(size.steps, transport.Straight(BATCH_SHARE * strength, bound, "batch"))]
+        objective = transport.Straight(BATCH_SHARE * strength, bound, "batch")
+        stages = [(size.steps // 2, objective), (size.steps - size.steps // 2, objective)]  # a warm restart
     elif kind.startswith("transport"):
         early = size.steps // (2 * len(RAMP))
         stages = [(early, transport.Straight(strength * share, bound)) for share in RAMP]
         stages += [(size.steps - early * len(RAMP), transport.Straight(strength, bound))]
-    for k, (steps, objective) in enumerate(stages):
+    for k, (steps, penalised) in enumerate(stages):
         trained = ndm_ct.fit(
             model, split.train, steps=steps, batch_size=size.batch_size, lr=3e-3, warmup=min(50, steps), ema=0.99,
             weight_decay=0.0, seed=100 * seed + k, lr_final=0.01 if k == len(stages) - 1 else 0.5,
-            objective=objective, run_dir=folder / f"stage-{k}", progress=not quiet,
+            objective=penalised, run_dir=folder / f"stage-{k}", progress=not quiet,
         )  # fmt: skip
         if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
             raise KeyboardInterrupt
