@@ -179,8 +179,8 @@ TRAINING = (
     (
         "flow of a batch whose rows are not scaled",
         "transport.py",
-        "(alpha * F)[place]",
-        "F[place]",
+        "(alpha * F / sigma)[:, None]",
+        "(F / sigma)[:, None]",
         "transport::test_the_flow_of_a_large_batch_is_that_of_its_law",
     ),
     (
