@@ -1,7 +1,7 @@
 r"""How raw outputs of a network become a prediction: the bound after a short training, for every way.
 
     python benchmarks/heads.py --data casp --steps 2000 --out benchmarks/results/heads_casp       # 20 minutes
-    python benchmarks/heads.py --data digits --steps 1500 --out benchmarks/results/heads_digits   # 35 minutes
+    python benchmarks/heads.py --data digits --steps 1500 --out benchmarks/results/heads_digits   # 20 minutes
     python benchmarks/heads.py --data casp --steps 3                                             # a look
 
 With raw outputs n, :math:`n_1, n_2`, and :math:`c` the coefficients of :class:`ndm_ct.nn.Preconditioned`, for F the

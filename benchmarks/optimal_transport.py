@@ -568,10 +568,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for name in options.data:
             for kind in options.models:
                 if kind == "transport-batch" and SETS[name][1] is None:
+                    print(f"{name}, {kind}: left out, {kind} is for the line only", flush=True)
                     continue
                 folder = work / folder_name(name, kind, seed)
                 entries.append(run(name, kind, seed, size, options.strength, folder, options.quiet))
                 print(f"{name}, {kind}, seed {seed}: straightness error {entries[-1]['straightness']:.4f}", flush=True)
+    if not entries:
+        parser.error("transport-batch is for --data mixture; add it, or another of --models.")
     least = least_errors(size, work) if "mixture" in options.data else {}
     choices = {"preset": options.preset, "data": ",".join(options.data), "models": ",".join(options.models)}
     choices |= {"seeds": ",".join(map(str, options.seeds or size.seeds)), "strength": f"{options.strength:g}"}

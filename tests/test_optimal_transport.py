@@ -92,9 +92,9 @@ def tiny(monkeypatch):
 
 def test_a_small_run_is_computed_once(tmp_path, tiny, monkeypatch):
     words = ["--preset", "smoke", "--quiet", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    words += ["--data", "mixture", "--models", "rectified,transport"]
+    words += ["--data", "mixture", "--models", "rectified,transport,transport-batch"]
     report = optimal_transport.main(words)
-    assert [row["model"] for row in report["cells"]] == ["rectified", "transport"]
+    assert [row["model"] for row in report["cells"]] == ["rectified", "transport", "transport-batch"]
     assert report["cells"][0]["nll_gap"] == 0.0
     for key, value in report["least"]["transport"].items():
         assert value < report["least"]["diffusion"][key]
@@ -110,6 +110,17 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         optimal_transport.main(["--models", "rectifed"])
     assert "rectifed unknown" in capsys.readouterr().err
+
+
+def test_what_is_for_the_line_only_is_left_out_elsewhere(tmp_path, tiny, capsys):
+    words = ["--preset", "smoke", "--quiet", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    words += ["--data", "moons", "--models"]
+    with pytest.raises(SystemExit):
+        optimal_transport.main([*words, "transport-batch"])
+    assert "transport-batch is for --data mixture" in capsys.readouterr().err
+    report = optimal_transport.main([*words, "rectified,transport-batch"])
+    assert [row["model"] for row in report["cells"]] == ["rectified"]
+    assert "moons, transport-batch: left out" in capsys.readouterr().out
 
 
 def test_every_way_of_estimating_the_bounds_agrees():
