@@ -129,6 +129,17 @@ def markdown(results: dict[str, dict[str, dict[str, list[float]]]], steps: int) 
     return "\n".join([*lines, ""])
 
 
+def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report of an earlier run with these settings, or an empty one."""
+    if not path.exists():
+        return {"settings": settings, "results": {}}
+    report: dict[str, Any] = json.loads(path.read_text())
+    if report["settings"] != settings:
+        there = report["settings"]
+        raise SystemExit(f"{path} holds results of {there}, not of {settings}: give another --out, or delete it.")
+    return report
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,17 +166,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 print(f"{data}, {name}, {way}, seed {seed}: {bounds[-1]:.4f}", flush=True)
                 write_atomically(options.out / "heads.json", (json.dumps(report, indent=1) + "\n").encode())
     write_atomically(options.out / "heads.md", markdown(report["results"], options.steps).encode())
-    return report
-
-
-def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The report of an earlier run with these settings, or an empty one."""
-    if not path.exists():
-        return {"settings": settings, "results": {}}
-    report: dict[str, Any] = json.loads(path.read_text())
-    if report["settings"] != settings:
-        there = report["settings"]
-        raise SystemExit(f"{path} holds results of {there}, not of {settings}: give another --out, or delete it.")
     return report
 
 

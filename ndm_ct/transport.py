@@ -123,7 +123,9 @@ def curvature(
         torch.Size([5])
     """
     model.validate(x, cond, curvature)
-    _validate_flow(flow, x.shape[0], cond)
+    _validate_flow(flow)
+    if flow == "batch":
+        _validate_batch(x.shape[0], cond)
     length = 1.0 - model.t_min
     count = x.shape[0] if flow == "model" else min(TIMES, x.shape[0])
     times = model.t_min + length * _quantile(objectives.low_discrepancy(count, generator, x.device))
@@ -136,12 +138,15 @@ def curvature(
     return length**4 / 12.0 * sum_event(a**2)  # the weight tau (1 - tau)/2 is 1/12 of the density
 
 
-def _validate_flow(flow: str, rows: int = 1, cond: Mapping[str, Any] | None = None) -> None:
+def _validate_flow(flow: str) -> None:
     if flow not in ("model", "batch"):
         raise ValueError(f'flow must be "model" or "batch", got {flow!r}.')
-    if flow == "batch" and rows == 0:
+
+
+def _validate_batch(rows: int, cond: Mapping[str, Any]) -> None:
+    if rows == 0:
         raise ValueError('x has no rows, of which flow="batch" needs one at least.')
-    if flow == "batch" and cond:
+    if cond:
         names = ", ".join(cond)
         raise ValueError(
             f'flow="batch" takes the rows of a batch for draws of one law, but they are conditioned on {names}; '
