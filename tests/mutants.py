@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -612,6 +613,7 @@ def run(tests: Iterable[str], mutant: Mutant | None) -> str | None:
             (copy / PACKAGE.name / mutant.file).write_text(mutated(mutant, copy / PACKAGE.name))
         environment = os.environ | {
             "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000", "PYTEST_ADDOPTS": "",
+            "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",  # several run side by side
         }  # fmt: skip
         options = ["-x", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", f"--rootdir={TESTS.parent}"]
         result = subprocess.run(
@@ -629,11 +631,18 @@ def run(tests: Iterable[str], mutant: Mutant | None) -> str | None:
     return f"{file}::{test}" if mutant is not None else f"{file}::{test} ({reason})"
 
 
+def timed(mutant: Mutant) -> tuple[str | None, float]:
+    """What kills the mutant, and after how many seconds."""
+    start = time.monotonic()
+    return run(mutant.tests.split(), mutant), time.monotonic() - start
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the mutants asked for and print the table; 1 if one survives."""
     parser = argparse.ArgumentParser(description="Break the package on purpose and see whether the tests notice.")
     parser.add_argument("--only", metavar="NAME", action="append", help="run this mutant (may be repeated)")
     parser.add_argument("--list", action="store_true", help="print the names and run nothing")
+    parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count(), help="mutants at a time (%(default)s)")
     options = parser.parse_args(arguments)
     names = [mutant.name for mutant in MUTANTS]
     if len(set(names)) != len(names):
@@ -653,12 +662,13 @@ def main(arguments: list[str] | None = None) -> int:
     width = max(len(mutant.name) for mutant in chosen)
     print(f"{'mutant':{width}}  {'file':13}  {'seconds':>7}  killed by")
     survivors = 0
-    for mutant in chosen:
-        start = time.monotonic()
-        killer = run(mutant.tests.split(), mutant)
-        survivors += killer is None
-        seconds = time.monotonic() - start
-        print(f"{mutant.name:{width}}  {mutant.file:13}  {seconds:7.1f}  {killer or 'SURVIVED'}", flush=True)
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        for mutant, (killer, seconds) in zip(chosen, pool.map(timed, chosen), strict=True):
+            survivors += killer is None
+            print(f"{mutant.name:{width}}  {mutant.file:13}  {seconds:7.1f}  {killer or 'SURVIVED'}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed.")
     return int(survivors > 0)
 
