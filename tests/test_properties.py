@@ -187,6 +187,7 @@ def decoding_undoes_encoding(case, exact):
 
 @holds(8, 200, case=batches(), seed=st.integers(0, 2**40), samples=st.integers(1, 5))
 @hypothesis.example(case=Case(torch.full((2, 2), 3e38)), seed=0, samples=2)
+@hypothesis.example(case=Case(torch.zeros(0, 2)), seed=0, samples=2)
 def bounds_are_sums_of_their_terms_and_reproduce(case, seed, samples):
     model = network(case.x.dtype)
 
