@@ -1,4 +1,4 @@
-"""Every test starts from the same random state."""
+"""Every test starts from the same random state, and every file of tests is read from it."""
 
 import os
 
@@ -8,6 +8,10 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers and the processes they start share the cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collectstart():
+    torch.manual_seed(0)  # for networks and data that are made as a file is read: torch itself starts anywhere
 
 
 @pytest.fixture(autouse=True)
