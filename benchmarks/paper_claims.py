@@ -45,8 +45,10 @@ rows; parameters; seconds per optimiser step; for images the Frechet distance of
 where the head is "x" and F nonlinear (samples are drawn of the first seed's models). Differences from the matched
 diffusion are paired, seed by seed, with their standard error over seeds; at equal training time they are read off the
 validation curves, where a step takes what ``--timing`` measured: blocks of ``fit``, all models of a data set in turn,
-round after round, in seconds of the processor. Writes ``results.json``, ``results.md``, ``curves.png`` and
-``differences.png`` (with ``--on validation``: ``validation.json`` and so on) into ``--out``.
+round after round, in seconds of the processor. A curve has one time and noise per validation row, the same at every
+step: it compares steps of one model, and models of one schedule, which share most of that error, not schedules. Writes
+``results.json``, ``results.md``, ``curves.png`` and ``differences.png`` (with ``--on validation``: ``validation.json``
+and so on) into ``--out``.
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
@@ -672,7 +674,7 @@ def plot(entries: list[dict[str, Any]], seconds: dict[str, dict[str, float]], pa
             (lines[entry["model"]],) = axes[0].plot(steps, values, **style)
             if entry["model"] in seconds.get(name, {}):
                 axes[1].plot(seconds[name][entry["model"]] * steps, values, **style)
-        axes[0].set(title=name, xlabel="steps", ylabel="validation bound")
+        axes[0].set(title=name, xlabel="steps", ylabel="validation bound, one draw per row")
         if columns == 2:
             axes[1].set(xlabel="seconds of training")
         for axis in axes:
