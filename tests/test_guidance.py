@@ -302,15 +302,14 @@ def test_everything_but_the_prediction_is_the_model_s():
     "make", [lambda: MLP((1, 2, 2), width=16, depth=1, classes=3), lambda: UNet(1, width=4, classes=3)]
 )
 def test_networks_by_every_trace(make):
-    """Hutchinson and quadrature agree with the exact trace of the guided field within their errors."""
+    """Hutchinson and quadrature agree with the exact trace of the guided field within their standard errors."""
     net = Preconditioned(awake(make()))
     model = guided(ndm_ct.NDM(net, (1, 2, 2), schedule=schedules.LinearLogSNR(-4.0, 2.0)), 2.0)
     x, label, solve = torch.randn(3, 1, 2, 2), torch.tensor([0, 2, 1]), {"rtol": 1e-6, "atol": 1e-6}
     exact = ndm_ct.loglik(model, x, label=label, trace="exact", **solve)
     for trace in ("hutchinson", "quadrature"):
         found, info = ndm_ct.loglik(model, x, label=label, trace=trace, return_info=True, **solve)
-        assert float(info.ode_error.max()) < 0.1
-        assert ((found - exact).abs() < 5.0 * info.stderr + info.ode_error + 5e-3).all()
+        assert ((found - exact).abs() < 5.0 * info.stderr + 5e-3).all()
     assert not torch.allclose(exact, ndm_ct.loglik(model, x, label=label.flip(0), trace="exact", **solve), atol=1e-2)
 
 
