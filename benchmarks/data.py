@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
-from ndm_ct.files import idx, levels_of_images, pictures
+from ndm_ct.files.formats import idx, levels_of_images, pictures
 
 __all__ = [
     "Split", "breast_cancer", "casp", "ccpp", "checkers", "dataset", "digits", "fingerprint", "images", "magic",

@@ -33,8 +33,10 @@ import torch
 from torch import Tensor
 
 import ndm_ct
-from ndm_ct import divergence, quadrature, trajectory
-from ndm_ct.likelihood import PATH_TOLERANCE, TOLERANCE, along
+from ndm_ct import divergence
+from ndm_ct.likelihood import path as trajectory
+from ndm_ct.likelihood import quadrature
+from ndm_ct.likelihood.api import PATH_TOLERANCE, TOLERANCE, along
 
 try:
     from benchmarks import networks

@@ -9,7 +9,7 @@ A *cell* is a data set, a model and a seed. Cells that are finished are not comp
 ===============  =====================================================================================================
 diffusion        F the identity, log-SNR linear in t
 rectified        F the identity, :math:`\alpha = 1 - t, \sigma = t` (the schedule of flow matching)
-transport        :math:`F = x + \sum_k t^k f_k(x)`, head "moments", the curvature penalty of ``ndm_ct.transport`` in
+transport        :math:`F = x + \sum_k t^k f_k(x)`, head "moments", the curvature penalty of ``objectives.Straight`` in
                  stages of growing strength, and a schedule with little noise until late,
                  :math:`\gamma = \gamma_0 + at + bt^p`
 transport-batch  the same with the curvature of the batch's flow, thirty times as strong from the first step, less
@@ -54,11 +54,12 @@ import torch
 from torch import Tensor, nn
 
 import ndm_ct
-from ndm_ct import objectives, schedules, transforms, transport
-from ndm_ct.checkpoint import write_atomically
+from ndm_ct import objectives, schedules, transforms
 from ndm_ct.nn import Preconditioned
-from ndm_ct.schedules import Schedule
-from ndm_ct.volatility import LearnedVolatility
+from ndm_ct.objectives import straight as transport
+from ndm_ct.schedules.fixed import Schedule
+from ndm_ct.schedules.volatility import LearnedVolatility
+from ndm_ct.storage.models import write_atomically
 
 try:
     from benchmarks import data

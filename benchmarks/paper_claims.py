@@ -30,7 +30,7 @@ ndm-flow         :math:`F(x, t) = h(x)`, h an invertible spline flow of zuko (IN
 ``--ablations`` changes one thing at a time in the models above, here and in ``--models`` written behind a +:
 ``diffusion+cosine`` another schedule (``cosine``, ``vp``, ``rectified``, from the log-SNR at which the first begins, or
 ``learned``), ``ndm-x+neural`` the transform :math:`x + t\,f(x, t)`, ``ndm-x+F64`` its network's width, and
-``ndm-x+history``, ``ndm-x+buckets`` the density of times (:mod:`ndm_ct.timesampling`), ``ndm-x+scaling`` one learned
+``ndm-x+history``, ``ndm-x+buckets`` the density of times (``ndm_ct.objectives``), ``ndm-x+scaling`` one learned
 factor for every coordinate with the volatility that belongs to it, a log-SNR for every coordinate, and
 ``ndm-moments+R1`` the weight of both regressions, 0.1 in the models above.
 
@@ -71,12 +71,12 @@ from torch import Tensor, nn
 
 import ndm_ct
 from ndm_ct import schedules, transforms
-from ndm_ct.checkpoint import write_atomically
 from ndm_ct.nn import MLP, FromZuko, Preconditioned, UNet
-from ndm_ct.objectives import Bound
+from ndm_ct.objectives.bound import Bound
+from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory
 from ndm_ct.quantisation import Quantisation
-from ndm_ct.timesampling import LearnedBuckets, LossHistory
-from ndm_ct.volatility import LearnedVolatility, Matched
+from ndm_ct.schedules.volatility import LearnedVolatility, Matched
+from ndm_ct.storage.models import write_atomically
 
 try:
     from benchmarks import data, features, metrics

@@ -28,8 +28,8 @@ from torch import Tensor
 
 import ndm_ct
 from ndm_ct import nn, schedules
-from ndm_ct.discrete import estimate_residuals
 from ndm_ct.samplers import NAMES
+from ndm_ct.samplers.frozen import estimate_residuals
 
 try:
     from benchmarks import networks

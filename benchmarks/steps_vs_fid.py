@@ -57,8 +57,8 @@ from tqdm import tqdm
 
 import ndm_ct
 from ndm_ct import nn, schedules, transforms
-from ndm_ct.checkpoint import alone_in, clear_leftovers, write_atomically
 from ndm_ct.quantisation import Quantisation
+from ndm_ct.storage.models import alone_in, clear_leftovers, write_atomically
 
 try:
     from benchmarks import data, features, metrics, networks, schedulers

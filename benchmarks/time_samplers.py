@@ -28,8 +28,8 @@ from torch import Tensor
 
 import ndm_ct
 from ndm_ct import objectives
-from ndm_ct.checkpoint import write_atomically
-from ndm_ct.timesampling import LearnedBuckets, LossHistory, TimeSampler
+from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory, TimeSampler
+from ndm_ct.storage.models import write_atomically
 
 try:
     from benchmarks import networks

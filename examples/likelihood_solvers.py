@@ -42,8 +42,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ndm_ct
-from ndm_ct import divergence, schedules, trajectory
-from ndm_ct.likelihood import PATH_TOLERANCE, along
+from ndm_ct import divergence, schedules
+from ndm_ct.likelihood import path as trajectory
+from ndm_ct.likelihood.api import PATH_TOLERANCE, along
 from ndm_ct.reference import Gaussian, GaussianMixture
 
 SCHEDULES = ("VariancePreserving", "SubVariancePreserving", "VarianceExploding", "LinearLogSNR", "Cosine", "Rectified")

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.common import ORDERS, counted, mixture, rms, save
 from ndm_ct import schedules
-from ndm_ct.grids import GRIDS, time_grid
+from ndm_ct.samplers.grids import GRIDS, time_grid
 
 SCHEDULES = ("VariancePreserving", "LinearLogSNR", "Rectified", "Cosine")
 METHODS = ("ddim", "dpmpp_2m", "unipc", "heun")

@@ -4,6 +4,7 @@ from ndm_ct import (
     adapters,
     discrete,
     divergence,
+    estimator,
     nn,
     objectives,
     presets,
@@ -13,19 +14,18 @@ from ndm_ct import (
     schedules,
     solvers,
     transforms,
-    transport,
 )  # fmt: skip
-from ndm_ct._errors import CheckpointError, PredictorError, SolverError
-from ndm_ct.bits import BitsInfo, bits_per_dim
-from ndm_ct.checkpoint import load, save
+from ndm_ct._core.errors import CheckpointError, PredictorError, SolverError
 from ndm_ct.distributions import distribution
-from ndm_ct.evaluation import Comparison, Evaluation, compare, evaluate
+from ndm_ct.evaluation.api import Comparison, Evaluation, compare, evaluate
 from ndm_ct.guidance import guided
-from ndm_ct.likelihood import LikelihoodInfo, decode, encode, loglik
+from ndm_ct.likelihood.api import LikelihoodInfo, decode, encode, loglik
+from ndm_ct.likelihood.bits import BitsInfo, bits_per_dim
 from ndm_ct.model import NDM
-from ndm_ct.objectives import ElboInfo, elbo, loss
-from ndm_ct.sampling import SampleInfo, sample
-from ndm_ct.training import FitResult, fit
+from ndm_ct.objectives.bound import ElboInfo, elbo, loss
+from ndm_ct.samplers.sample import SampleInfo, sample
+from ndm_ct.storage.models import load, save
+from ndm_ct.training.fit import FitResult, fit
 
 __version__ = "0.1.0.dev0"
 
@@ -50,6 +50,7 @@ __all__ = [
     "divergence",
     "elbo",
     "encode",
+    "estimator",
     "evaluate",
     "fit",
     "guided",
@@ -67,5 +68,4 @@ __all__ = [
     "schedules",
     "solvers",
     "transforms",
-    "transport",
 ]

@@ -2,7 +2,7 @@
 
 import sys
 
-from ndm_ct.cli import main
+from ndm_ct.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.distribution import Distribution
 
-from ndm_ct._shapes import validate_dense
-from ndm_ct.likelihood import Trace, decode, loglik
+from ndm_ct._core.checks import validate_dense
+from ndm_ct.likelihood.api import Trace, decode, loglik
 from ndm_ct.model import NDM
 
 __all__ = ["NDMDistribution", "distribution"]

@@ -36,9 +36,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ndm_ct._autodiff import vjp
-from ndm_ct._noise import Randomness, coins
-from ndm_ct._shapes import choose, event_size, sum_event, validate_count
+from ndm_ct._core.autodiff import vjp
+from ndm_ct._core.checks import choose, event_size, sum_event, validate_count
+from ndm_ct._core.noise import Randomness, coins
 
 __all__ = ["BoundTrace", "Exact", "Hutchinson", "Quadrature", "TraceEstimator", "grid_bits", "hadamard", "resolve"]
 

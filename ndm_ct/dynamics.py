@@ -24,9 +24,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ndm_ct._shapes import event_size, expand
+from ndm_ct._core.checks import event_size, expand
 from ndm_ct.process import ForwardProcess, drift
-from ndm_ct.schedules import Coefficients
+from ndm_ct.schedules.fixed import Coefficients
 
 __all__ = ["ProbabilityFlow", "ReverseSDE"]
 

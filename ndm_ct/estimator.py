@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ndm_ct import likelihood
-from ndm_ct._shapes import usable_device
+from ndm_ct._core.checks import usable_device
+from ndm_ct.likelihood import api as likelihood
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, FromZuko, Preconditioned
-from ndm_ct.sampling import sample
-from ndm_ct.schedules import LinearLogSNR
-from ndm_ct.training import fit
+from ndm_ct.samplers.sample import sample
+from ndm_ct.schedules.fixed import LinearLogSNR
+from ndm_ct.training.fit import fit
 from ndm_ct.transforms import Flow, Identity, Transform
 
 try:

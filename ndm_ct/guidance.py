@@ -34,8 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._errors import PredictorError
-from ndm_ct._shapes import keyword_names, nearest, validate_number
+from ndm_ct._core.checks import keyword_names, nearest, validate_number
+from ndm_ct._core.errors import PredictorError
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 

@@ -24,17 +24,16 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ndm_ct import _shapes
-from ndm_ct._errors import PredictorError
-from ndm_ct._noise import Randomness, normal_like
-from ndm_ct._precision import run_network
-from ndm_ct._processes import unwrapped
-from ndm_ct._shapes import as_time, expand, expand_time
+from ndm_ct._core import checks as _shapes
+from ndm_ct._core.checks import as_time, expand, expand_time
+from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.noise import Randomness, normal_like
+from ndm_ct._core.parallel import unwrapped
+from ndm_ct._core.precision import run_network
 from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
 from ndm_ct.process import ForwardProcess, Volatility
-from ndm_ct.schedules import LinearLogSNR, Schedule, VarianceExploding
+from ndm_ct.schedules.fixed import LinearLogSNR, Schedule, VarianceExploding
 from ndm_ct.transforms import Identity, Path, Transform
-from ndm_ct.volatility import Matched
 
 __all__ = ["NDM", "IsotropicNormal", "NormalKL", "Prior", "validate_prediction"]
 
@@ -162,8 +161,6 @@ class NDM(nn.Module):
             predictor.validate_event(self.event_shape)
         if hasattr(predictor, "bind_schedule"):
             predictor.bind_schedule(schedule)
-        if isinstance(volatility, Matched):
-            volatility.bind(transform, schedule)
         names, anything = _shapes.keyword_names(predictor, 2)
         transform_names, transform_anything = transform.cond_names()
         self._predictor_names, self._predictor_anything = names, anything

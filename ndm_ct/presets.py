@@ -57,12 +57,12 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct import objectives, schedules
-from ndm_ct._shapes import validate_count
+from ndm_ct._core.checks import validate_count
 from ndm_ct.model import NDM
 from ndm_ct.nn import FromScore, FromVelocity, Mixed, Preconditioned
-from ndm_ct.regression import Regression
-from ndm_ct.schedules import Coefficients, Schedule
-from ndm_ct.timesampling import LearnedBuckets
+from ndm_ct.objectives.regression import Regression
+from ndm_ct.objectives.time_samplers import LearnedBuckets
+from ndm_ct.schedules.fixed import Coefficients, Schedule
 from ndm_ct.transforms import Blur, Encoder, Flow
 
 __all__ = [
@@ -138,7 +138,7 @@ def vdm(
     r"""Variational diffusion: a learned monotone :math:`\gamma(t)`, trained by the bound.
 
     The paper shapes :math:`\gamma` between its ends so that the loss varies least over t; here the density of the times
-    in :math:`\gamma` is learned to that end (:class:`~ndm_ct.timesampling.LearnedBuckets`).
+    in :math:`\gamma` is learned to that end (:class:`~ndm_ct.objectives.LearnedBuckets`).
 
     Args:
         net: :math:`\hat\epsilon(z, t)`.

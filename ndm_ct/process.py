@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._shapes import append_axes, expand, of_time, validate_number
-from ndm_ct.schedules import Coefficients, Schedule
+from ndm_ct._core.checks import append_axes, expand, of_time, validate_number
+from ndm_ct.schedules import Coefficients, Matched, Schedule
 from ndm_ct.transforms import Transform
 
 __all__ = ["ForwardProcess", "drift"]
@@ -76,9 +76,16 @@ class ForwardProcess(nn.Module):
         schedule: :math:`\alpha, \sigma`.
         volatility: :math:`\eta \ge 0`, a float or a callable of float64 time that returns the shape of its argument,
             or that shape followed by axes broadcastable to the event (then in the transform's basis).
+        volatility_scale: a factor on it.
+
+    Raises:
+        TypeError: the volatility is a tensor, or no number and not callable.
+        ValueError: it is negative or not finite, or ``Matched`` with a transform that does not scale coordinates.
     """
 
-    def __init__(self, transform: Transform, schedule: Schedule, volatility: Volatility) -> None:
+    def __init__(
+        self, transform: Transform, schedule: Schedule, volatility: Volatility, volatility_scale: float = 1.0
+    ) -> None:
         super().__init__()
         if isinstance(volatility, Tensor):
             raise TypeError(
@@ -89,16 +96,22 @@ class ForwardProcess(nn.Module):
             validate_number("volatility", volatility)
         if not callable(volatility) and not (math.isfinite(volatility) and volatility >= 0.0):
             raise ValueError(f"volatility must be a float >= 0 or a callable of t, got {volatility!r}.")
+        if isinstance(volatility, Matched) and not transform.scales:
+            raise ValueError(
+                f"a Matched volatility needs a transform that scales the coordinates of its basis, which "
+                f"{type(transform).__name__} does not; use LearnedVolatility."
+            )
+        self.volatility_scale = volatility_scale
         self.transform, self.schedule, self.volatility = transform, schedule, volatility
 
     def eta(self, t: Tensor) -> Tensor:
         r""":math:`\eta(t)`, float64, of the shape of ``t``, or ``(B, *E')`` where it varies over the event."""
         if not callable(self.volatility):
-            return torch.full_like(t, self.volatility)
-        # Asked for a batch, of one if need be, a volatility's own axes cannot be mistaken for the batch,
-        # and asked for one time more than needed, a vector over the event cannot be mistaken for one over the times.
+            return torch.full_like(t, self.volatility_scale * self.volatility)
+        # The volatility is called on a batch of times with one extra time appended: then its first axis is
+        # unambiguously time, even if the event happens to have as many entries as there are times.
         flat = t.reshape(-1)
-        eta = of_time(self.volatility, torch.cat([flat, flat[-1:]]))
+        eta = self._volatility_at(torch.cat([flat, flat[-1:]]))
         if eta.ndim == 0:
             return eta.expand(t.shape)
         if eta.shape[0] != len(flat) + len(flat[-1:]):
@@ -109,13 +122,17 @@ class ForwardProcess(nn.Module):
         eta = eta[: len(flat)]
         if not bool((torch.isfinite(eta) & (eta >= 0.0)).all()):
             raise ValueError(f"volatility(t) must be finite and not negative, got {float(eta.detach().min()):g}.")
-        return eta.reshape(t.shape) if eta.ndim == 1 else eta
+        return self.volatility_scale * (eta.reshape(t.shape) if eta.ndim == 1 else eta)
+
+    def _volatility_at(self, t: Tensor) -> Tensor:
+        if isinstance(self.volatility, Matched):
+            return self.volatility(t, self.transform.log_rate(t), self.schedule(t).inverse_dgamma)
+        assert callable(self.volatility)
+        return of_time(self.volatility, t)
 
     def with_volatility(self, scale: float) -> "ForwardProcess":
         r"""The process with :math:`\eta` multiplied by ``scale``."""
-        eta = self.volatility
-        scaled = _Scaled(eta, scale) if callable(eta) else scale * eta
-        return ForwardProcess(self.transform, self.schedule, scaled)
+        return ForwardProcess(self.transform, self.schedule, self.volatility, scale * self.volatility_scale)
 
     def mean(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         r""":math:`\alpha_t F(x, t)`, shape ``(B, *E)``."""
@@ -206,9 +223,8 @@ class ForwardProcess(nn.Module):
         r""":math:`\int_s^t \eta\gamma' du`, capped where its exponential is zero anyway."""
         start, end = self.schedule(s).gamma, self.schedule(t).gamma
         if not callable(self.volatility):
-            if self.volatility == 0.0:
-                return torch.zeros_like(end)
-            return self.volatility * (end - start)
+            eta = self.volatility_scale * self.volatility
+            return torch.zeros_like(end) if eta == 0.0 else eta * (end - start)
         # Gauss-Legendre in gamma: the measure gamma' du is d gamma, whatever the schedule.
         half = 0.5 * (end - start).clamp(max=_LARGEST_EXPONENT)
         total: Tensor | float = 0.0
@@ -218,14 +234,3 @@ class ForwardProcess(nn.Module):
             total = total + weight * append_axes(half, eta) * eta
         assert isinstance(total, Tensor)
         return torch.where(append_axes(end, total).isinf(), math.inf, total)
-
-
-class _Scaled(nn.Module):
-    """A volatility times a number."""
-
-    def __init__(self, volatility: Callable[[Tensor], Tensor], scale: float) -> None:
-        super().__init__()
-        self.volatility, self.scale = volatility, scale
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.scale * of_time(self.volatility, t)

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._noise import Randomness, uniform
-from ndm_ct._shapes import some, sum_event, validate_dense, validate_number, validate_values
+from ndm_ct._core.checks import some, sum_event, validate_dense, validate_number, validate_values
+from ndm_ct._core.noise import Randomness, uniform
 
 __all__ = ["Quantisation", "validate_quantisation"]
 

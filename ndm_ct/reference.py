@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._shapes import as_time, event_size, validate_data, validate_time
+from ndm_ct._core.checks import as_time, event_size, validate_data, validate_time
 from ndm_ct.model import NDM
 from ndm_ct.process import Volatility
-from ndm_ct.schedules import LinearLogSNR, Schedule
+from ndm_ct.schedules.fixed import LinearLogSNR, Schedule
 from ndm_ct.transforms import Identity, TimeScaling, Transform
 
 __all__ = ["Gaussian", "GaussianMixture"]

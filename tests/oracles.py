@@ -7,8 +7,8 @@ import torch
 from ndm_ct import schedules, transforms
 from ndm_ct.model import NDM
 from ndm_ct.reference import Gaussian, GaussianMixture
+from ndm_ct.schedules.volatility import Matched
 from ndm_ct.transforms import Blur
-from ndm_ct.volatility import Matched
 
 SCHEDULES = {
     "VariancePreserving": schedules.VariancePreserving,

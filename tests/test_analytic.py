@@ -10,10 +10,10 @@ from oracles import SCHEDULES, TRANSFORMS, gaussian, mixture, rotated_covariance
 
 import ndm_ct
 from ndm_ct import NDM, schedules
-from ndm_ct.discrete import DDPM, _Interpolant, estimate_residuals
-from ndm_ct.grids import time_grid
 from ndm_ct.samplers import NAMES
-from ndm_ct.schedules import levels
+from ndm_ct.samplers.frozen import DDPM, _Interpolant, estimate_residuals
+from ndm_ct.samplers.grids import time_grid
+from ndm_ct.schedules.fixed import levels
 from ndm_ct.transforms import Blur
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)
@@ -63,7 +63,7 @@ def propagate(sampler, grid, monkeypatch):
     d = sampler.model.event_shape[0]
     eye, zero = torch.eye(d, dtype=torch.float64), torch.zeros(1, d, dtype=torch.float64)
     start, noise = torch.cat([zero, eye, zero.expand(d, d)]), torch.cat([zero, zero.expand(d, d), eye])
-    monkeypatch.setattr("ndm_ct.discrete.normal_like", lambda z, generator: noise)
+    monkeypatch.setattr("ndm_ct.samplers.frozen.normal_like", lambda z, generator: noise)
     mean, cov = marginal(sampler.model, 1.0)
     sampler.prepare(grid)
     for t, s in itertools.pairwise(grid.tolist()):
@@ -219,7 +219,7 @@ def test_of_anisotropic_data_the_mean_variance_is_exact(transform, monkeypatch):
     sampler = DDPM(model, "analytic")
     eye, zero = torch.eye(4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
     noise = torch.cat([zero, 0.0 * eye, eye])
-    monkeypatch.setattr("ndm_ct.discrete.normal_like", lambda z, generator: noise)
+    monkeypatch.setattr("ndm_ct.samplers.frozen.normal_like", lambda z, generator: noise)
     out = sampler.step(torch.cat([zero, eye, 0.0 * eye]), t, s)
     matrix, by_noise = out[1:5].mT, out[5:].mT
     own = matrix @ marginal(model, t)[1] @ matrix.mT + by_noise @ by_noise.mT

@@ -11,7 +11,7 @@ from scipy.stats import laplace, norm
 
 import ndm_ct
 from ndm_ct import nn, objectives, presets, transforms
-from ndm_ct.regression import Regression
+from ndm_ct.objectives.regression import Regression
 
 ROWS = 7
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

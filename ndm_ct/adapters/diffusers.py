@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ndm_ct.adapters.networks import OnTable, from_velocity
 from ndm_ct.model import NDM
-from ndm_ct.schedules import Tabulated
+from ndm_ct.schedules.fixed import Tabulated
 
 __all__ = ["from_diffusers"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from ndm_ct._config import Configurable
-from ndm_ct._shapes import event_size, validate_count
+from ndm_ct._core.checks import event_size, validate_count
+from ndm_ct._core.config import Configurable
 
 __all__ = ["FromZuko", "GaussianDecoder", "GaussianEncoder"]
 

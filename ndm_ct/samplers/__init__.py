@@ -41,14 +41,14 @@ the grid has.
 from collections.abc import Callable
 from functools import partial
 
-from ndm_ct.discrete import DDIM, DDPM
 from ndm_ct.model import NDM
+from ndm_ct.samplers.base import Sampler
 from ndm_ct.samplers.exponential import DPMSolverPP, DPMSolverPPSDE, DPMSolverPPSingle
-from ndm_ct.samplers.flow import EDM, RungeKutta
+from ndm_ct.samplers.frozen import DDIM, DDPM
 from ndm_ct.samplers.langevin import AnnealedLangevin, PredictorCorrector
 from ndm_ct.samplers.multistep import DEIS, PNDM, UniPC
+from ndm_ct.samplers.runge_kutta import EDM, RungeKutta
 from ndm_ct.samplers.stochastic import SDE
-from ndm_ct.stepping import Sampler
 
 __all__ = [
     "DDIM",

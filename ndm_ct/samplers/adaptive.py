@@ -44,16 +44,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct import _shapes
-from ndm_ct._errors import SolverError
-from ndm_ct._noise import Randomness, normal_like, rows_of
-from ndm_ct._packing import Rows
-from ndm_ct._shapes import as_time, expand
-from ndm_ct.discrete import DDPM
+from ndm_ct._core import checks as _shapes
+from ndm_ct._core.checks import as_time, expand
+from ndm_ct._core.errors import SolverError
+from ndm_ct._core.noise import Randomness, normal_like, rows_of
 from ndm_ct.dynamics import ReverseSDE
 from ndm_ct.model import NDM
-from ndm_ct.schedules import SAFE_NOISE
-from ndm_ct.solvers import validate_tolerance
+from ndm_ct.samplers.frozen import DDPM
+from ndm_ct.schedules.fixed import SAFE_NOISE
+from ndm_ct.solvers.backends import validate_tolerance
+from ndm_ct.solvers.packing import Rows
 
 __all__ = ["Drawn", "sde_rows"]
 

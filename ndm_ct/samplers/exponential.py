@@ -1,7 +1,7 @@
 r"""DPM-Solver++: the linear part of the dynamics exact, the prediction D a polynomial in :math:`\lambda`.
 
-With :math:`\lambda = \log\alpha/\sigma`, :math:`h = \lambda_s - \lambda_t > 0` and D of :mod:`ndm_ct.stepping`, the
-probability flow is
+With :math:`\lambda = \log\alpha/\sigma`, :math:`h = \lambda_s - \lambda_t > 0` and D of :mod:`ndm_ct.samplers.base`,
+the probability flow is
 
 .. math::
     z_s = \frac{\sigma_s}{\sigma_t} z_t + \sigma_s \int_{\lambda_t}^{\lambda_s} e^\lambda D\, d\lambda ,
@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._noise import Randomness, normal_like
+from ndm_ct._core.noise import Randomness, normal_like
 from ndm_ct.model import NDM
-from ndm_ct.schedules import Level
-from ndm_ct.stepping import Sampler, exponential_euler
+from ndm_ct.samplers.base import Sampler, exponential_euler
+from ndm_ct.schedules.fixed import Level
 
 __all__ = ["DPMSolverPP", "DPMSolverPPSDE", "DPMSolverPPSingle", "Multistep"]
 

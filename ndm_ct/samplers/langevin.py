@@ -41,14 +41,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ndm_ct._noise import Randomness, normal_like
-from ndm_ct._shapes import choose, expand, sum_event, validate_count
-from ndm_ct.discrete import DDIM, DDPM
+from ndm_ct._core.checks import choose, expand, sum_event, validate_count
+from ndm_ct._core.noise import Randomness, normal_like
 from ndm_ct.model import NDM
+from ndm_ct.samplers.base import Sampler
+from ndm_ct.samplers.frozen import DDIM, DDPM
 from ndm_ct.samplers.multistep import UniPC
 from ndm_ct.samplers.stochastic import SDE
-from ndm_ct.schedules import SAFE_NOISE, Level
-from ndm_ct.stepping import Sampler
+from ndm_ct.schedules.fixed import SAFE_NOISE, Level
 
 __all__ = ["PREDICTORS", "AnnealedLangevin", "PredictorCorrector"]
 

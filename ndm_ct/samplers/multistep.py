@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ndm_ct._noise import Randomness
-from ndm_ct._shapes import choose
+from ndm_ct._core.checks import choose
+from ndm_ct._core.noise import Randomness
 from ndm_ct.model import NDM
+from ndm_ct.samplers.base import exponential_euler
 from ndm_ct.samplers.exponential import Multistep
-from ndm_ct.schedules import Level
-from ndm_ct.stepping import exponential_euler
+from ndm_ct.schedules.fixed import Level
 
 __all__ = ["DEIS", "PNDM", "UniPC"]
 

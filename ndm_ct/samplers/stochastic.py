@@ -12,7 +12,7 @@ it has gained by then, Gaussians made of independent standard normal :math:`\eps
     W = \sqrt h\, \epsilon_1, \qquad U = \sqrt h\, \bigl( \tfrac12 \epsilon_1 + \epsilon_2/\sqrt{12} \bigr) .
 
 A step from alpha = 0 or to sigma = 0, where the coefficients are infinite, is the frozen-prediction transition of
-:mod:`ndm_ct.discrete`, which forgets :math:`z_t` as the SDE would.
+:mod:`ndm_ct.samplers.frozen`, which forgets :math:`z_t` as the SDE would.
 
 References:
     Kloeden and Platen, Numerical Solution of Stochastic Differential Equations (1992)
@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._noise import Randomness, normal_like
-from ndm_ct._shapes import choose
-from ndm_ct.discrete import DDPM
+from ndm_ct._core.checks import choose
+from ndm_ct._core.noise import Randomness, normal_like
 from ndm_ct.model import NDM
-from ndm_ct.samplers.flow import advance
-from ndm_ct.schedules import Level
-from ndm_ct.solvers import validate_slope
-from ndm_ct.stepping import Factor, Sampler, by_time, inner_times
+from ndm_ct.samplers.base import Factor, Sampler, by_time, inner_times
+from ndm_ct.samplers.frozen import DDPM
+from ndm_ct.samplers.runge_kutta import advance
+from ndm_ct.schedules.fixed import Level
+from ndm_ct.solvers.backends import validate_slope
 
 __all__ = ["SCHEMES", "SDE"]
 

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._autodiff import jvp
-from ndm_ct._config import Configurable
-from ndm_ct._noise import Randomness
-from ndm_ct._shapes import expand
+from ndm_ct._core.autodiff import jvp
+from ndm_ct._core.checks import expand
+from ndm_ct._core.config import Configurable
+from ndm_ct._core.noise import Randomness
 
 __all__ = ["Composed", "Identity", "Network", "Path", "Transform", "jvp_in_time", "named"]
 

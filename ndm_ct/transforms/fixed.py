@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._shapes import expand, of_time, validate_number, validate_shape
+from ndm_ct._core.checks import expand, of_time, validate_number, validate_shape
 from ndm_ct.transforms.base import Transform, jvp_in_time
 
 __all__ = ["Blur", "Subspaces", "TimeScaling"]

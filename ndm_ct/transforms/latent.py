@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._noise import Randomness, normal_like
-from ndm_ct._processes import unwrapped
-from ndm_ct._shapes import keyword_names, sum_event
+from ndm_ct._core.checks import keyword_names, sum_event
+from ndm_ct._core.noise import Randomness, normal_like
+from ndm_ct._core.parallel import unwrapped
 from ndm_ct.transforms.base import Identity, named
 
 __all__ = ["Encoder", "Flow"]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._config import Configurable
-from ndm_ct._precision import run_network
-from ndm_ct._processes import unwrapped
-from ndm_ct._shapes import expand, expand_time, keyword_names, validate_count
+from ndm_ct._core.checks import expand, expand_time, keyword_names, validate_count
+from ndm_ct._core.config import Configurable
+from ndm_ct._core.parallel import unwrapped
+from ndm_ct._core.precision import run_network
 from ndm_ct.transforms.base import Network, Path, Transform, jvp_in_time, named
 
 __all__ = ["LearnedScaling", "Neural", "PolynomialBasis", "Separable"]
@@ -142,7 +142,7 @@ def _mix(weights: Tensor, features: Tensor) -> Tensor:
 class LearnedScaling(Transform):
     r"""One learned factor for every coordinate: :math:`F_i(x, t) = a_i(t)\, x_i`, :math:`\log a_i = \sum_k c_{ik} t^k`.
 
-    With the volatility :class:`~ndm_ct.volatility.Matched` that is a diffusion in which every coordinate has a learned
+    With the volatility :class:`~ndm_ct.schedules.Matched` that is a diffusion in which every coordinate has a learned
     log-SNR of its own, :math:`\gamma_i = \gamma - 2 \log a_i`.
 
     Args:

@@ -1,0 +1,1 @@
+"""What every room needs and no user imports: errors, checks, noise, derivatives, precision, processes."""

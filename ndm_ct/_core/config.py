@@ -1,0 +1,68 @@
+"""Objects that can be written to JSON and rebuilt: an object is its class name and its constructor's arguments.
+
+A subclass of ``Configurable`` keeps every constructor argument under an attribute of the same name. Only classes of
+this package are ever rebuilt, so reading a configuration executes nothing else.
+"""
+
+import inspect
+from typing import Any, ClassVar
+
+from ndm_ct._core.errors import CheckpointError
+
+__all__ = ["Configurable", "Unconfigurable", "from_config", "to_config"]
+
+
+class Unconfigurable(TypeError):
+    """An object that JSON cannot describe (a user's own module or function)."""
+
+
+class Configurable:
+    """Mix-in: registers the subclass by name and reads its configuration off its attributes."""
+
+    registry: ClassVar[dict[str, type["Configurable"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.split(".")[0] == __name__.split(".")[0]:
+            Configurable.registry[cls.__name__] = cls
+
+    def config(self) -> dict[str, Any]:
+        """``{"type": class name, argument: value, ...}``, JSON-serialisable."""
+        if Configurable.registry.get(type(self).__name__) is not type(self):
+            raise Unconfigurable(f"{type(self).__name__} is not a class of this package.")
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of an inherited __init__
+        parameters = inspect.signature(type(self)).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind not in variadic]
+        return {"type": type(self).__name__} | {name: to_config(getattr(self, name)) for name in names}
+
+
+def to_config(value: Any) -> Any:
+    """JSON form of a scalar, a sequence or a Configurable."""
+    if isinstance(value, Configurable):
+        return value.config()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [to_config(item) for item in value]
+    raise Unconfigurable(f"{type(value).__name__} cannot be written as JSON.")
+
+
+def from_config(value: Any) -> Any:
+    """Rebuild what ``to_config`` wrote.
+
+    Raises:
+        CheckpointError: an unknown class, or arguments its constructor refuses.
+    """
+    if isinstance(value, list):
+        return tuple(from_config(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    name = value.get("type")
+    cls = Configurable.registry.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise CheckpointError(f"the configuration names the class {name!r}, which this version does not have.")
+    arguments = {key: from_config(item) for key, item in value.items() if key != "type"}
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the configuration of {name} does not fit its constructor: {error}") from error

@@ -1,0 +1,1 @@
+"""Data: arrays as sources of rows, and the files that hold them."""

@@ -1,0 +1,227 @@
+"""Data as rows a model can be trained on: real values, or the levels of integer data and what their bounds mean."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ndm_ct import objectives
+from ndm_ct._core.checks import as_time, event_size, validate_cond, validate_data, validate_dense
+from ndm_ct.files.formats import let_go
+from ndm_ct.model import NDM
+from ndm_ct.quantisation import Quantisation, validate_quantisation
+from ndm_ct.storage.models import memory
+
+__all__ = ["DEQUANTISATIONS", "Bins", "Source", "Standardised", "sha256"]
+
+DEQUANTISATIONS = ("uniform", "centres")
+
+_AT_ONCE = 2**22
+"""Bytes of data that are checked or hashed at a time; no more of a memory-mapped array is in memory then."""
+
+
+class Bins:
+    """How data become what the model is trained on, and its nats become bits per dimension."""
+
+    def __init__(self, model: NDM, quantisation: Quantisation | None, dequantisation: str) -> None:
+        validate_quantisation(quantisation)
+        if quantisation is not None and dequantisation == "centres" and model.transform.latent:
+            raise ValueError(
+                f"dequantisation='centres' decodes levels from z_0, which holds latents of "
+                f"{type(model.transform).__name__}; use 'uniform', or, for a decoder over levels, pass their values as "
+                "real data."
+            )
+        self.model, self.quantisation, self.dequantisation = model, quantisation, dequantisation
+        self.dtype = model.dtype or torch.get_default_dtype()
+        self.size = event_size(model.data_shape)
+
+    def validate(self, x: Tensor, name: str) -> Tensor:
+        """Check rows as given."""
+        validate_dense(x, name)
+        if self.quantisation is None:
+            if not (x.is_floating_point() or x.is_complex()):
+                raise TypeError(
+                    f"{name} has dtype {x.dtype}, but a density needs real data; for integer levels 0 ... L-1 pass "
+                    "quantisation=Quantisation(levels=L), else convert to a float dtype."
+                )
+            return self._validate_real(x, name)
+        self.quantisation.validate(x, name)
+        self._validate_real(x[:1].to(self.dtype), name)
+        return x
+
+    def _validate_real(self, x: Tensor, name: str) -> Tensor:
+        return validate_data(x, self.model.data_shape, name=name, dtype=self.dtype, device=self.model.device)
+
+    def real(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Validated rows as real values."""
+        if self.quantisation is None:
+            return x
+        if self.dequantisation == "uniform":
+            return self.quantisation.uniform(x, self.dtype, generator)
+        return self.quantisation.centres(x, self.dtype)
+
+    def elbo(self, model: NDM, x: Tensor, generator: torch.Generator, cond: dict[str, Any]) -> Tensor:
+        """The bound in nats per event, on the log-probability of integer data."""
+        centres = self.quantisation is not None and self.dequantisation == "centres"
+        bound = objectives.elbo(
+            model, x, quantisation=self.quantisation if centres else None, generator=generator, **cond
+        )
+        if self.quantisation is None or centres:
+            return bound
+        return bound + self.size * self.quantisation.uniform_offset
+
+    def bits(self, nats: float) -> float:
+        """Nats of a negative log-probability per event in bits per dimension."""
+        return nats / (self.size * math.log(2.0))
+
+    def bits_of_loss(self, loss: float) -> float | None:
+        """Bits per dimension of a training loss; None if it is no bound on a log-probability.
+
+        On bin centres the loss holds the reconstruction term of a density, :math:`\\frac d2 (\\log 2 \\pi e +
+        \\gamma_0)`; it is taken out, and that of the levels, negligible for a well-chosen :math:`\\gamma_0`, left out.
+        """
+        if self.quantisation is None or self.model.prediction == "moments":
+            return None
+        if self.dequantisation == "uniform":
+            return self.bits(loss - self.size * self.quantisation.uniform_offset)
+        with torch.no_grad():
+            gamma = float(self.model.schedule.gamma(as_time(self.model.t_min, self.model.device)))
+        return self.bits(loss - 0.5 * self.size * (math.log(2.0 * math.pi * math.e) + gamma))
+
+
+class Standardised:
+    r"""Rows :math:`(x - m) / s` of a memory-mapped array, made when they are read; no more of it is in memory.
+
+    Args:
+        array: x, shape ``(N, *E)``.
+        mean: m, float64, of a row's shape or one number.
+        scale: s, likewise.
+        dtype: of the rows.
+        device: of the rows; None is the CPU.
+    """
+
+    def __init__(
+        self, array: np.memmap, mean: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.device | None
+    ) -> None:
+        self.array, self.mean, self.scale = array, mean.numpy(), scale.numpy()
+        self.dtype, self.device = dtype, device
+        self.shape, self.nbytes = array.shape, array.nbytes
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        # In float64 first: a mean that is large against the deviation would eat the digits.
+        standardised = (np.asarray(self.array[rows]) - self.mean) / self.scale
+        let_go(self.array)
+        return torch.from_numpy(standardised).to(self.device, self.dtype)
+
+
+class Source:
+    """Rows of data and their conditioning, checked once (a Dataset's as they come).
+
+    Tensors stay where they are, and arrays are copied; a memory-mapped array stays in its file, standardised or not,
+    and rows of it are read when they are needed.
+    """
+
+    def __init__(self, data: Any, cond: Mapping[str, Any], bins: Bins, name: str, caller: Callable[..., Any]) -> None:
+        self.bins, self.name = bins, name
+        self.data: Tensor | np.memmap | Standardised | Dataset[Tensor]
+        if isinstance(data, Dataset):
+            self.data = data
+            self.rows = len(cast(Any, data))
+        else:
+            self.data = data if isinstance(data, np.memmap | Standardised) else self._as_tensor(data)
+            for rows, part in self._parts(self.data):
+                bins.validate(part, f"{name}{rows}")
+            self.rows = self.data.shape[0]
+        if self.rows < 1:
+            raise ValueError(f"{name} has no rows.")
+        if not isinstance(cond, Mapping):
+            raise TypeError(f"cond must be a mapping of tensors by name, got {type(cond).__name__}.")
+        self.cond = {key: self._validated_cond(key, value) for key, value in cond.items()}
+        model = bins.model
+        validate_cond(self.cond, model._cond_names, model._cond_anything, caller)
+
+    def _as_tensor(self, data: Any) -> Tensor:
+        if isinstance(data, np.ndarray):
+            tensor = torch.from_numpy(np.array(data, dtype=_readable(data.dtype), order="C"))
+            return tensor.to(self.bins.model.device, self.bins.dtype if tensor.is_floating_point() else None)
+        if isinstance(data, Tensor):
+            return data
+        raise TypeError(
+            f"{self.name} must be a tensor, an array or a map-style Dataset of tensors, got {type(data).__name__}."
+        )
+
+    def _parts(self, data: Tensor | np.memmap | Standardised) -> Iterator[tuple[str, Tensor]]:
+        """The rows in order, and their name: all of a tensor, a mapped array's bit by bit."""
+        if isinstance(data, Tensor):
+            yield "", data
+            return
+        if data.nbytes <= _AT_ONCE:
+            yield "", self._mapped(data, ...)
+            return
+        size = max(1, _AT_ONCE // data[:1].nbytes)
+        for start in range(0, len(data), size):
+            yield f"[{start}:{start + size}]", self._mapped(data, slice(start, start + size))
+
+    def _mapped(self, data: np.memmap | Standardised, rows: Any) -> Tensor:
+        """Rows of a mapped array, which leaves no more of itself in memory."""
+        part = self._as_tensor(data[rows])
+        if isinstance(data, np.memmap):
+            let_go(data)
+        return part
+
+    def _validated_cond(self, key: str, value: Any) -> Tensor:
+        value = torch.as_tensor(value)
+        if value.ndim < 1 or value.shape[0] != self.rows:
+            raise ValueError(
+                f"the conditioning {key!r} has shape {tuple(value.shape)}, expected one row for each of the "
+                f"{self.rows} rows of {self.name}."
+            )
+        return value
+
+    def batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """Rows as the model is trained on them."""
+        if isinstance(self.data, Tensor):
+            x = self.data[rows]
+        elif isinstance(self.data, np.memmap | Standardised):
+            x = self._mapped(self.data, rows.numpy())
+        else:
+            items = [self.data[row] for row in rows.tolist()]
+            if not all(isinstance(item, Tensor) for item in items):
+                raise TypeError(
+                    f"an item of {self.name} is a {type(items[0]).__name__}, expected a tensor x; pass conditioning as "
+                    "cond={name: tensor}."
+                )
+            x = self.bins.validate(torch.stack(items), self.name)
+        return self.bins.real(x, generator), {key: value[rows] for key, value in self.cond.items()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must agree for a training to continue; of a Dataset only the length is known."""
+        digests = {key: sha256([value]) for key, value in self.cond.items()}
+        if not isinstance(self.data, Dataset):
+            digests[""] = sha256(part for _, part in self._parts(self.data))
+        return {"rows": self.rows, "sha256": digests}
+
+
+def _readable(dtype: np.dtype) -> np.dtype:
+    """What torch can read, and has operations for."""
+    if dtype.kind == "u" and dtype.itemsize > 1:
+        return np.dtype(np.int64)
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        return np.dtype(np.float64)
+    return dtype.newbyteorder("=")
+
+
+def sha256(parts: Iterable[Tensor]) -> str:
+    """Of the values, whatever they are divided into."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(memory(part))
+    return digest.hexdigest()

@@ -1,0 +1,237 @@
+r"""One path of the probability flow, solved by either back-end, with or without its log-determinant.
+
+.. math::
+    \dot z = v(z, t), \qquad
+    \frac{d}{dt} \log\left|\det \frac{\partial z_t}{\partial z_{t_0}}\right| = \operatorname{div} v .
+
+==================  ================================================================================================
+``"rowwise"``       every row with its own steps (:mod:`ndm_ct.solvers.ode`)
+``"dopri5"`` etc.   torchdiffeq, one step size for the batch (:mod:`ndm_ct.solvers.backends`)
+==================  ================================================================================================
+
+The rowwise solver also estimates the error of :math:`\log p`: a local error e of the state changes it by
+:math:`\langle s, e \rangle`, one of the log-determinant by itself, with s the model's score.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ndm_ct._core.autodiff import vjp
+from ndm_ct._core.checks import choose, expand, take_rows
+from ndm_ct._core.errors import PredictorError
+from ndm_ct.divergence import BoundTrace
+from ndm_ct.dynamics import ProbabilityFlow
+from ndm_ct.model import NDM
+from ndm_ct.solvers.backends import ADAPTIVE_METHODS, odeint
+from ndm_ct.solvers.ode import odeint_rows
+from ndm_ct.solvers.packing import State
+
+__all__ = ["METHODS", "Problem", "Solved"]
+
+METHODS = ("rowwise", *ADAPTIVE_METHODS)
+"""Names of ``method``."""
+
+Differentiable = bool | Literal["adjoint"]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The end of a path.
+
+    Args:
+        z: the state there, float64, ``(B, *E)``.
+        logdets: log-determinants, ``(B, columns)``; no column without a trace.
+        nodes: states at the nodes asked for, ``(N, B, *E)``.
+        error: estimate of the error of log p, nats, ``(B,)``; None where the back-end has none.
+        evaluations: network evaluations of each row, ``(B,)``.
+        accepted: accepted steps of each row, ``(B,)``.
+        rejected: rejected steps of each row, ``(B,)``.
+        failed: rows that failed, ``(B,)``.
+    """
+
+    z: Tensor
+    logdets: Tensor
+    nodes: Tensor | None
+    error: Tensor | None
+    evaluations: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    failed: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A path to solve: from where to where, how accurately, by which back-end, with or without a graph."""
+
+    model: NDM
+    start: Tensor
+    interval: tuple[float, float]
+    rtol: float
+    atol: float
+    method: str
+    on_failure: str
+    differentiable: Differentiable
+    cond: dict[str, Any]
+    callback: Callable[[float], None] | None = None
+    origin: tuple[Tensor, int] | None = None
+    """The rows that ``start`` holds of the batch ``cond`` belongs to, and that batch's size; None if they are one."""
+
+    def __post_init__(self) -> None:
+        choose("method", self.method, METHODS)
+        choose("on_failure", self.on_failure, ("raise", "nan"))
+        if not isinstance(self.differentiable, bool):
+            choose("differentiable", self.differentiable, ("adjoint",))
+        if self.on_failure == "nan" and self.method != "rowwise":
+            raise ValueError(
+                f"on_failure='nan' has no effect with method={self.method!r}, whose rows share their steps and fail "
+                "together; use method='rowwise'."
+            )
+        if self.differentiable == "adjoint" and self.method == "rowwise":
+            raise ValueError("differentiable='adjoint' needs a torchdiffeq method; pass method='dopri5'.")
+        if self.differentiable and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "differentiable=True keeps a graph, which torch.inference_mode() forbids; leave that mode."
+            )
+
+    @property
+    def upwards(self) -> bool:
+        """Whether the path goes from data to noise."""
+        return self.interval[1] > self.interval[0]
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The model in eval mode; without a graph unless it is asked for, and then with one to what is trained."""
+        with self.model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
+            yield
+
+    def flow(self, rows: Tensor | None = None) -> ProbabilityFlow:
+        """The field of some rows; None is all."""
+        return self.model.flow(self.start.dtype, **self.conditioning(rows))
+
+    def conditioning(self, rows: Tensor | None = None) -> dict[str, Any]:
+        """The conditioning of some rows; None is all."""
+        if self.origin is None:
+            return self.cond if rows is None else take_rows(self.cond, rows, len(self.start))
+        own, batch = self.origin
+        return take_rows(self.cond, own if rows is None else own[rows], batch)
+
+    def only(self, rows: Tensor) -> "Problem":
+        """The problem of some rows. Their conditioning is not cut out, so a shared tensor is never taken for theirs."""
+        own, batch = (rows, len(self.start)) if self.origin is None else (self.origin[0][rows], self.origin[1])
+        return replace(self, start=self.start[rows], origin=(own, batch))
+
+    def transport(self, nodes: Tensor | None = None, *, in_noise_units: bool = False) -> Solved:
+        r"""The path alone.
+
+        Args:
+            nodes: times ``(N, B)`` at which the state is wanted too; only rowwise.
+            in_noise_units: tolerances are relative to :math:`\sigma_t`, the scale of the density; only rowwise.
+        """
+
+        def field(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, None]:
+            return (self.flow(rows)(t, state[0]),), None
+
+        return self._solve(field, (self.start.double(),), nodes, in_noise_units)
+
+    def augmented(self, bound: BoundTrace) -> Solved:
+        """The path with its log-determinant, probes frozen."""
+        z = self.start.double()
+        checked = False
+
+        def field(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, State]:
+            nonlocal checked
+            flow, trace = self.flow(rows), bound if rows is None else bound.rows(rows)
+            part, divergence, F = trace.with_byproduct(flow.network_part(t), state[0])
+            if not checked and not bool(divergence.any()):
+                validate_attached(flow, t, state[0].detach())
+            checked = True
+            linear = flow.linear_divergence(t, self.model.event_shape)
+            velocity = flow.assemble(t, state[0], part)
+            with torch.no_grad():
+                share = torch.full_like(divergence, 1.0 / max(1, bound.columns))
+                gradient = (flow.score(t, state[0], F), share)
+            return (velocity, expand(linear, divergence) + divergence), gradient
+
+        return self._solve(field, (z, z.new_zeros(z.shape[0], bound.columns)), None, False)
+
+    def _solve(
+        self,
+        field: Callable[[Tensor, State, Tensor | None], tuple[State, State | None]],
+        state: State,
+        nodes: Tensor | None,
+        in_noise_units: bool,
+    ) -> Solved:
+        if self.method == "rowwise":
+            scale = (lambda t: self.model.schedule(t).sigma.detach()) if in_noise_units else None
+            rowwise = odeint_rows(
+                field, state, *self.interval, rtol=self.rtol, atol=self.atol, scale=scale, nodes=nodes,
+                on_failure=self.on_failure, callback=self.callback,
+            )  # fmt: skip
+            end, error = rowwise.state, rowwise.error
+            counts = (rowwise.evaluations, rowwise.accepted, rowwise.rejected, rowwise.failed)
+            return Solved(end[0], _columns(end), rowwise.nodes, error, *counts)
+        adjoint = self._adjoint_tensors(field, state) if self.differentiable == "adjoint" else None
+
+        def shared(t: Tensor, state: State) -> State:
+            # The adjoint equation is solved in the backward pass, long after prepared() has been left.
+            with self.model.evaluating():
+                return field(t, state, None)[0]
+
+        solution = odeint(
+            shared, state, *self.interval, method=self.method, rtol=self.rtol, atol=self.atol, adjoint=adjoint,
+            callback=self.callback,
+        )  # fmt: skip
+        every = torch.ones(state[0].shape[0], dtype=torch.long, device=state[0].device)
+        counts = (solution.evaluations * every, solution.accepted * every, solution.rejected * every, every < 0)
+        return Solved(solution.state[0], _columns(solution.state), None, None, *counts)
+
+    def _adjoint_tensors(
+        self, field: Callable[[Tensor, State, Tensor | None], tuple[State, State | None]], state: State
+    ) -> tuple[Tensor, ...]:
+        """Every tensor the field depends on: conditioning, and whatever leaves its graph has."""
+        cond = [value for value in self.cond.values() if isinstance(value, Tensor) and value.requires_grad]
+        with torch.enable_grad():
+            start = tuple(part.detach().requires_grad_() for part in state)
+            t = torch.tensor(self.interval[0], dtype=torch.float64, device=state[0].device)
+            derivative, _ = field(t, start, None)
+        own = {id(tensor) for tensor in (*start, *cond)}
+        stop = {id(tensor.grad_fn) for tensor in cond if tensor.grad_fn is not None}
+        leaves = _leaves([part for part in derivative if part.requires_grad], stop)
+        return (*cond, *(leaf for leaf in leaves if id(leaf) not in own))
+
+
+def _columns(state: State) -> Tensor:
+    return state[1] if len(state) > 1 else state[0].new_zeros(state[0].shape[0], 0)
+
+
+def _leaves(outputs: list[Tensor], stop: set[int]) -> list[Tensor]:
+    """The leaf tensors that ``outputs`` were computed from, not looking behind the nodes ``stop``."""
+    found: dict[int, Tensor] = {}
+    queue, seen = [output.grad_fn for output in outputs], set(stop)
+    while queue:
+        node = queue.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        queue.extend(following for following, _ in node.next_functions)
+    return list(found.values())
+
+
+def validate_attached(flow: ProbabilityFlow, t: Tensor, z: Tensor) -> None:
+    """Refuse a predictor that autograd cannot see through: its divergence would silently be zero."""
+    part = flow.network_part(t)
+    value, pullback, _ = vjp(part, z)
+    (product,) = pullback(torch.ones_like(value))
+    if bool((product != 0.0).any()) or torch.equal(value, part(z + 0.1)[0]):
+        return
+    raise PredictorError(
+        "the predictor's output depends on z, but autograd sees no dependence, so its divergence would be taken as "
+        "zero; remove torch.no_grad(), .detach() or a conversion to numpy from the predictor."
+    )

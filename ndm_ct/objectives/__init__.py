@@ -1,0 +1,39 @@
+r"""What is minimised: the bound, regressions, straight paths; and where their times are drawn."""
+
+from ndm_ct.objectives.bound import (
+    Bound,
+    ElboInfo,
+    diffusion_integrand,
+    elbo,
+    elbo_discrete,
+    loss,
+    low_discrepancy,
+    prior_term,
+    reconstruction_term,
+    times,
+    transition_kl,
+)
+from ndm_ct.objectives.regression import Regression
+from ndm_ct.objectives.straight import Straight, acceleration, curvature
+from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory, TimeSampler
+
+__all__ = [
+    "Bound",
+    "ElboInfo",
+    "LearnedBuckets",
+    "LossHistory",
+    "Regression",
+    "Straight",
+    "TimeSampler",
+    "acceleration",
+    "curvature",
+    "diffusion_integrand",
+    "elbo",
+    "elbo_discrete",
+    "loss",
+    "low_discrepancy",
+    "prior_term",
+    "reconstruction_term",
+    "times",
+    "transition_kl",
+]

@@ -1,0 +1,128 @@
+r"""Weighted regressions: the objectives other models are trained with, in place of the bound.
+
+.. math::
+    L = E_{t \sim p}\, E_\epsilon\; w(t)\, \|y - \hat y\|^2, \qquad z = \alpha F + \sigma \epsilon,
+
+where y is one of
+
+==============  ==========================================  ==================================================
+``"F"``         :math:`F(x, t)`                             EDM's denoising
+``"eps"``       :math:`\epsilon = (z - \alpha F)/\sigma`    DDPM's :math:`L_{simple}`, denoising score matching
+``"velocity"``  :math:`\alpha' F + \alpha \dot F`           flow matching, rectified flow, interpolants
+                :math:`{}+ (\sigma'/\sigma)(z - \alpha F)`
+==============  ==========================================  ==================================================
+
+and :math:`\hat y` is the same with the model's prediction. With the true conditional expectations each is at its
+minimum, whatever w and p; none says anything about F, whose parameters therefore must be fixed.
+
+References:
+    Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, eq. 14, https://arxiv.org/abs/2006.11239
+    Song et al., Score-Based Generative Modeling through SDEs, eq. 7, https://arxiv.org/abs/2011.13456
+    Lipman et al., Flow Matching for Generative Modeling, eq. 5, https://arxiv.org/abs/2210.02747
+    Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, eq. 108,
+    https://arxiv.org/abs/2206.00364
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ndm_ct._core.checks import choose, expand, sum_event
+from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.objectives.bound import low_discrepancy
+from ndm_ct.schedules.fixed import Coefficients, Schedule
+
+__all__ = ["TARGETS", "Regression", "uniform"]
+
+TARGETS = ("F", "eps", "velocity")
+"""What can be regressed on."""
+
+
+def uniform(schedule: Schedule, t_min: float, u: Tensor) -> Tensor:
+    """Times spread evenly over the interval, for numbers u spread evenly in [0, 1)."""
+    return t_min + (1.0 - t_min) * u
+
+
+@dataclass(frozen=True)
+class Regression:
+    r"""What ``fit(objective=)`` minimises in place of minus the ELBO.
+
+    Args:
+        target: y, one of ``TARGETS``.
+        weight: w, a function of the schedule's :class:`~ndm_ct.schedules.Coefficients`; None is one.
+        times: ``times(schedule, t_min, u)``, the quantile function of p at numbers u in [0, 1).
+
+    Raises:
+        ValueError: unknown target.
+
+    Example:
+        >>> import ndm_ct
+        >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
+        >>> Regression("eps")(model, model.sample_data(5)).shape
+        torch.Size([5])
+    """
+
+    target: str = "eps"
+    weight: Callable[[Coefficients], Tensor] | None = None
+    times: Callable[[Schedule, float, Tensor], Tensor] = uniform
+
+    def __post_init__(self) -> None:
+        choose("target", self.target, TARGETS)
+
+    def __call__(self, model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+        """One estimate per row, times of low discrepancy over the batch.
+
+        Args:
+            model: the model, in the mode the caller chose.
+            x: data, shape ``(B, *E)``.
+            generator: source of times and noise.
+            cond: conditioning.
+
+        Returns:
+            Shape ``(B,)``; its mean is to be minimised.
+
+        Raises:
+            ValueError: the transform has parameters to train, which the regression does not determine.
+            PredictorError: the prediction is NaN or infinite (with time and rows).
+        """
+        model.validate(x, cond, type(self).__call__)
+        if any(parameter.requires_grad for parameter in model.transform.parameters()):
+            raise ValueError(
+                f"a regression on {self.target!r} says nothing about F, but {type(model.transform).__name__} has "
+                "parameters to train; train by the bound (objective=None), or freeze them with requires_grad_(False)."
+            )
+        t = self.times(model.schedule, model.t_min, low_discrepancy(x.shape[0], generator, x.device))
+        y, _ = model.to_latent(x, generator=generator, **cond)
+        eps = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+        return self.at(model, y, t, eps, **cond)
+
+    def at(self, model: NDM, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Tensor:
+        r""":math:`w(t)\|y - \hat y\|^2` at times t, float64 ``(B,)``, and noise ``(B, *E)``; x may be latents."""
+        c = model.schedule(t)
+        F, dF = model.transform.with_derivative(x, t, **cond)
+        F_hat, dF_hat = model.moments(model.process.state(F, t, eps), t, **cond)
+        error = self._error(c, F - F_hat, dF - dF_hat)
+        validate_prediction(error, t)
+        square = sum_event(error**2)
+        return square if self.weight is None else self.weight(c).to(square.dtype) * square
+
+    def _error(self, c: Coefficients, delta: Tensor, ddelta: Tensor) -> Tensor:
+        r""":math:`y - \hat y`, at the same z."""
+        if self.target == "F":
+            return delta
+        if self.target == "eps":
+            return expand(-c.alpha / c.sigma, delta) * delta
+        return expand(c.dalpha - c.alpha * c.dlog_sigma, delta) * delta + expand(c.alpha, delta) * ddelta
+
+    def describe(self) -> str:
+        """Its settings, the same in every process, for a checkpoint to compare."""
+        return f"Regression({self.target!r}, weight={_name(self.weight)}, times={_name(self.times)})"
+
+
+def _name(function: Any) -> str | None:
+    if function is None or is_dataclass(function):
+        return None if function is None else repr(function)
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
