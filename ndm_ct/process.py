@@ -223,8 +223,8 @@ class ForwardProcess(nn.Module):
         r""":math:`\int_s^t \eta\gamma' du`, capped where its exponential is zero anyway."""
         start, end = self.schedule(s).gamma, self.schedule(t).gamma
         if not callable(self.volatility):
-            eta = self.volatility_scale * self.volatility
-            return torch.zeros_like(end) if eta == 0.0 else eta * (end - start)
+            constant = self.volatility_scale * self.volatility
+            return torch.zeros_like(end) if constant == 0.0 else constant * (end - start)
         # Gauss-Legendre in gamma: the measure gamma' du is d gamma, whatever the schedule.
         half = 0.5 * (end - start).clamp(max=_LARGEST_EXPONENT)
         total: Tensor | float = 0.0

@@ -429,7 +429,7 @@ class Bound(nn.Module):
 
     Example:
         >>> import ndm_ct
-        >>> from ndm_ct.timesampling import LossHistory
+        >>> from ndm_ct.objectives import LossHistory
         >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
         >>> Bound(LossHistory())(model, model.sample_data(5)).shape
         torch.Size([5])

@@ -30,7 +30,7 @@ rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if size > 1:
     torch.distributed.init_process_group("gloo", init_method=f"file://{{store}}", rank=rank, world_size=size)
     atexit.register(torch.distributed.destroy_process_group)
-from test_processes import *
+from test_parallel import *
 """
 
 
@@ -58,8 +58,7 @@ def train(made, steps=12, **options):
 def together(tmp_path, code, size=2):
     """Run the code in so many processes; their standard errors and exit codes."""
     script, store = tmp_path / "script.py", tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
-    here = str(TESTS)
-    paths = [here, os.path.dirname(os.path.dirname(ndm_ct.__file__))]
+    paths = [os.path.dirname(__file__), str(TESTS), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
     script.write_text(COMMON.format(paths=paths) + textwrap.dedent(code))
     started = [
         subprocess.Popen(
@@ -346,7 +345,7 @@ def test_parts_have_to_be_shared_equally(tmp_path):
 LAUNCHED = """
 import atexit, sys
 sys.path[:0] = {paths!r}
-from test_processes import *
+from test_parallel import *
 torch.set_num_threads(1)
 if sys.argv[1] == "accelerate":
     from accelerate import Accelerator
@@ -370,7 +369,7 @@ def test_torchrun_starts_them(tmp_path, by):
     expected = model()
     train(expected)
     scores = ndm_ct.evaluate(expected, rows(60), batch_size=16, progress=False, bound="elbo", samples=4)
-    paths = [str(TESTS), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
+    paths = [os.path.dirname(__file__), str(TESTS), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED.format(paths=paths, folder=tmp_path))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), by]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from oracles import mixture
 
-from ndm_ct import NDM, discrete
-from ndm_ct.samplers import DEIS, EDM, PNDM, DPMSolverPP, DPMSolverPPSDE, UniPC, exponential
+from ndm_ct import NDM
+from ndm_ct.samplers import DEIS, EDM, PNDM, DPMSolverPP, DPMSolverPPSDE, UniPC, exponential, frozen
 from ndm_ct.samplers.base import walk
 from ndm_ct.samplers.frozen import DDIM, DDPM
 from ndm_ct.samplers.grids import time_grid
@@ -59,7 +59,7 @@ def same_noise(monkeypatch):
     def begin(theirs):
         queue = iter(noises)
         monkeypatch.setattr(sys.modules[type(theirs).__module__], "randn_tensor", lambda *_, **__: next(queue), False)
-        for module in (discrete, exponential):
+        for module in (frozen, exponential):
             monkeypatch.setattr(module, "normal_like", lambda like, generator: next(queue))
         return noises
 

@@ -17,8 +17,9 @@ from oracles import SCHEDULES, gaussian, rotated_covariance
 from paths import TESTS
 
 import ndm_ct
-from ndm_ct import evaluation, schedules
+from ndm_ct import schedules
 from ndm_ct.divergence import Hutchinson, Quadrature
+from ndm_ct.evaluation import api
 from ndm_ct.evaluation.api import MINIMUM_ROWS, PILOT_ROWS
 from ndm_ct.nn import MLP, Preconditioned
 from ndm_ct.quantisation import Quantisation
@@ -187,8 +188,8 @@ def test_the_pilot_stands_for_the_other_rows(tmp_path):
 
 
 def test_no_randomness_is_used_twice(monkeypatch, generator):
-    seeds, seed = [], evaluation._seed
-    monkeypatch.setattr(evaluation, "_seed", lambda *words: seeds.append(seed(*words)) or seeds[-1])
+    seeds, seed = [], api._seed
+    monkeypatch.setattr(api, "_seed", lambda *words: seeds.append(seed(*words)) or seeds[-1])
     evaluate(quantised("uniform"), levels(90, generator), quantisation=BINS, **COARSE)
     # Order, then noise and probes of every row: of the pilot, of its second score and of the other batch.
     assert len(set(seeds)) == len(seeds) == 1 + 2 * (32 + 32 + 58)
@@ -589,7 +590,7 @@ evaluate(net(delay=0.002), rows(96), **COARSE, run_dir=sys.argv[1], batch_size=1
 
 def test_killed_and_resumed_is_bit_identical(tmp_path):
     folder, script = tmp_path / "killed", tmp_path / "run.py"
-    paths = [str(TESTS), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
+    paths = [os.path.dirname(__file__), str(TESTS), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
     script.write_text(textwrap.dedent(SCRIPT.format(paths=paths)))
     log, generator = folder / "rows.jsonl", np.random.default_rng(os.getpid())
     process = subprocess.Popen([sys.executable, str(script), str(folder)])

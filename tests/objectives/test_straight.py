@@ -9,7 +9,6 @@ import torch
 import ndm_ct
 from ndm_ct import nn, objectives, schedules, transforms
 from ndm_ct.objectives import straight as transport
-from ndm_ct.objectives import times as timesampling
 
 BASIS = torch.linalg.qr(torch.tensor([[1.0, 0.4], [-0.3, 1.0]], dtype=torch.float64))[0]
 VARIANCES = torch.tensor([0.3, 2.0], dtype=torch.float64)
@@ -210,7 +209,7 @@ def test_the_objective_is_the_bound_and_the_penalty(flow):
 
 
 def test_the_objective_describes_itself():
-    bound = objectives.Bound(timesampling.LossHistory(10))
+    bound = objectives.Bound(objectives.LossHistory(10))
     assert transport.Straight(0.5).describe() == "Straight(strength=0.5)"
     assert transport.Straight(0.5, bound).describe() == f"Straight(strength=0.5, bound={bound.describe()})"
     assert transport.Straight(0.5, flow="batch").describe() == "Straight(strength=0.5, flow=batch)"

@@ -9,8 +9,8 @@ import torch
 from oracles import SCHEDULES, TRANSFORMS, Wiggle, gaussian, mixture
 
 import ndm_ct
-from ndm_ct import NDM, discrete, schedules
-from ndm_ct.samplers import DEIS, NAMES, AnnealedLangevin, PredictorCorrector, UniPC, langevin
+from ndm_ct import NDM, schedules
+from ndm_ct.samplers import DEIS, NAMES, AnnealedLangevin, PredictorCorrector, UniPC, frozen, langevin
 from ndm_ct.samplers.base import Sampler
 from ndm_ct.samplers.frozen import DDIM, DDPM
 from ndm_ct.samplers.grids import time_grid
@@ -55,7 +55,7 @@ def affine(monkeypatch):
             blocks.append(k)
             return noise
 
-        for module in (langevin, discrete):
+        for module in (langevin, frozen):
             monkeypatch.setattr(module, "normal_like", prescribed)
         out = sampler.step(start, t, s)
         assert len(blocks) == noises

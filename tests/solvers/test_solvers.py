@@ -7,6 +7,7 @@ import torch
 from oracles import order
 
 from ndm_ct import SolverError, solvers
+from ndm_ct.solvers import backends
 
 
 def oscillator(t, state):
@@ -251,7 +252,7 @@ def test_moments_of_an_ornstein_uhlenbeck_process_on_an_uneven_grid(method, gene
 def test_noise_of_a_generator_has_the_moments_of_a_path(generator):
     """Var W = h, Cov(W, U) = h^2 / 2, Var U = h^3 / 3 for the increment W and the integral U of the path."""
     n, h = 40_000, 0.3
-    noise = solvers.GeneratorNoise(torch.zeros(n, 1, dtype=torch.float64), generator)
+    noise = backends.GeneratorNoise(torch.zeros(n, 1, dtype=torch.float64), generator)
     ends = torch.tensor([0.2, 0.2 + h], dtype=torch.float64)
     cov = torch.cov(torch.stack(noise(*ends, return_U=True))[..., 0])
     for measured, exact, scale in (

@@ -86,7 +86,7 @@ def test_a_file_may_be_limited_in_size(path):
     """The system's own limit: a part of the line is written, and taken back."""
     resource = pytest.importorskip("resource")
     script = (
-        "import resource, signal, sys; from ndm_ct import checkpoint\n"
+        "import resource, signal, sys; from ndm_ct.storage import models as checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, (1000, {resource.RLIM_INFINITY}))\n"
         "for write in (checkpoint.write_atomically, checkpoint.append):\n"

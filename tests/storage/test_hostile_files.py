@@ -423,7 +423,7 @@ def peak():
 def in_a_process(tmp_path, text, *arguments, timeout=300):
     """The lines that a script prints."""
     script = tmp_path / "script.py"
-    paths = [str(TESTS), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
+    paths = [os.path.dirname(__file__), str(TESTS), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
     script.write_text(textwrap.dedent(text.format(paths=paths)))
     command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)

@@ -1,5 +1,6 @@
 """Files and trainings: bit-identical, all or nothing, and indifferent to being killed."""
 
+import importlib
 import json
 import math
 import os
@@ -678,7 +679,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     expected, uninterrupted = regular(tmp_path / "whole")
     script = tmp_path / "run.py"
     folder = tmp_path / "killed"
-    paths = [str(TESTS), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
+    paths = [os.path.dirname(__file__), str(TESTS), os.path.dirname(os.path.dirname(ndm_ct.__file__))]
     script.write_text(textwrap.dedent(SCRIPT.format(paths=paths)))
     generator = np.random.default_rng(os.getpid())
     log = folder / "log.jsonl"
@@ -726,7 +727,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
 def test_every_step_is_a_good_one_to_stop_at(tmp_path, monkeypatch):
     """Interrupted at any step by an error, the training continues with the same bits and the same log."""
     expected, uninterrupted = regular(tmp_path / "whole", steps=7)
-    import ndm_ct.training.fit as module
+    module = importlib.import_module("ndm_ct.training.fit")  # the attribute of that name is the function
 
     original = module.objectives.loss
     for stop in range(1, 8):
@@ -955,7 +956,7 @@ def test_patience_keeps_the_weights_of_the_best_validation(tmp_path):
 
 def test_patience_resumes_with_the_same_bits(tmp_path, monkeypatch):
     expected, uninterrupted = overfitted()
-    import ndm_ct.training.fit as module
+    module = importlib.import_module("ndm_ct.training.fit")  # the attribute of that name is the function
 
     original, calls = module.objectives.loss, []
 
