@@ -34,9 +34,8 @@ from torch import Tensor
 
 import ndm_ct
 from ndm_ct import divergence
+from ndm_ct.likelihood import budget, quadrature
 from ndm_ct.likelihood import path as trajectory
-from ndm_ct.likelihood import quadrature
-from ndm_ct.likelihood.api import PATH_TOLERANCE, TOLERANCE, along
 
 try:
     from benchmarks import networks
@@ -113,10 +112,9 @@ def ours(trace: Any, tolerance: float | None = None, method: str = "rowwise") ->
 
     def estimate(model: ndm_ct.NDM, x: Tensor, generator: torch.Generator) -> Estimate:
         estimator = divergence.resolve(trace, model.event_shape)
-        default = PATH_TOLERANCE if isinstance(estimator, divergence.Quadrature) else TOLERANCE
-        tol = tolerance or default
+        tol = tolerance or estimator.tolerance
         problem = trajectory.Problem(model, x, (model.t_min, 1.0), tol, tol, method, "raise", False, {})
-        info = along(problem, estimator, None, generator, budget=False)
+        info = budget.measure(problem, estimator, generator)
         passes = info.row_nfe.double().mean(), info.row_vjps.double().mean()
         return Estimate(info.loglik.double(), *map(float, passes), info.stderr.double())
 
@@ -211,7 +209,7 @@ def dataset_mean(name: str, rows: int) -> dict[str, float]:
 
     def paths() -> None:
         for batch in x.split(64):
-            tol = PATH_TOLERANCE
+            tol = divergence.Quadrature().tolerance
             problem = trajectory.Problem(model, batch, (model.t_min, 1.0), tol, tol, "rowwise", "raise", False, {})
             with problem.prepared():
                 problem.transport(in_noise_units=True)

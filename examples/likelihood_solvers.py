@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ndm_ct
 from ndm_ct import divergence, schedules
 from ndm_ct.likelihood import path as trajectory
-from ndm_ct.likelihood.api import PATH_TOLERANCE, along
+from ndm_ct.likelihood.budget import measure
 from ndm_ct.reference import Gaussian, GaussianMixture
 
 SCHEDULES = ("VariancePreserving", "SubVariancePreserving", "VarianceExploding", "LinearLogSNR", "Cosine", "Rectified")
@@ -184,9 +184,10 @@ def traces(rows: int, repeats: int, seed: int) -> list[Estimate]:
     """Every trace estimator on the grid; repeats of a row are rows of the batch, with random numbers of their own."""
     model = grid_gaussian()
     x = model.sample_data(rows, generator=torch.Generator().manual_seed(seed))
+    tolerance = divergence.Quadrature().tolerance
     settings: list[tuple[str, str, Any, float]] = [
-        *(("hutchinson", f"{k} probe{'s'[: k > 1]}", divergence.Hutchinson(k), PATH_TOLERANCE) for k in PROBES),
-        *(("quadrature", "x".join(map(str, s)), divergence.Quadrature(*s), PATH_TOLERANCE) for s in SWEEPS),
+        *(("hutchinson", f"{k} probe{'s'[: k > 1]}", divergence.Hutchinson(k), tolerance) for k in PROBES),
+        *(("quadrature", "x".join(map(str, s)), divergence.Quadrature(*s), tolerance) for s in SWEEPS),
         *(("exact", f"tol {tol:.0e}", divergence.Exact(), tol) for tol in EXACT_TOLERANCES),
     ]
     table = []
@@ -194,7 +195,7 @@ def traces(rows: int, repeats: int, seed: int) -> list[Estimate]:
         batch = x if trace == "exact" else x.repeat_interleave(repeats, 0)
         problem = trajectory.Problem(model, batch, (model.t_min, 1.0), tol, tol, "rowwise", "raise", False, {})
         # As loglik does, but without the error budget, whose passes would be counted too.
-        info = along(problem, estimator, None, torch.Generator().manual_seed(seed), budget=False)
+        info = measure(problem, estimator, torch.Generator().manual_seed(seed))
         error = info.loglik - model.log_prob(batch)
         calibration = float((error / info.stderr).std()) if bool((info.stderr > 0.0).all()) else None
         table.append(Estimate(trace, setting, _mean(info.row_nfe + info.row_vjps), _rms(error), calibration))

@@ -19,8 +19,9 @@ from ndm_ct._core.errors import CheckpointError, PredictorError, SolverError
 from ndm_ct.distributions import distribution
 from ndm_ct.evaluation.api import Comparison, Evaluation, compare, evaluate
 from ndm_ct.guidance import guided
-from ndm_ct.likelihood.api import LikelihoodInfo, decode, encode, loglik
+from ndm_ct.likelihood.api import decode, encode, loglik
 from ndm_ct.likelihood.bits import BitsInfo, bits_per_dim
+from ndm_ct.likelihood.budget import LikelihoodInfo
 from ndm_ct.model import NDM
 from ndm_ct.objectives.bound import ElboInfo, elbo, loss
 from ndm_ct.samplers.sample import SampleInfo, sample

@@ -35,7 +35,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ndm_ct import objectives
-from ndm_ct._core.checks import choose, event_size, some, validate_cond, validate_count, validate_positive
+from ndm_ct._core.checks import choose, some, validate_cond, validate_count, validate_positive
 from ndm_ct._core.config import Unconfigurable, to_config
 from ndm_ct._core.errors import CheckpointError, SolverError
 from ndm_ct._core.noise import Randomness
 from ndm_ct._core.parallel import Group
 from ndm_ct.data.sources import Bins, Source
-from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
+from ndm_ct.divergence import Quadrature, TraceEstimator, resolve
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.likelihood import bits
 from ndm_ct.likelihood.api import Trace
@@ -440,11 +440,9 @@ class _Settings:
         if given:
             raise ValueError(f"{', '.join(given)} has no effect with bound='elbo', which takes no ODE solve.")
 
-    def estimator(self, event_shape: tuple[int, ...]) -> TraceEstimator | Quadrature:
-        """The trace that is meant."""
-        if self.trace is None or (isinstance(self.trace, str) and self.trace == "auto"):
-            return Exact() if event_size(event_shape) <= EXACT_UP_TO else SWEEP
-        return resolve(self.trace, event_shape)
+    def estimator(self, event_shape: tuple[int, ...]) -> TraceEstimator:
+        """The estimator that ``trace`` names."""
+        return resolve("auto" if self.trace is None else self.trace, event_shape, large=SWEEP)
 
 
 @dataclass(frozen=True)
@@ -488,7 +486,7 @@ class _Scorer:
     device: torch.device
 
     @property
-    def estimator(self) -> TraceEstimator | Quadrature:
+    def estimator(self) -> TraceEstimator:
         return self.settings.estimator(self.model.event_shape)
 
     @property
@@ -498,25 +496,21 @@ class _Scorer:
             return None
         if self.settings.quantisation is not None:
             return "repeats"
-        estimator = self.estimator
-        if isinstance(estimator, Quadrature):
-            return "sweeps" if estimator.sweeps < 4 else None
-        known = isinstance(estimator, Exact) or (isinstance(estimator, Hutchinson) and estimator.probes > 1)
-        return None if known else "repeats"
+        if self.estimator.knows_variance:
+            return None
+        return "sweeps" if self.estimator.sweeps else "repeats"
 
     @property
     def pilot_gain(self) -> float:
         """Variance of an ordinary row over that of a row of the pilot."""
-        estimator = self.estimator
-        if self.pilot == "sweeps" and isinstance(estimator, Quadrature):
-            return (estimator.sweeps + PILOT_SWEEPS) / estimator.sweeps
-        return 2.0
+        sweeps = self.estimator.sweeps
+        return (sweeps + PILOT_SWEEPS) / sweeps if self.pilot == "sweeps" else 2.0
 
     def score(self, x: Tensor, cond: dict[str, Any], start: int, pilot: bool) -> _Scores:
         """Score rows; ``start`` is the position of the first."""
         estimator, way = self.estimator, self.pilot if pilot else None
-        if way == "sweeps" and isinstance(estimator, Quadrature):
-            estimator = replace(estimator, sweeps=estimator.sweeps + PILOT_SWEEPS)
+        if way == "sweeps":
+            estimator = estimator.with_sweeps(estimator.sweeps + PILOT_SWEEPS)
         first = self._once(x, cond, start, 0, estimator)
         if way != "repeats":
             return first
@@ -525,9 +519,7 @@ class _Scorer:
         return _Scores(first.nll - half, half.square(), first.nfe + second.nfe)
 
     @torch.no_grad()
-    def _once(
-        self, x: Tensor, cond: dict[str, Any], start: int, repeat: int, estimator: TraceEstimator | Quadrature
-    ) -> _Scores:
+    def _once(self, x: Tensor, cond: dict[str, Any], start: int, repeat: int, estimator: TraceEstimator) -> _Scores:
         settings = self.settings
         noise, probes = (self._generators(start, len(x), repeat, use) for use in (_NOISE, _TRACE))
         if settings.bound == "elbo":
@@ -536,12 +528,11 @@ class _Scorer:
         if settings.quantisation is not None:
             x, log_q = bits.dequantised(self.model, settings.quantisation, x, settings.dequantisation, 1, noise)
         options = likelihood.Options(
-            estimator, None, settings.rtol, settings.atol, settings.method, settings.on_failure, False
-        )
+            trace=estimator, rtol=settings.rtol, atol=settings.atol, method=settings.method,
+            on_failure=settings.on_failure,
+        )  # fmt: skip
         info = options.likelihood(self.model, x, (self.model.t_min, 1.0), cond, probes, budget=False)
-        variance = info.stderr.double().square()
-        if isinstance(estimator, Quadrature):  # whose error is widened for its few sweeps
-            variance = variance * max(0, estimator.sweeps - 3) / max(1, estimator.sweeps - 1)
+        variance = info.variance.double()
         if settings.quantisation is not None:  # whose noise is not in it
             variance = torch.full_like(variance, math.nan)
         return _Scores(log_q - info.loglik.double(), variance, int(info.row_nfe.sum()))

@@ -125,16 +125,16 @@ def bits_per_dim(
             start, log_q = dequantised(model, bins, x, dequantisation, count, generator)
             rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(count)
             options = likelihood.Options(
-                "auto" if trace is None else trace, None if stderr is None else stderr * scale, rtol, atol, method,
-                "raise", False,
-            )  # fmt: skip
+                trace=trace, stderr=None if stderr is None else stderr * scale, rtol=rtol, atol=atol, method=method
+            )
             model.validate(start, cond, bits_per_dim)
             path = options.likelihood(
                 model, start, (model.t_min, 1.0), cond, repeated(generator, count), budget=False,
                 origin=(rows, x.shape[0]),
             )  # fmt: skip
             log_weights = path.loglik.double() - log_q
-            info = _weighted(log_weights, path.stderr.double(), _variance(path), count, path.nfe, scale, start.dtype)
+            variance = path.variance.double().nan_to_num(0.0)
+            info = _weighted(log_weights, path.stderr.double(), variance, count, path.nfe, scale, start.dtype)
     result = -info.nats / scale
     return (result, info) if return_info else result
 
@@ -167,16 +167,6 @@ def dequantised(
     if samples == 1:
         return points, constant - d * bins.truncated_normal_offset(alpha, sigma)
     return points, bins.truncated_normal_log_prob(points, x, alpha, sigma)
-
-
-def _variance(path: likelihood.LikelihoodInfo) -> Tensor:
-    """Unbiased estimate of the variance of log p from its probes, ``(B,)``; 0 where it is unknown.
-
-    The standard error is widened where few sweeps are behind it, which a correction of the mean must not be.
-    """
-    n = path.row_sweeps.double()
-    narrowed = torch.where(n > 3, (n - 3.0) / (n - 1.0).clamp(min=1.0), 1.0)
-    return (narrowed * path.stderr.double().square()).nan_to_num(0.0)
 
 
 def _weighted(

@@ -25,7 +25,9 @@ from ndm_ct._core.autodiff import vjp
 from ndm_ct._core.checks import choose, expand, take_rows
 from ndm_ct._core.errors import PredictorError
 from ndm_ct.divergence import BoundTrace
+from ndm_ct.divergence.interface import SolvedPath
 from ndm_ct.dynamics import ProbabilityFlow
+from ndm_ct.likelihood.quadrature import linear_logdet, path_times
 from ndm_ct.model import NDM
 from ndm_ct.solvers.backends import ADAPTIVE_METHODS, odeint
 from ndm_ct.solvers.ode import odeint_rows
@@ -80,6 +82,8 @@ class Problem:
     callback: Callable[[float], None] | None = None
     origin: tuple[Tensor, int] | None = None
     """The rows that ``start`` holds of the batch ``cond`` belongs to, and that batch's size; None if they are one."""
+    stderr: float | None = None
+    error_wanted: bool = False
 
     def __post_init__(self) -> None:
         choose("method", self.method, METHODS)
@@ -124,6 +128,39 @@ class Problem:
         """The problem of some rows. Their conditioning is not cut out, so a shared tensor is never taken for theirs."""
         own, batch = (rows, len(self.start)) if self.origin is None else (self.origin[0][rows], self.origin[1])
         return replace(self, start=self.start[rows], origin=(own, batch))
+
+    def coarser(self) -> "Problem":
+        """The same path with ten times the tolerances."""
+        return replace(self, rtol=10.0 * self.rtol, atol=10.0 * self.atol)
+
+    def coordinate(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Times t, and dt/du, of places u in [0, 1]."""
+        return path_times(self.model, u)
+
+    def linear_logdet(self) -> Tensor:
+        """The log-determinant of the part of the flow that is linear in z, going up."""
+        return linear_logdet(self.model, self.start.device)
+
+    def network_part(self, t: Tensor, rows: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """The rest of the velocity of some rows at times t ``(b,)``."""
+        return self.flow(rows).network_part(t)
+
+    def validate_attached(self, t: Tensor, z: Tensor, rows: Tensor) -> None:
+        """Raises PredictorError if autograd does not see how the network depends on z."""
+        validate_attached(self.flow(rows), t, z)
+
+    def ends(self, solved: SolvedPath) -> tuple[Tensor, Tensor]:
+        """The data end and the noise end of the path, float64; zero in failed rows.
+
+        A prior may raise on NaN, and NaN would reach the gradients of its parameters.
+        """
+        start = self.start.double()
+        end = torch.where(solved.failed.reshape(-1, *(1,) * (start.ndim - 1)), 0.0, solved.z)
+        return (start, end) if self.upwards else (end, start)
+
+    def log_prior(self, solved: SolvedPath) -> Tensor:
+        """Log-density of the noise end, nats, float64, ``(B,)``."""
+        return self.model.log_prior(self.ends(solved)[1])
 
     def transport(self, nodes: Tensor | None = None, *, in_noise_units: bool = False) -> Solved:
         r"""The path alone.

@@ -27,7 +27,8 @@ from ndm_ct._core import checks as _shapes
 from ndm_ct._core.noise import Randomness, rows_of, validate_randomness
 from ndm_ct.divergence import resolve
 from ndm_ct.guidance import evaluations_per_call, guided
-from ndm_ct.likelihood.api import Trace, along, largest
+from ndm_ct.likelihood.api import Trace
+from ndm_ct.likelihood.budget import largest, measure
 from ndm_ct.likelihood.path import Problem, Solved
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.samplers import NAMES
@@ -325,7 +326,7 @@ class _Adaptive:
             solved = problem.transport()
             return _ended(self.model, solved, z1, self.denoise, cond)
         estimator = resolve("auto" if self.trace is None else self.trace, self.model.event_shape)
-        info = along(problem, estimator, None, generator, budget=False)
+        info = measure(problem, estimator, generator)
         nfe = evaluations_per_call(self.model.predictor) * info.nfe
         own = SampleInfo(nfe, info.accepted, info.rejected, z1, info.loglik, info.stderr)
         return _Part(info.z, own)

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 import ndm_ct
 from ndm_ct import NDM, SolverError, schedules, transforms
 from ndm_ct.divergence import Exact, Hutchinson, Quadrature
-from ndm_ct.likelihood.quadrature import Sweeps
+from ndm_ct.divergence.quadrature import Sweeps
+from ndm_ct.likelihood.path import Problem
 
 MODELS = {"gaussian": gaussian, "mixture": mixture}
 
@@ -309,7 +310,10 @@ class Everything:
 def fix_nodes(everything, monkeypatch):
     """One sweep of two nodes that stay where they are, though a schedule moves the path under them."""
     estimator = Quadrature(nodes=2, probes=1, sweeps=1)
-    fixed = Sweeps.draw(everything.model, estimator, torch.ones(2).long(), torch.Generator().manual_seed(1))
+    path = Problem(
+        everything.model, everything.x, (everything.model.t_min, 1.0), 1e-6, 1e-6, "rowwise", "raise", False, {}
+    )
+    fixed = Sweeps.draw(path, estimator, torch.ones(2).long(), torch.Generator().manual_seed(1))
     monkeypatch.setattr(Sweeps, "draw", classmethod(lambda *arguments: fixed))
     return {"trace": estimator}
 

@@ -12,10 +12,10 @@ from scipy.stats import kstest
 
 import ndm_ct
 from ndm_ct import NDM, schedules
-from ndm_ct.divergence import Quadrature, grid_bits, hadamard
-from ndm_ct.likelihood import quadrature
+from ndm_ct.divergence import Quadrature, quadrature
+from ndm_ct.divergence.quadrature import Sweeps, Totals, grid_bits, hadamard
 from ndm_ct.likelihood.path import Problem
-from ndm_ct.likelihood.quadrature import Sweeps, Totals, path_times
+from ndm_ct.likelihood.quadrature import linear_logdet, path_times
 from ndm_ct.reference import Gaussian
 
 SHAPES = [(5,), (8, 8), (3, 5), (1, 8, 6), (3, 4, 4), (7,), ()]
@@ -25,9 +25,14 @@ def empty_model(event_shape, schedule=None):
     return NDM(lambda z, t: torch.zeros_like(z), event_shape, schedule=schedule or schedules.LinearLogSNR(-6, 6))
 
 
+def path_of(model, x, tolerance=1e-6):
+    return Problem(model, x, (model.t_min, 1.0), tolerance, tolerance, "rowwise", "raise", False, {})
+
+
 def draw(model, estimator, rows=1, seed=0):
     sweeps = rows if isinstance(rows, torch.Tensor) else torch.full((rows,), estimator.sweeps)
-    return Sweeps.draw(model, estimator, sweeps, torch.Generator().manual_seed(seed))
+    path = path_of(model, torch.zeros(len(sweeps), *model.event_shape, dtype=torch.float64))
+    return Sweeps.draw(path, estimator, sweeps, torch.Generator().manual_seed(seed))
 
 
 def probes(sweeps):
@@ -136,9 +141,9 @@ def grid_model(size=8):
 # --- nodes -----------------------------------------------------------------------------------------------------------
 
 
-def places(sweeps):
+def places(model, sweeps):
     """u of the nodes, ``(B, S, M)``, by inverting the path's coordinate independently of the code."""
-    c = sweeps.model.schedule(torch.cat([sweeps.times.reshape(-1), torch.tensor([sweeps.model.t_min, 1.0]).double()]))
+    c = model.schedule(torch.cat([sweeps.times.reshape(-1), torch.tensor([model.t_min, 1.0]).double()]))
     coordinate = (0.5 * torch.atan2(c.sigma, c.alpha)).tan().log()
     u = (coordinate[:-2] - coordinate[-2]) / (coordinate[-1] - coordinate[-2])
     return u.reshape(sweeps.times.shape).mT.unflatten(1, (-1, sweeps.estimator.nodes))
@@ -147,7 +152,8 @@ def places(sweeps):
 @pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
 def test_nodes_are_antithetic_pairs_in_equal_strata(schedule):
     M = 8
-    u = places(draw(empty_model((2,), schedule()).requires_grad_(False), Quadrature(nodes=M, sweeps=50), rows=20))
+    model = empty_model((2,), schedule()).requires_grad_(False)
+    u = places(model, draw(model, Quadrature(nodes=M, sweeps=50), rows=20))
     pairs = u.unflatten(2, (M // 2, 2))
     centre = (torch.arange(M // 2, dtype=torch.float64) + 0.5) / (M // 2)
     torch.testing.assert_close(pairs.sum(3), (2 * centre).expand(20, 50, -1), rtol=0.0, atol=1e-6)
@@ -158,7 +164,8 @@ def test_nodes_are_antithetic_pairs_in_equal_strata(schedule):
 
 def test_nodes_are_uniform_and_integrate_without_bias():
     M = 4
-    u = places(draw(empty_model((2,)), Quadrature(nodes=M, sweeps=50), rows=200)).reshape(-1, M)
+    model = empty_model((2,))
+    u = places(model, draw(model, Quadrature(nodes=M, sweeps=50), rows=200)).reshape(-1, M)
     for stratum in range(2):
         inside = (2.0 * u - stratum)[:, 2 * stratum : 2 * stratum + 2]
         assert kstest(inside[:, 0], "uniform", (0.0, 0.5)).pvalue > 1e-3
@@ -206,14 +213,15 @@ def test_rows_may_have_different_numbers_of_sweeps():
     estimator = Quadrature(nodes=4, probes=3, sweeps=5, max_batch=7)
     ragged, whole = draw(model, estimator, torch.tensor([2, 5, 1])), draw(model, estimator, 3)
     states = torch.randn(20, 3, 4, dtype=torch.float64)
-    some = ragged.integrals(states, lambda rows: model.flow(torch.float64))
+    path = path_of(model, states[0])
+    some = ragged.integrals(states, path)
     assert sum(seen) == 4 * (2 + 5 + 1)
     assert max(seen) == 7
-    every = whole.integrals(states, lambda rows: model.flow(torch.float64))
+    every = whole.integrals(states, path)
     present = torch.arange(5) < torch.tensor([2, 5, 1])[:, None]
     assert torch.equal(some.isnan(), ~present)
     torch.testing.assert_close(some[present], every[present])
-    assert torch.equal(whole.first().integrals(states[:4], lambda rows: model.flow(torch.float64)), every[:, :1])
+    assert torch.equal(whole.first().integrals(states[:4], path), every[:, :1])
 
 
 def test_one_sweep_is_its_definition():
@@ -229,14 +237,14 @@ def test_one_sweep_is_its_definition():
         jacobian = torch.autograd.functional.jacobian(lambda z, part=part: part(z[None])[0][0], states[node, row])
         for probe in signs[row, sweep, 3 * place : 3 * place + 3]:
             expected[row, sweep] += sweeps.weights[node, row] * (probe @ jacobian @ probe) / 3
-    torch.testing.assert_close(sweeps.integrals(states, lambda rows: flow), expected)
+    torch.testing.assert_close(sweeps.integrals(states, path_of(exact, states[0])), expected)
 
 
 def test_running_totals_are_mean_variance_and_a_widened_standard_error(generator):
     values = torch.randn(3, 20, dtype=torch.float64, generator=generator) + 5.0
     totals = Totals.of(values[:, :6])
     ragged = torch.where(torch.arange(14) < torch.tensor([14, 3])[:, None], values[[0, 2], 6:], torch.nan)
-    totals.add(torch.tensor([0, 2]), ragged)
+    totals.add(torch.tensor([0, 2]), ragged, torch.tensor([14, 3]))
     for row, n in ((0, 20), (1, 6), (2, 9)):
         own = values[row, :n]
         assert int(totals.count[row]) == n
@@ -273,12 +281,12 @@ def scores(model, x, repeats, truth, generator, **options):
 def scores_of_one_path(model, x, repeats, truth, generator, estimator=Quadrature()):  # noqa: B008 (frozen)
     """The same from ``repeats`` groups of sweeps along a path that is solved only once for each row."""
     count = repeats * estimator.sweeps
-    sweeps = Sweeps.draw(model, estimator, torch.full((len(x),), count), generator)
-    problem = Problem(model, x, (model.t_min, 1.0), 1e-6, 1e-6, "rowwise", "raise", False, {})
+    problem = path_of(model, x)
+    sweeps = Sweeps.draw(problem, estimator, torch.full((len(x),), count), generator)
     with problem.prepared():
         solved = problem.transport(sweeps.times, in_noise_units=True)
-        groups = Totals.of(sweeps.integrals(solved.nodes, problem.flow).reshape(-1, estimator.sweeps))
-        value = model.log_prior(solved.z) + quadrature.linear_logdet(model, x.device)
+        groups = Totals.of(sweeps.integrals(solved.nodes, problem).reshape(-1, estimator.sweeps))
+        value = model.log_prior(solved.z) + linear_logdet(model, x.device)
     error = (value - truth)[:, None] + groups.mean.reshape(len(x), repeats)
     return (error / groups.stderr.reshape(error.shape)).mT, error.mT
 
@@ -437,7 +445,7 @@ def test_stderr_is_met_by_the_exact_trace_and_refused_elsewhere():
     large, y = gaussian(d=40), torch.randn(3, 40, dtype=torch.float64)
     for options, message in (
         ({"stderr": 1e-3}, r"needs about [\d,]+ vector-Jacobian products for row \d.*exact trace costs.*trace='exact'"),
-        ({"stderr": 1.0, "trace": "hutchinson"}, "sweeps that can be added, which Hutchinson has not.*'quadrature'"),
+        ({"stderr": 1.0, "trace": "hutchinson"}, "an estimator that can add sweeps; Hutchinson cannot.*'quadrature'"),
         ({"stderr": 1.0, "trace": Quadrature(sweeps=3)}, r"at least 4 sweeps.*Quadrature\(sweeps=3\)"),
         ({"stderr": 1.0, "differentiable": True}, "no effect on gradients"),
         ({"stderr": 0.0}, "stderr must be a positive number"),

@@ -1,0 +1,187 @@
+r"""A solved path as a likelihood with its error budget.
+
+The trace estimator reports its own random error and the solver's error. This module adds the density and the two
+systematic errors of the model: the noise left at the data end (*truncation*), and the prior in place of the process'
+own distribution at t = 1 (*prior mismatch*).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ndm_ct._core.checks import as_time, event_size, some, sum_event
+from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.noise import Randomness
+from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, LogDet, TraceEstimator
+from ndm_ct.likelihood.path import Problem
+from ndm_ct.transforms import Identity
+
+__all__ = ["LikelihoodInfo", "largest", "measure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodInfo:
+    r"""The error budget and the cost of a likelihood, of ``encode`` or of ``decode``; tensors on the data's device.
+
+    The log-density misses its target by ``stderr`` (random), ``ode_error``, ``truncation`` and ``prior_mismatch``
+    (systematic); together they are the error budget, in nats.
+
+    Args:
+        stderr: standard error of the trace estimate, ``(B,)``; 0 for the exact trace, NaN where it is unknown (a single
+            probe, fewer than four sweeps).
+        variance: unbiased estimate of the variance of the trace estimate, nats squared, ``(B,)``. ``stderr`` is larger
+            than its root where few sweeps are behind it; for averages over rows or in exponents use the variance.
+        ode_error: estimate of the size of the solver's own error, ``(B,)``. It adds up the local errors weighted with
+            the score, and is too small at tolerances of 1e-4 and more. For "quadrature" it is the change of log p
+            against ten times the tolerances. It is NaN for the torchdiffeq methods.
+        truncation: estimate of :math:`\log p_{t_{min}} - \log p_0` at the data end, to first order in the noise left
+            there, ``(B,)``. It is small against one nat where the model resolves the data, and large where it does not.
+        prior_mismatch: :math:`KL(q(z_1 | x) \| p_1)`, the cost of using the prior :math:`p_1`
+            in place of the process' own end, ``(B,)``.
+        nfe: network evaluations of the row that took most, with those at nodes and for this budget.
+        vjps: vector-Jacobian products of the row that took most.
+        row_nfe: network evaluations of each row, ``(B,)``.
+        row_vjps: vector-Jacobian products of each row, ``(B,)``.
+        row_sweeps: sweeps of the quadrature behind each row, ``(B,)``; 0 for the other estimators.
+        accepted: accepted solver steps of the row that took most.
+        rejected: rejected solver steps of the row that took most.
+        failed: rows whose solve or trace failed, ``(B,)``; all their numbers are NaN.
+        z: the other end of the trajectory: :math:`z_1`, or x for ``decode``; ``(B, *E)``.
+        logdet: :math:`\log|\det \partial z_{end}/\partial z_{start}|`, nats, ``(B,)``.
+        log_prior: :math:`\log p_1(z_1)`, nats, ``(B,)``.
+        loglik: log-density of the data end of the trajectory, nats, ``(B,)``: log_prior + logdet going up, log_prior -
+            logdet coming down.
+    """
+
+    stderr: Tensor
+    variance: Tensor
+    ode_error: Tensor
+    truncation: Tensor
+    prior_mismatch: Tensor
+    nfe: int
+    vjps: int
+    row_nfe: Tensor
+    row_vjps: Tensor
+    row_sweeps: Tensor
+    accepted: int
+    rejected: int
+    failed: Tensor
+    z: Tensor
+    logdet: Tensor
+    log_prior: Tensor
+    loglik: Tensor
+
+
+def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> LikelihoodInfo:
+    """Solve a path and report density, errors and cost.
+
+    Args:
+        path: the path. Its ``error_wanted`` says whether the systematic errors are estimated; else they are NaN.
+        estimator: estimator of the log-determinant.
+        generator: source of nodes and probes.
+
+    Raises:
+        ValueError: the estimator needs nodes that the path's method cannot visit.
+        SolverError: the solve failed.
+        PredictorError: the network's derivative is NaN or infinite.
+    """
+    if estimator.needs_nodes and path.method != "rowwise":
+        raise ValueError(
+            f"trace='{type(estimator).__name__.lower()}' needs states at times of its own in every row, which "
+            f"method={path.method!r} cannot visit; use method='rowwise', or trace='hutchinson' or 'exact'."
+        )
+    with path.prepared():
+        found = estimator.logdet(path, generator)
+        failed = _failed(path, found)
+        x, end = path.ends(found.solved)
+        log_prior = path.model.log_prior(end)
+        value = log_prior + found.value if path.upwards else log_prior - found.value
+        truncation = mismatch = torch.full_like(value, torch.nan)
+        nfe, vjps = found.nfe, found.vjps
+        if path.error_wanted:
+            with torch.no_grad():
+                truncation, used = _truncation(path, x.detach(), generator)
+                mismatch = _prior_mismatch(path, x.detach(), generator)
+            nfe, vjps = nfe + 1, vjps + used
+
+        def known(number: Tensor) -> Tensor:
+            return torch.where(failed, torch.nan, number).to(path.start.dtype)
+
+        return LikelihoodInfo(
+            stderr=known(found.stderr).detach(),
+            variance=known(found.variance).detach(),
+            ode_error=known(found.ode_error).detach(),
+            truncation=known(truncation),
+            prior_mismatch=known(mismatch),
+            nfe=largest(nfe),
+            vjps=largest(vjps),
+            row_nfe=nfe,
+            row_vjps=vjps,
+            row_sweeps=found.sweeps,
+            accepted=largest(found.solved.accepted),
+            rejected=largest(found.solved.rejected),
+            failed=failed,
+            z=found.solved.z.to(path.start.dtype),
+            logdet=known(found.value),
+            log_prior=known(log_prior),
+            loglik=known(value),
+        )
+
+
+def _failed(path: Problem, found: LogDet) -> Tensor:
+    """Rows without a result: their solve failed, or their log-determinant is NaN though their path is finite."""
+    broken = found.value.isnan() & ~found.solved.failed
+    if path.on_failure == "raise" and bool(broken.any()):
+        raise PredictorError(
+            f"the derivative of the network's output is NaN or infinite in batch rows "
+            f"{some(torch.nonzero(broken).flatten().tolist())}, though its output is finite; look for a square root, "
+            "norm or division at zero, or pass on_failure='nan'."
+        )
+    return found.solved.failed | broken
+
+
+def _prior_mismatch(path: Problem, x: Tensor, generator: Randomness) -> Tensor:
+    data = x.to(path.start.dtype)
+    return path.model.prior_divergence(path.model.transform.along(data, **path.conditioning()), data, generator)
+
+
+def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor, int]:
+    r"""First-order change of the log-density at x from the noise and the scaling left at t_min.
+
+    .. math::
+        \log p_{t_{min}}(x) - \log p_0(x) \approx
+        \tfrac12 \sigma^2 \bigl(\operatorname{tr} \nabla s + \|s\|^2\bigr)
+        - \log \alpha\, (d + \langle x, s \rangle)
+
+    Smoothing with variance h changes a density by :math:`\tfrac h2 \Delta p`, and :math:`\Delta p / p =
+    \operatorname{tr} \nabla s + \|s\|^2`. A transform that is not the identity at t_min changes it further, by minus
+    :math:`\operatorname{tr} \nabla (F - x) + \langle F - x, s \rangle`.
+
+    Returns:
+        The change, nats, ``(B,)``, and the vector-Jacobian products of a row.
+    """
+    model, flow = path.model, path.flow()
+    t = as_time(model.t_min, x.device).expand(len(x))
+    c, d = model.schedule(t), event_size(model.event_shape)
+    estimator = Exact() if d <= EXACT_UP_TO else Hutchinson(chunk=1)
+    bound = estimator.bind(x, generator)
+    _, forms, F = bound.with_byproduct(lambda z: (flow.prediction(t, z),) * 2, x)
+    s = flow.score(t, x, F)
+    trace_of_F, _ = bound.combine(forms)
+    smoothing = 0.5 * (c.alpha * trace_of_F - d + c.sigma**2 * sum_event(s * s))
+    change = smoothing - c.alpha.log() * (d + sum_event(x * s))
+    if isinstance(model.transform, Identity) or model.t_min == 0.0:
+        return change, bound.vjps
+    transform = model.transform.along
+
+    def moved(z: Tensor) -> Tensor:
+        return transform(z.to(flow.dtype), **path.conditioning())(t).to(z.dtype) - z
+
+    shift, forms = bound(moved, x)
+    return change - bound.combine(forms)[0] - sum_event(shift * s), bound.vjps
+
+
+def largest(counts: Tensor) -> int:
+    """The count of the row that took most; 0 for an empty batch."""
+    return int(counts.max()) if counts.numel() else 0
