@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ndm_ct.storage.models import write_atomically
+from ndm_ct.storage import write_atomically
 
 try:
     from benchmarks.data import Split, fingerprint

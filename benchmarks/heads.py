@@ -43,7 +43,7 @@ from torch import Tensor, nn
 import ndm_ct
 from ndm_ct._core.checks import expand
 from ndm_ct.objectives.bound import Bound
-from ndm_ct.storage.models import write_atomically
+from ndm_ct.storage import write_atomically
 
 try:
     from benchmarks import paper_claims

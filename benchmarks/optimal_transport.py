@@ -59,7 +59,7 @@ from ndm_ct.nn import Preconditioned
 from ndm_ct.objectives import straight as transport
 from ndm_ct.schedules.fixed import Schedule
 from ndm_ct.schedules.volatility import LearnedVolatility
-from ndm_ct.storage.models import write_atomically
+from ndm_ct.storage import write_atomically
 
 try:
     from benchmarks import data

@@ -76,7 +76,7 @@ from ndm_ct.objectives.bound import Bound
 from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.schedules.volatility import LearnedVolatility, Matched
-from ndm_ct.storage.models import write_atomically
+from ndm_ct.storage import write_atomically
 
 try:
     from benchmarks import data, features, metrics

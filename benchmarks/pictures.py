@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import ndm_ct
-from ndm_ct.storage.models import write_atomically
+from ndm_ct.storage import write_atomically
 
 try:
     from benchmarks import paper_claims

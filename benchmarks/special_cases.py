@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import ndm_ct
 from ndm_ct.presets import PRESETS, Preset
-from ndm_ct.storage.models import write_atomically
+from ndm_ct.storage import write_atomically
 
 try:
     from benchmarks.metrics import energy_distance

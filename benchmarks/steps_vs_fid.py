@@ -58,7 +58,7 @@ from tqdm import tqdm
 import ndm_ct
 from ndm_ct import nn, schedules, transforms
 from ndm_ct.quantisation import Quantisation
-from ndm_ct.storage.models import alone_in, clear_leftovers, write_atomically
+from ndm_ct.storage import clear_leftovers, lock_folder, write_atomically
 
 try:
     from benchmarks import data, features, metrics, networks, schedulers
@@ -570,7 +570,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Draw, compare, write, as the only process in the output folder; returns what ``results.json`` holds."""
     options = parse(arguments)
-    with alone_in(options.out, f"--out {options.out}"):
+    with lock_folder(options.out, f"--out {options.out}"):
         for folder in options.out.rglob("*"):
             if folder.is_dir():
                 clear_leftovers(folder)

@@ -29,7 +29,7 @@ from torch import Tensor
 import ndm_ct
 from ndm_ct import objectives
 from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory, TimeSampler
-from ndm_ct.storage.models import write_atomically
+from ndm_ct.storage import write_atomically
 
 try:
     from benchmarks import networks

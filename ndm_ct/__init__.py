@@ -16,6 +16,7 @@ from ndm_ct import (
     transforms,
 )  # fmt: skip
 from ndm_ct._core.errors import CheckpointError, PredictorError, SolverError
+from ndm_ct._core.versions import __version__ as __version__
 from ndm_ct.distributions import distribution
 from ndm_ct.evaluation.api import Comparison, Evaluation, compare, evaluate
 from ndm_ct.guidance import guided
@@ -27,8 +28,6 @@ from ndm_ct.objectives.bound import ElboInfo, elbo, loss
 from ndm_ct.samplers.sample import SampleInfo, sample
 from ndm_ct.storage.models import load, save
 from ndm_ct.training.fit import FitResult, fit
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "NDM",

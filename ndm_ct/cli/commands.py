@@ -23,14 +23,13 @@ from tqdm import tqdm
 import ndm_ct
 from ndm_ct._core.checks import usable_device, validate_count
 from ndm_ct.cli import demo, runs, selfcheck
-from ndm_ct.data.sources import sha256
 from ndm_ct.evaluation.api import evaluate
 from ndm_ct.files.formats import TABLES, read, write_table
 from ndm_ct.likelihood.api import loglik
 from ndm_ct.likelihood.bits import bits_per_dim
 from ndm_ct.samplers.sample import METHODS, sample
-from ndm_ct.storage import folder as parts
-from ndm_ct.storage.models import write_atomically
+from ndm_ct.storage import finished_batches, write_atomically
+from ndm_ct.storage.tensors import hash_values
 
 __all__ = ["main"]
 
@@ -244,10 +243,10 @@ def _made(
         "seed": options.seed, "device": torch.device(options.device).type,
     }  # fmt: skip
     found = []
-    with parts.kept(options.out, shared | settings) as kept:
+    with finished_batches(options.out, shared | settings) as batches:
         with tqdm(total=total, unit="row", disable=options.quiet, dynamic_ncols=True) as bar:
             for rows in _batches(options, total):
-                found.append(kept.batch(rows, make))
+                found.append(batches.batch(rows, make))
                 bar.update(rows.stop - rows.start)
         yield {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
@@ -282,7 +281,7 @@ def _loglik(options: argparse.Namespace) -> int:
     def make(rows: slice) -> dict[str, Tensor]:
         return _scores(run, values[rows], options.stderr, _generators(options, rows))
 
-    data = sha256(values[rows] for rows in _batches(options, len(values)))
+    data = hash_values(values[rows] for rows in _batches(options, len(values)))
     with _made(options, len(values), {"data": data, "stderr": options.stderr}, make) as columns:
         write_table(options.out, {"row": torch.arange(len(values))} | columns)
     good = columns["log_p"][columns["log_p"].isfinite()]

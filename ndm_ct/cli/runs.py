@@ -16,7 +16,6 @@ makes the model, with the data the training.
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -29,13 +28,14 @@ from torch import Tensor, nn
 
 from ndm_ct import transforms
 from ndm_ct._core.checks import choose, usable_device, validate_count
+from ndm_ct._core.versions import versions
 from ndm_ct.data.sources import Standardised
 from ndm_ct.files.formats import Rows, blocks, read
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.schedules.fixed import LearnedLogSNR, LinearLogSNR, Schedule
-from ndm_ct.storage.models import PathLike, load, write_atomically
+from ndm_ct.storage import PathLike, RunFolder, load, write_atomically
 from ndm_ct.training.fit import PRECISIONS, FitResult, fit
 
 __all__ = ["Run", "Settings", "fingerprint", "settings_from_file", "settings_of", "train"]
@@ -410,8 +410,7 @@ def _kept(config: dict[str, Any], folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    write_atomically(path, (json.dumps(config | {"versions": versions}, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(config | {"versions": versions()}, indent=1) + "\n").encode())
     try:
         yield
     except (ValueError, TypeError):
@@ -422,13 +421,5 @@ def _kept(config: dict[str, Any], folder: Path) -> Iterator[None]:
 
 def _compare(config: dict[str, Any], folder: Path) -> None:
     known = _config(folder)
-    differing = [
-        f"{name} was {known['settings'].get(name)!r}, now {value!r}"
-        for name, value in config["settings"].items()
-        if known["settings"].get(name) != value
-    ]
-    if differing or any(known[name] != config[name] for name in config):
-        raise ValueError(
-            f"{str(folder)!r} holds a run with other settings or data{': ' * bool(differing)}{'; '.join(differing)}. "
-            "Choose another folder, or delete it."
-        )
+    saved, now = ({**each["settings"], **each, "settings": None} for each in (known, config))
+    RunFolder(folder, repr(str(folder))).compare(saved, now)

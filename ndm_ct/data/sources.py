@@ -1,8 +1,7 @@
 """Data as rows a model can be trained on: real values, or the levels of integer data and what their bounds mean."""
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -15,9 +14,9 @@ from ndm_ct._core.checks import as_time, event_size, validate_cond, validate_dat
 from ndm_ct.files.formats import let_go
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation, validate_quantisation
-from ndm_ct.storage.models import memory
+from ndm_ct.storage.tensors import hash_values
 
-__all__ = ["DEQUANTISATIONS", "Bins", "Source", "Standardised", "sha256"]
+__all__ = ["DEQUANTISATIONS", "Bins", "Source", "Standardised"]
 
 DEQUANTISATIONS = ("uniform", "centres")
 
@@ -204,9 +203,9 @@ class Source:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for a training to continue; of a Dataset only the length is known."""
-        digests = {key: sha256([value]) for key, value in self.cond.items()}
+        digests = {key: hash_values([value]) for key, value in self.cond.items()}
         if not isinstance(self.data, Dataset):
-            digests[""] = sha256(part for _, part in self._parts(self.data))
+            digests[""] = hash_values(part for _, part in self._parts(self.data))
         return {"rows": self.rows, "sha256": digests}
 
 
@@ -217,11 +216,3 @@ def _readable(dtype: np.dtype) -> np.dtype:
     if dtype.kind == "f" and dtype.itemsize > 8:
         return np.dtype(np.float64)
     return dtype.newbyteorder("=")
-
-
-def sha256(parts: Iterable[Tensor]) -> str:
-    """Of the values, whatever they are divided into."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(memory(part))
-    return digest.hexdigest()

@@ -29,14 +29,12 @@ All randomness is a function of the seed and of a row's position in the random o
 continues with the bits of one that was not, and batches of another size give the same values, up to rounding.
 """
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +48,6 @@ from ndm_ct._core.checks import choose, some, validate_cond, validate_count, val
 from ndm_ct._core.config import Unconfigurable, to_config
 from ndm_ct._core.errors import CheckpointError, SolverError
 from ndm_ct._core.noise import Randomness
-from ndm_ct._core.parallel import Group
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.divergence import Quadrature, TraceEstimator, resolve
 from ndm_ct.likelihood import api as likelihood
@@ -58,8 +55,9 @@ from ndm_ct.likelihood import bits
 from ndm_ct.likelihood.api import Trace
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation, validate_quantisation
-from ndm_ct.storage import models as checkpoint
-from ndm_ct.storage.models import PathLike
+from ndm_ct.storage.atomic import PathLike
+from ndm_ct.storage.folder import Journal, Record, RunFolder
+from ndm_ct.storage.tensors import hash_state
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
 
@@ -81,8 +79,6 @@ _REASONS = {
 }
 
 FORMAT = 1
-
-Record = dict[str, Any]
 
 # Last words of the seeds, one per use of randomness.
 _NOISE, _TRACE, _ORDER = 0, 1, 2
@@ -607,115 +603,71 @@ def _without_nan(values: Tensor) -> list[list[float | None]]:
     return [[v if math.isfinite(v) else None for v in row] for row in values.tolist()]
 
 
-class _Folder:
+class _Folder(RunFolder):
     """``rows.jsonl``, a line of settings and then one per batch, and the result; without a path nothing is written."""
 
-    def __init__(self, path: PathLike | None, resume: bool, kind: str) -> None:
-        self.path, self.kind = checkpoint.as_path("run_dir", "" if path is None else path), kind
-        self.is_real = path is not None
-        self.settings: Record = {}
-        self.resume = resume
-        self.group = Group()
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """For this evaluation alone; the main process holds the lock for all."""
-        with ExitStack() as stack:
-            if self.is_real:
-                lock = checkpoint.open_folder(self.path, self.journal.name, "scored rows", self.resume)
-                self.group.of_main(lambda: stack.enter_context(lock))
-            yield
+    def __init__(self, path: PathLike | None, kind: str) -> None:
+        super().__init__(path)
+        self.kind, self.settings = kind, Record()
 
     @property
-    def journal(self) -> Path:
-        return self.path / "rows.jsonl"
+    def journal(self) -> Journal:
+        """The rows scored."""
+        return Journal(self.path / "rows.jsonl", signed=True)
 
     def read(self, settings: Record, order: Tensor) -> list[_Batch]:
-        """The batches scored before; a line that a kill cut off is dropped.
+        """The batches scored before.
+
+        Args:
+            settings: those of this evaluation.
+            order: row numbers in the order in which they are scored.
 
         Raises:
             ValueError: they belong to other settings, data or weights.
             CheckpointError: they are damaged.
         """
-        self.settings = json.loads(json.dumps(settings))
-        if not self.journal.exists():
+        self.settings, header = json.loads(json.dumps(settings)), Record()
+
+        def convert(line: int, record: Record) -> _Batch | None:
+            if line == 1:
+                header.update(_valid_header(record))
+                return None
+            return _Batch.from_json(record, 2 if header["kind"] == "comparison" else 1)
+
+        batches = [batch for batch in self.journal.read(convert) if batch is not None]
+        if not header:
             return []
-        text = self.journal.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        try:
-            header, *records = lines = [checkpoint.parse(line) for line in whole.split(b"\n")[:-1]]
-            kind, saved, form = header["kind"], dict(header["settings"]), header["format"]
-            _validate_entries(header, ["format", "kind", "settings"])
-            models = 2 if kind == "comparison" else 1
-            batches = [_Batch.from_json(record, models) for record in records]
-        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:  # RecursionError is one
-            raise self._damaged(f"a line cannot be read ({error})") from error
-        if form != FORMAT:
-            raise self._damaged(f"format {form!r}, this version reads format {FORMAT}")
-        for number, line in enumerate(lines, 1):
-            if line != _signed(_unsigned(line)) and line != _unsigned(line):
-                raise self._damaged(f"the checksum of line {number} does not match")
-        self._validate_settings(kind, saved)
+        self.compare({"kind": header["kind"]}, {"kind": self.kind})
+        self.compare(header["settings"], self.settings)
         done = 0
-        for batch in batches:
+        for line, batch in enumerate(batches, 2):
             if batch.start != done or not torch.equal(batch.rows, order[done : done + len(batch.rows)]):
-                raise self._damaged(f"the batch at position {batch.start} does not follow the {done} rows before it")
+                raise CheckpointError(
+                    f"{self.journal.path}: line {line} does not follow the {done} rows before it; move the file away "
+                    "to start again."
+                )
             done += len(batch.rows)
-        if whole != text:
-            checkpoint.write_atomically(self.journal, whole)
+        self.journal.keep(1 + len(batches))
         return batches
 
     def add(self, batch: _Batch) -> None:
-        if not (self.is_real and self.group.is_main):
-            return
-        if not self.journal.exists():
-            header = {"format": FORMAT, "kind": self.kind, "settings": self.settings}
-            checkpoint.write_atomically(self.journal, _encoded(header))
-        checkpoint.append(self.journal, _encoded(batch.to_json()))
-
-    def write_result(self, result: Record) -> None:
+        """Write a batch."""
         if self.is_real and self.group.is_main:
-            text = json.dumps(result | {"settings": self.settings}, indent=2, allow_nan=False) + "\n"
-            checkpoint.write_atomically(self.path / f"{self.kind}.json", text.encode())
-
-    def _damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.journal}: {what}; move the file away to start again.")
-
-    def _validate_settings(self, kind: str, saved: Record) -> None:
-        if kind != self.kind:
-            raise ValueError(f"run_dir={str(self.path)!r} holds the rows of another kind ({kind}); choose another.")
-        differing = [name for name, value in self.settings.items() if saved.get(name) != value]
-        if differing:
-            short = [
-                f"{name} was {saved.get(name)!r}, now {self.settings[name]!r}"
-                if not isinstance(self.settings[name], dict)
-                else name
-                for name in differing
-            ]
-            raise ValueError(
-                f"run_dir={str(self.path)!r} holds rows scored with other settings: {'; '.join(short)}. Repeat them to "
-                "continue, or choose another folder."
-            )
+            self.journal.add(batch.to_json(), {"format": FORMAT, "kind": self.kind, "settings": self.settings})
 
 
-def _encoded(record: Record) -> bytes:
-    """A line: the record after a digest of it."""
-    return json.dumps(_signed(record), allow_nan=False).encode() + b"\n"
-
-
-def _signed(record: Record) -> Record:
-    return {"sha256": hashlib.sha256(json.dumps(record).encode()).hexdigest()} | record
+def _valid_header(record: Record) -> Record:
+    """The first line of a journal; raises ValueError, KeyError or TypeError if it is another one."""
+    _validate_entries(record, ["format", "kind", "settings"])
+    if record["format"] != FORMAT:
+        raise ValueError(f"format {record['format']!r}, this version reads format {FORMAT}")
+    return {"kind": str(record["kind"]), "settings": dict(record["settings"])}
 
 
 def _validate_entries(record: Record, names: list[str]) -> None:
-    others = sorted(_unsigned(record).keys() - names)
+    others = sorted(record.keys() - names)
     if others:
         raise ValueError(f"unknown entries {', '.join(map(repr, others))}")
-
-
-def _unsigned(record: Record) -> Record:
-    """Without the digest, which lines of earlier versions do not have."""
-    return {name: value for name, value in record.items() if name != "sha256"}
 
 
 class _Raw(Bins):
@@ -757,14 +709,14 @@ class _Run:
         self.has_pilot = kind == "evaluation" and self.scorers[0].pilot is not None
         generator = torch.Generator().manual_seed(_seed(settings.seed, 0, 0, _ORDER))
         self.order = torch.randperm(self.source.rows, generator=generator)
-        self.folder = _Folder(run_dir, resume, kind)
+        self.folder, self.resume = _Folder(run_dir, kind), resume
         self.models, self.group = models, self.folder.group
         self.batches: list[_Batch] = []
 
     @contextmanager
     def in_folder(self) -> Iterator[None]:
         """With the batches scored before, and no other process at work there."""
-        with self.folder.opened():
+        with self.folder.locked("rows.jsonl", "scored rows", self.resume):
             if self.folder.is_real:
                 settings = self._identity(self.models)
                 self.batches = self.group.of_main(lambda: self.folder.read(settings, self.order))
@@ -898,13 +850,8 @@ class _Run:
     def summarise(self, result: Evaluation | Comparison) -> None:
         """Write the result, all but its tensors."""
         numbers = {field.name: getattr(result, field.name) for field in fields(result)}
-        self.folder.write_result(
-            {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in numbers.items()
-                if not isinstance(value, Tensor)
-            }
-        )
+        scalars = {name: value for name, value in numbers.items() if not isinstance(value, Tensor)}
+        self.folder.write_result(f"{self.folder.kind}.json", scalars | {"settings": self.folder.settings})
 
     def _identity(self, models: Mapping[str, NDM]) -> Record:
         """All that determines the score of every row."""
@@ -923,11 +870,7 @@ class _Run:
 
 def _described(model: NDM) -> Record:
     """Structure and weights of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(checkpoint.memory(tensor))
-    parts: Record = {"sha256": digest.hexdigest(), "prior": type(model.prior).__name__, "model": str(model)}
+    parts: Record = {"sha256": hash_state(model.state_dict()), "prior": type(model.prior).__name__, "model": str(model)}
     for name, part in (("schedule", model.schedule), ("transform", model.transform), ("predictor", model.predictor)):
         try:
             parts[name] = to_config(part)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ndm_ct.storage.models import PathLike, write_atomically
+from ndm_ct.storage.atomic import PathLike, write_atomically
 
 __all__ = ["Rows", "blocks", "idx", "let_go", "levels_of_images", "pictures", "read", "write_table"]
 

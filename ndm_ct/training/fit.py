@@ -37,7 +37,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -53,13 +53,16 @@ from ndm_ct._core.checks import choose, validate_count, validate_number, validat
 from ndm_ct._core.errors import CheckpointError, PredictorError
 from ndm_ct._core.parallel import Group
 from ndm_ct._core.precision import networks_in
+from ndm_ct._core.versions import versions
 from ndm_ct.data.sources import DEQUANTISATIONS, Bins, Source
 from ndm_ct.guidance import nulled
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 from ndm_ct.quantisation import Quantisation
-from ndm_ct.storage import models as checkpoint
-from ndm_ct.storage.models import PathLike
+from ndm_ct.storage.atomic import PathLike
+from ndm_ct.storage.folder import Journal, RunFolder
+from ndm_ct.storage.models import describe, save
+from ndm_ct.storage.tensors import compare_tensors, read, write
 
 __all__ = ["FitResult", "fit"]
 
@@ -288,7 +291,8 @@ def fit(
         validate_count("log_every", log_every),
     )
     own = None if objective is objectives.loss else objective
-    with _Folder.opened(run_dir, resume, group) as folder:
+    folder = _Folder(run_dir, group)
+    with folder.locked(folder.checkpoint.name if folder.is_real else "", "a checkpoint", resume):
         training = _Training(model, settings, source, held_out, bins, own, folder, *intervals)
         return training.run(progress and group.is_main, math.inf if time_limit is None else time_limit)
 
@@ -337,67 +341,40 @@ def _seeds(*words: int) -> tuple[int, int]:
     return first, second
 
 
-class _Folder:
+class _Folder(RunFolder):
     """The files of a training; without a path nothing is written."""
 
     def __init__(self, path: PathLike | None, group: Group) -> None:
-        self.path, self.group = None if path is None else checkpoint.as_path("run_dir", path), group
+        super().__init__(path, group=group)
         self.rows: list[Row] = []
-
-    @classmethod
-    @contextmanager
-    def opened(cls, path: PathLike | None, resume: bool, group: Group) -> Iterator["_Folder"]:
-        """The folder, of this training alone; the main process holds the lock for all."""
-        folder = cls(path, group)
-        with ExitStack() as stack:
-            if path is not None:
-                lock = checkpoint.open_folder(path, folder.checkpoint.name, "a checkpoint", resume)
-                group.of_main(lambda: stack.enter_context(lock))
-            yield folder
 
     @property
     def checkpoint(self) -> Path:
-        return cast(Path, self.path) / "checkpoint.safetensors"
+        """Everything that the next step depends on."""
+        return self.path / "checkpoint.safetensors"
 
     @property
-    def model(self) -> Path:
-        return cast(Path, self.path) / "model.safetensors"
-
-    @property
-    def log(self) -> Path:
-        return cast(Path, self.path) / "log.jsonl"
-
-    def read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if self.path is None:
-            return None
-        there = self.checkpoint
-        return self.group.of_main(lambda: checkpoint.read(there, "training") if there.exists() else None)
+    def log(self) -> Journal:
+        """Losses and validations."""
+        return Journal(self.path / "log.jsonl")
 
     def rewind(self, step: int) -> None:
-        """Keep the log lines up to ``step``."""
-        if self.path is not None:
-            self.rows = self.group.of_main(lambda: self._rewound(step))
+        """Drop rows of the log after ``step``, which will be written again."""
 
-    def _rewound(self, step: int) -> list[Row]:
-        kept: list[Row] = []
-        lines = self.log.read_bytes().split(b"\n") if self.log.exists() else [b""]
-        for number, line in enumerate(lines[:-1], 1):  # the last is empty, or cut off by a kill
-            try:
-                row = json.loads(line)
-                done = row["step"] <= step
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise CheckpointError(
-                    f"{self.log}: line {number} cannot be read ({error}); mend or delete the line to continue."
-                ) from error
-            if done:
-                kept.append(row)
-        checkpoint.write_atomically(self.log, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        return kept
+        def rewound() -> list[Row]:
+            rows = self.log.read(lambda _, row: (row, bool(row["step"] <= step)))
+            kept = [row for row, done in rows if done]
+            self.log.keep(len(kept))
+            return kept
+
+        if self.is_real:
+            self.rows = self.group.of_main(rewound)
 
     def add(self, row: Row) -> None:
+        """Add a row to the log."""
         self.rows.append(row)
-        if self.path is not None and self.group.is_main:
-            checkpoint.append(self.log, json.dumps(row).encode() + b"\n")
+        if self.is_real and self.group.is_main:
+            self.log.add(row)
 
 
 def _described(objective: Objective) -> str:
@@ -488,7 +465,7 @@ class _Training:
         self.best_weights: dict[str, Tensor] = {}
         self.identity: Row = {}
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
-        if folder.path is not None:
+        if folder.is_real:
             self.identity = json.loads(json.dumps(self._identity()))
             self._restore()
 
@@ -517,14 +494,14 @@ class _Training:
             for module, training in modes:
                 module.training = training
         finished = self._finished()
-        if self.folder.path is not None:
+        if self.folder.is_real:
             self._checkpoint()
         if self.best_weights:
             self.model.load_state_dict(self.best_weights)
         elif settings.ema > 0.0 and self.step > 0:
             self.model.load_state_dict(self._averaged().state_dict())
-        if self.folder.path is not None and finished:
-            self.group.of_main(lambda: checkpoint.save(self.model, self.folder.model))
+        if self.folder.is_real and finished:
+            self.group.of_main(lambda: save(self.model, self.folder.path / "model.safetensors"))
         history = tuple(row for row in self.folder.rows if "loss" in row)
         return FitResult(self.step, finished, history, tuple(row for row in self.folder.rows if "loss" not in row))
 
@@ -635,7 +612,7 @@ class _Training:
             )
 
     def _kept(self) -> str:
-        return "" if self.folder.path is None else f" The last checkpoint in {self.folder.path} is intact."
+        return f" The last checkpoint in {self.folder.path} is intact." if self.folder.is_real else ""
 
     def _rows(self) -> Tensor:
         """Rows of this step's batch."""
@@ -653,7 +630,7 @@ class _Training:
             self._log()
         if self.validation is not None and (self.step % self.validate_every == 0 or last):
             self._validate(self.validation)
-        if self.folder.path is not None and self.step % self.checkpoint_every == 0 and not last:
+        if self.folder.is_real and self.step % self.checkpoint_every == 0 and not last:
             self._checkpoint()
 
     def _log(self) -> None:
@@ -708,7 +685,7 @@ class _Training:
             "data": self.data.fingerprint(),
             "quantisation": None if bins is None else [bins.levels, *bins.range],
             "dequantisation": self.bins.dequantisation,
-            "model": checkpoint.describe(self.model),
+            "model": describe(self.model),
             "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in self.model.state_dict().items()},
         }
 
@@ -721,14 +698,21 @@ class _Training:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         if isinstance(self.objective, nn.Module):
             tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
-        description = {"step": self.step, "seconds": self.seconds, "pending": self.pending, "settings": self.identity}
+        description = {
+            "versions": versions(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "pending": self.pending,
+            "settings": self.identity,
+        }
         if self.best_weights:
             description |= {"best": self.best, "waited": self.waited}
         content = {"kind": "training"} | description
-        self.group.of_main(lambda: checkpoint.write(self.folder.checkpoint, tensors, content))
+        self.group.of_main(lambda: write(self.folder.checkpoint, tensors, content))
 
     def _restore(self) -> None:
-        saved = self.folder.read_checkpoint()
+        file = self.folder.checkpoint
+        saved = self.group.of_main(lambda: read(file, "training") if file.exists() else None)
         if saved is None:
             self.folder.rewind(0)
             return
@@ -736,7 +720,7 @@ class _Training:
         self._validate_settings(description.get("settings"))
         try:
             progress = _Progress.from_json(description, self.settings.steps)
-            checkpoint.compare(self._expected(tensors), tensors)
+            compare_tensors(self._expected(tensors), tensors)
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.folder.checkpoint}: not the state of this training ({error}); move it away to start again."
@@ -780,19 +764,7 @@ class _Training:
             raise CheckpointError(
                 f"{self.folder.checkpoint}: the settings are a {type(saved).__name__}, not an object."
             )
-        saved = _LATER | saved
-        differing = [name for name, value in self.identity.items() if saved.get(name) != value]
-        if differing:
-            short = [
-                f"{name} was {saved.get(name)!r}, now {self.identity[name]!r}"
-                if not isinstance(self.identity[name], dict)
-                else name
-                for name in differing
-            ]
-            raise ValueError(
-                f"run_dir={str(self.folder.path)!r} holds the checkpoint of a training with other settings: "
-                f"{'; '.join(short)}. Repeat them to continue, or choose another folder."
-            )
+        self.folder.compare(_LATER | saved, self.identity)
 
 
 def _like(mean: Tensor, tensor: Tensor) -> Tensor:

@@ -331,7 +331,7 @@ def test_a_failure_in_one_process_ends_all(tmp_path):
 
 def test_a_folder_in_use_is_refused_in_all(tmp_path):
     folder = tmp_path / "run"
-    with ndm_ct.storage.models.open_folder(folder, "x", "x", True):
+    with ndm_ct.storage.RunFolder(folder).locked():
         results = together(tmp_path, f"train(model(), run_dir={str(folder)!r})")
     assert [code for _, code in results] == [1, 1], results
     assert all("is in use by another process" in text for text, _ in results)

@@ -9,7 +9,7 @@ import ndm_ct
 from ndm_ct import schedules, transforms
 from ndm_ct._core.precision import networks_in
 from ndm_ct.nn import MLP, Preconditioned, UNet
-from ndm_ct.storage import models as checkpoint
+from ndm_ct.storage import tensors as checkpoint
 from ndm_ct.training.fit import _seeds, fit
 
 VECTORS, IMAGES = (2,), (1, 8, 8)

@@ -425,9 +425,13 @@ def test_rows_that_differ_are_never_mixed(stopped, trained, tmp_path, capsys, co
     config["mean"][0] += 1e-9
     (tmp_path / "units" / "config.json").write_text(json.dumps(config))
     changes = {"--seed=1": "seed", "--batch-size=15": "batch_size"}
-    changes |= {"--stderr=1": "stderr"} if command == "loglik" else {"--method=heun --steps=3": "method, steps"}
+    changes |= (
+        {"--stderr=1": "stderr"}
+        if command == "loglik"
+        else {"--method=heun --steps=3": "method was 'ode', now 'heun'; steps"}
+    )
     tries = [([*arguments, *more.split()], what) for more, what in changes.items()]
-    scale = "model, data" if command == "loglik" else "model"  # rows are compared as the model takes them
+    scale = "model; data" if command == "loglik" else "model"  # rows are compared as the model takes them
     for name, what in (("other", "model"), ("units", scale)):
         tries.append(([arguments[0], str(tmp_path / name), *arguments[2:]], what))
     if command == "loglik":
@@ -436,11 +440,12 @@ def test_rows_that_differ_are_never_mixed(stopped, trained, tmp_path, capsys, co
     for changed, what in tries:
         assert cli.main(changed) == 1
         error = capsys.readouterr().err
-        assert f"rows.npz.parts' keeps finished rows that differ in {what}. Repeat" in error
+        assert f"rows.npz.parts' holds work of other settings: {what}" in error
+        assert "Repeat them to continue" in error
         assert {each: each.read_bytes() for each in beside.iterdir()} == before
     other = {"sample": "loglik", "loglik": "sample"}[command]
     assert cli.main([each.replace("{}", str(trained)) for each in COMMANDS[other]] + [str(path)]) == 1
-    assert "differ in command" in capsys.readouterr().err
+    assert "other settings: command was" in capsys.readouterr().err
     shutil.rmtree(beside)
     ok(*tries[0][0])
 

@@ -526,7 +526,7 @@ def test_compare_stops_at_the_target_of_the_difference(tmp_path):
     assert torch.equal(again.values_a, result.values_a)
     assert {len(line["rows"]) for line in journal(tmp_path)[1:]} == {64}
     assert json.loads((tmp_path / "comparison.json").read_text())["difference"] == result.difference
-    with pytest.raises(ValueError, match="rows of another kind"):
+    with pytest.raises(ValueError, match="other settings: kind was 'comparison', now 'evaluation'"):
         evaluate(a, x, run_dir=tmp_path)
 
 

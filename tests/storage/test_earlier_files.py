@@ -143,19 +143,19 @@ def test_a_comparison_that_was_stopped(tmp_path):
 
 
 def test_batches_that_a_command_had_finished(tmp_path):
-    from ndm_ct.storage import folder as parts
-    from ndm_ct.storage import models as checkpoint
+    from ndm_ct.storage import finished_batches
+    from ndm_ct.storage.tensors import read
 
     folder = copied(tmp_path, ".drawn.csv.parts")
-    description, tensors = checkpoint.read(folder / "0-4.safetensors", "part")
+    description, tensors = read(folder / "0-4.safetensors", "part")
     near(tensors["x"], "drawn")
 
     def make(rows):
         return {"x": torch.zeros(rows.stop - rows.start, 2)}
 
-    with parts.kept(tmp_path / "drawn.csv", description["settings"]) as kept:
-        assert torch.equal(kept.batch(slice(0, 4), make)["x"], tensors["x"])
-        assert torch.equal(kept.batch(slice(4, 8), make)["x"], torch.zeros(4, 2))
+    with finished_batches(tmp_path / "drawn.csv", description["settings"]) as batches:
+        assert torch.equal(batches.batch(slice(0, 4), make)["x"], tensors["x"])
+        assert torch.equal(batches.batch(slice(4, 8), make)["x"], torch.zeros(4, 2))
     assert not folder.exists()
 
 

@@ -18,7 +18,7 @@ from test_kills import TEMPORARY, furnish, inspect, model, outcome, rows
 import ndm_ct
 from ndm_ct import objectives
 from ndm_ct.cli import commands as cli
-from ndm_ct.storage import models as checkpoint
+from ndm_ct.storage import append, write_atomically
 
 FULL = "No space left on device: nothing was changed; free some space or write elsewhere: '{}'"
 LOCKED = "Read-only file system: nothing was changed; make the place writable or write elsewhere: '{}'"
@@ -41,7 +41,7 @@ def path(tmp_path):
     return path
 
 
-WRITERS = pytest.mark.parametrize("write", [checkpoint.write_atomically, checkpoint.append])
+WRITERS = pytest.mark.parametrize("write", [write_atomically, append])
 
 
 @WRITERS
@@ -86,10 +86,10 @@ def test_a_file_may_be_limited_in_size(path):
     """The system's own limit: a part of the line is written, and taken back."""
     resource = pytest.importorskip("resource")
     script = (
-        "import resource, signal, sys; from ndm_ct.storage import models as checkpoint\n"
+        "import resource, signal, sys; from ndm_ct.storage import append, write_atomically\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, (1000, {resource.RLIM_INFINITY}))\n"
-        "for write in (checkpoint.write_atomically, checkpoint.append):\n"
+        "for write in (write_atomically, append):\n"
         "    try: write(sys.argv[1], bytes(2000))\n"
         "    except OSError as error: print(error)\n"
     )

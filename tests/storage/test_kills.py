@@ -29,7 +29,7 @@ from paths import ROOT, TESTS
 import ndm_ct
 from ndm_ct import NDM, nn, schedules
 from ndm_ct.cli import commands as cli
-from ndm_ct.storage import models as checkpoint
+from ndm_ct.storage import tensors as checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that work are forked")
 sys.path += [str(ROOT), str(TESTS)]

@@ -22,8 +22,8 @@ import ndm_ct
 from ndm_ct import schedules, transforms
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.quantisation import Quantisation
-from ndm_ct.storage import models as checkpoint
-from ndm_ct.storage.models import load, save
+from ndm_ct.storage import load, save
+from ndm_ct.storage import tensors as checkpoint
 from ndm_ct.training.fit import _seeds, fit
 
 
@@ -205,7 +205,7 @@ def test_a_failing_save_keeps_the_old_file(tmp_path, monkeypatch, failing):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, failing, fail)
+        patch.setattr(os, failing, fail)
         with pytest.raises(OSError, match="no space"):
             save(toy(1), path)
     assert path.read_bytes() == before
