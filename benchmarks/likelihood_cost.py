@@ -13,7 +13,7 @@ Every estimator is then repeated and compared with it:
   its ratio is how many times faster one method reaches the accuracy of another. With an exact trace nothing is left to
   average: there a peer's seconds are compared with ours at the same RMSE, between two of our tolerances.
 
-Three more measurements: the mean over many test rows (time against that of the paths alone), the rowwise solver beside
+Three more measurements: the mean over many test rows (time against that of the paths alone), the solver "ode" beside
 the batch-coupled one, and the calibration of the reported standard errors. Writes ``likelihood_cost.json``,
 ``likelihood_cost.md`` and ``likelihood_cost_NETWORK.png`` into ``benchmarks/results``.
 """
@@ -91,7 +91,7 @@ def exact(model: ndm_ct.NDM, x: Tensor, nodes: int) -> Tensor:
         return ndm_ct.loglik(double, x, trace="exact", rtol=1e-9, atol=1e-9)
     places, weights = np.polynomial.legendre.leggauss(nodes)
     times, slope = quadrature.path_times(double, torch.tensor(0.5 * (1.0 + places)))
-    problem = trajectory.Problem(double, x, (double.t_min, 1.0), 1e-9, 1e-9, "rowwise", "raise", False, {})
+    problem = trajectory.Problem(double, x, (double.t_min, 1.0), 1e-9, 1e-9, "ode", "raise", False, {})
     with problem.prepared():
         solved = problem.transport(times[:, None].expand(-1, len(x)))
         flow, bound = problem.flow(), divergence.Exact(chunk=32).bind(x, None)
@@ -99,7 +99,7 @@ def exact(model: ndm_ct.NDM, x: Tensor, nodes: int) -> Tensor:
             bound.with_byproduct(flow.network_part(t), z)[1][:, 0] for t, z in zip(times, solved.nodes, strict=True)
         ]
         integral = (torch.tensor(0.5 * weights)[:, None] * slope[:, None] * torch.stack(traces)).sum(0)
-        return double.log_prior(solved.z) + quadrature.linear_logdet(double, x.device) + integral
+        return double.log_prior(solved.state[0]) + quadrature.linear_logdet(double, x.device) + integral
 
 
 def double_copy(model: ndm_ct.NDM) -> ndm_ct.NDM:
@@ -107,7 +107,7 @@ def double_copy(model: ndm_ct.NDM) -> ndm_ct.NDM:
     return copy.deepcopy(model).double()
 
 
-def ours(trace: Any, tolerance: float | None = None, method: str = "rowwise") -> Estimator:
+def ours(trace: Any, tolerance: float | None = None, method: str = "ode") -> Estimator:
     """Our likelihood with these options, without its error budget."""
 
     def estimate(model: ndm_ct.NDM, x: Tensor, generator: torch.Generator) -> Estimate:
@@ -210,7 +210,7 @@ def dataset_mean(name: str, rows: int) -> dict[str, float]:
     def paths() -> None:
         for batch in x.split(64):
             tol = divergence.Quadrature().tolerance
-            problem = trajectory.Problem(model, batch, (model.t_min, 1.0), tol, tol, "rowwise", "raise", False, {})
+            problem = trajectory.Problem(model, batch, (model.t_min, 1.0), tol, tol, "ode", "raise", False, {})
             with problem.prepared():
                 problem.transport(in_noise_units=True)
 
@@ -230,25 +230,25 @@ def dataset_mean(name: str, rows: int) -> dict[str, float]:
 
 
 def steppers(name: str, rows: int) -> list[dict[str, float | str]]:
-    """The path alone by the rowwise and by the batch-coupled solver: error of z_1 against seconds."""
+    """The path alone by "ode" and by the batch-coupled solver: error of z_1 against seconds."""
     model, x = networks.load(name), networks.NETWORKS[name].test_rows(rows)
 
-    def solve(method: str, tol: float) -> tuple[trajectory.Solved, float]:
+    def solve(method: str, tol: float) -> tuple[ndm_ct.solvers.Solution, float]:
         problem = trajectory.Problem(model, x, (model.t_min, 1.0), tol, tol, method, "raise", False, {})
         with problem.prepared():
             start = time.perf_counter()
             solved = problem.transport()
             return solved, time.perf_counter() - start
 
-    truth = solve("rowwise", 1e-9)[0].z
+    truth = solve("ode", 1e-9)[0].state[0]
     table: list[dict[str, float | str]] = []
-    for method in ("rowwise", "dopri5"):
+    for method in ("ode", "dopri5"):
         for tol in (1e-3, 1e-4, 1e-5):
             runs = [solve(method, tol) for _ in range(2)]
-            error = float((runs[0][0].z - truth).square().mean().sqrt())
+            error = float((runs[0][0].state[0] - truth).square().mean().sqrt())
             table.append({
                 "method": method, "tol": tol, "error": error, "seconds": min(seconds for _, seconds in runs),
-                "evaluations": float(runs[0][0].evaluations.double().mean()),
+                "evaluations": float(runs[0][0].nfe.double().mean()),
             })  # fmt: skip
             print(
                 f"{name} path {method} tol {tol:g}: error of z_1 {error:.2e}, {table[-1]['seconds']:.2f} s", flush=True

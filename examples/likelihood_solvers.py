@@ -9,10 +9,10 @@ r"""Which solver for a likelihood, how tight, and which trace: measured where th
 Three questions to the exact models of `ndm_ct.reference`, for which log p is a closed formula:
 
 1. Which method is cheapest at a given accuracy? A mixture of five Gaussians in eight dimensions, exact trace, every
-   method at every tolerance. "rowwise" gives each row steps of its own; the others, torchdiffeq's, one step size for
+   method at every tolerance. "ode" gives each row steps of its own; the others, torchdiffeq's, one step size for
    the batch.
 2. What does one hard row do to its neighbours? The same batch with an outlier appended. Where the step size is shared,
-   all rows pay for the outlier, and their log p depends on who else was in the batch; rowwise it cannot.
+   all rows pay for the outlier, and their log p depends on who else was in the batch; with "ode" it cannot.
 3. Which trace, where the exact one is too dear? A Gaussian on an 8x8 grid with covariance exp(-distance/2). One network
    pass is an evaluation or a vector-Jacobian product; the RMSE is that of (estimate - log p) over rows and repeats.
 
@@ -61,7 +61,7 @@ FLOOR = 1e-16
 """Where the picture shows a change of exactly zero."""
 
 STYLES = {
-    "rowwise": ("black", "o"), "dopri5": ("tab:blue", "s"), "dopri8": ("tab:green", "D"), "bosh3": ("tab:orange", "^"),
+    "ode": ("black", "o"), "dopri5": ("tab:blue", "s"), "dopri8": ("tab:green", "D"), "bosh3": ("tab:orange", "^"),
     "adaptive_heun": ("tab:red", "v"), "quadrature": ("black", "o"), "hutchinson": ("tab:blue", "s"),
     "exact": ("tab:green", "D"),
 }  # fmt: skip
@@ -193,7 +193,7 @@ def traces(rows: int, repeats: int, seed: int) -> list[Estimate]:
     table = []
     for trace, setting, estimator, tol in settings:
         batch = x if trace == "exact" else x.repeat_interleave(repeats, 0)
-        problem = trajectory.Problem(model, batch, (model.t_min, 1.0), tol, tol, "rowwise", "raise", False, {})
+        problem = trajectory.Problem(model, batch, (model.t_min, 1.0), tol, tol, "ode", "raise", False, {})
         # As loglik does, but without the error budget, whose passes would be counted too.
         info = measure(problem, estimator, torch.Generator().manual_seed(seed))
         error = info.loglik - model.log_prob(batch)
@@ -236,11 +236,11 @@ def reading(solves: Sequence[Solve], hard: Sequence[HardRow], estimates: Sequenc
     parts = [_cheapest(name, [s for s in solves if s.schedule == name]) for name in _unique(s.schedule for s in solves)]
     told = [s.reported / s.rms_error for s in solves if s.reported is not None]
     if told:
-        parts.append(f"what rowwise reports as its error is {min(told):.2g} to {max(told):.2g} times the true one")
-    own = [h.change for h in hard if h.method == "rowwise"]
+        parts.append(f'what "ode" reports as its error is {min(told):.2g} to {max(told):.2g} times the true one')
+    own = [h.change for h in hard if h.method == "ode"]
     if own:
-        parts.append(f"an outlier in the batch moved the other rows' log p by at most {max(own):.1g} nat rowwise")
-    shared = [h for h in hard if h.method != "rowwise"]
+        parts.append(f'an outlier in the batch moved the other rows\' log p by at most {max(own):.1g} nat with "ode"')
+    shared = [h for h in hard if h.method != "ode"]
     if shared:
         worst, factor = max(shared, key=lambda h: h.change), max(h.factor for h in shared)
         parts.append(

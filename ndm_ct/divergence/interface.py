@@ -22,15 +22,11 @@ __all__ = ["LogDet", "Path", "SolvedPath", "TraceEstimator"]
 
 
 class SolvedPath(Protocol):
-    """The end of a path, and what the solve cost. Failed rows are NaN in ``z``, ``logdets`` and ``nodes``."""
+    """The end of a path, and what the solve cost. Failed rows are NaN in ``state`` and ``nodes``."""
 
     @property
-    def z(self) -> Tensor:
-        """The state at the end, float64, ``(B, *E)``."""
-
-    @property
-    def logdets(self) -> Tensor:
-        """The integrated divergences, ``(B, columns)``; no column for a path solved without a trace."""
+    def state(self) -> tuple[Tensor, ...]:
+        """The state at the end, float64, ``(B, *E)``, and for an augmented path the divergences ``(B, columns)``."""
 
     @property
     def nodes(self) -> Tensor | None:
@@ -41,7 +37,7 @@ class SolvedPath(Protocol):
         """The solver's estimate of its error of log p, nats, ``(B,)``; None if it has no estimate."""
 
     @property
-    def evaluations(self) -> Tensor:
+    def nfe(self) -> Tensor:
         """Network evaluations of each row, ``(B,)``."""
 
     @property

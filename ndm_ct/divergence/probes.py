@@ -90,9 +90,9 @@ class BoundTrace:
     def logdet(self, path: Path) -> LogDet:
         """Integrate the divergences together with the state."""
         solved = path.augmented(self)
-        value, stderr = self.combine(solved.logdets)
+        value, stderr = self.combine(solved.state[1])
         error = torch.full_like(value, torch.nan) if solved.error is None else solved.error
-        nfe = solved.evaluations
+        nfe = solved.nfe
         return LogDet(
             value=value, stderr=stderr, variance=stderr.square(), ode_error=error, nfe=nfe, vjps=nfe * self.vjps,
             sweeps=torch.zeros_like(nfe), solved=solved,

@@ -122,7 +122,7 @@ class Quadrature(TraceEstimator):
         count = torch.full((len(start),), self.sweeps, device=start.device)
         sweeps = Sweeps.draw(path, self, count, generator)
         solved, values = sweeps.along(path)
-        totals, nfe = Totals.of(values), solved.evaluations
+        totals, nfe = Totals.of(values), solved.nfe
         if path.stderr is not None:
             nfe = nfe + self._refine(path, totals, path.stderr, generator)
         vjps = totals.count * self.nodes
@@ -132,7 +132,7 @@ class Quadrature(TraceEstimator):
             rough, rough_values = sweeps.first().along(path.coarser())
             change = (values - rough_values)[:, 0] * (1.0 if path.upwards else -1.0)
             error = (path.log_prior(solved) - path.log_prior(rough) + change).abs()
-            nfe, vjps = nfe + rough.evaluations, vjps + self.nodes
+            nfe, vjps = nfe + rough.nfe, vjps + self.nodes
         logdet = path.linear_logdet() + totals.mean
         return LogDet(
             value=logdet if path.upwards else -logdet, stderr=totals.stderr, variance=totals.variance, ode_error=error,
@@ -152,7 +152,7 @@ class Quadrature(TraceEstimator):
             count = torch.ceil(_SHARE * missing[rows]).long().clamp(max=_PER_ROUND)
             solved, values = Sweeps.draw(more, self, count, rows_of(generator, rows)).along(more)
             totals.add(rows, values, count)
-            spent = spent.index_add(0, rows, solved.evaluations)
+            spent = spent.index_add(0, rows, solved.nfe)
 
     def _validate_affordable(self, totals: "Totals", rows: Tensor, missing: Tensor, stderr: float, d: int) -> None:
         """Raises if the accuracy costs far more than the exact trace at 64 nodes of the same path.

@@ -92,10 +92,10 @@ def loglik(
         rtol: relative tolerance of the solver. A smaller one moves the result closer to the exact solution of the flow
             and takes more network evaluations. None is 2e-6; for "quadrature" it is 3e-5, in units of :math:`\sigma_t`.
         atol: absolute tolerance of the solver, for states near zero; None as for ``rtol``.
-        method: "rowwise" (None), where each row has steps of its own and its result does not depend on the batch, or a
+        method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
             torchdiffeq method such as "dopri5", with one step size for the batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
-            (only with "rowwise").
+            (only with "ode").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
@@ -172,10 +172,10 @@ def encode(
         rtol: relative tolerance of the solver. A smaller one moves the result closer to the exact solution of the flow
             and takes more network evaluations. None is 2e-6; for "quadrature" it is 3e-5, in units of :math:`\sigma_t`.
         atol: absolute tolerance of the solver, for states near zero; None as for ``rtol``.
-        method: "rowwise" (None), where each row has steps of its own and its result does not depend on the batch, or a
+        method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
             torchdiffeq method such as "dopri5", with one step size for the batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
-            (only with "rowwise").
+            (only with "ode").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
@@ -244,10 +244,10 @@ def decode(
         rtol: relative tolerance of the solver. A smaller one moves the result closer to the exact solution of the flow
             and takes more network evaluations. None is 2e-6; for "quadrature" it is 3e-5, in units of :math:`\sigma_t`.
         atol: absolute tolerance of the solver, for states near zero; None as for ``rtol``.
-        method: "rowwise" (None), where each row has steps of its own and its result does not depend on the batch, or a
+        method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
             torchdiffeq method such as "dopri5", with one step size for the batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
-            (only with "rowwise").
+            (only with "ode").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
@@ -302,7 +302,7 @@ class Options:
         upwards = interval[1] > interval[0]
         with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
             y = model.to_latent(start, generator=generator, **cond)[0] if upwards else start
-            end = self._path(model, y, interval, cond, TOLERANCE).transport().z.to(start.dtype)
+            end = self._path(model, y, interval, cond, TOLERANCE).transport().state[0].to(start.dtype)
             return end if upwards else model.transform.from_latent(end, **cond)
 
     def likelihood(
@@ -352,7 +352,7 @@ class Options:
         origin: tuple[Tensor, int] | None = None,
     ) -> Problem:  # fmt: skip
         rtol, atol = (tolerance if value is None else value for value in (self.rtol, self.atol))
-        default = "dopri5" if self.differentiable == "adjoint" else "rowwise"
+        default = "dopri5" if self.differentiable == "adjoint" else "ode"
         method = default if self.method is None else self.method
         return Problem(
             model, start, interval, rtol, atol, method, self.on_failure, self.differentiable, cond, origin=origin

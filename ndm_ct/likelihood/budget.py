@@ -86,10 +86,10 @@ def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> 
         SolverError: the solve failed.
         PredictorError: the network's derivative is NaN or infinite.
     """
-    if estimator.needs_nodes and path.method != "rowwise":
+    if estimator.needs_nodes and path.method != "ode":
         raise ValueError(
             f"trace='{type(estimator).__name__.lower()}' needs states at times of its own in every row, which "
-            f"method={path.method!r} cannot visit; use method='rowwise', or trace='hutchinson' or 'exact'."
+            f"method={path.method!r} cannot visit; use method='ode', or trace='hutchinson' or 'exact'."
         )
     with path.prepared():
         found = estimator.logdet(path, generator)
@@ -122,7 +122,7 @@ def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> 
             accepted=largest(found.solved.accepted),
             rejected=largest(found.solved.rejected),
             failed=failed,
-            z=found.solved.z.to(path.start.dtype),
+            z=found.solved.state[0].to(path.start.dtype),
             logdet=known(found.value),
             log_prior=known(log_prior),
             loglik=known(value),

@@ -1,16 +1,16 @@
-r"""One path of the probability flow, solved by either back-end, with or without its log-determinant.
+r"""One path of the probability flow, by this library's solver or torchdiffeq's, with or without its log-determinant.
 
 .. math::
     \dot z = v(z, t), \qquad
     \frac{d}{dt} \log\left|\det \frac{\partial z_t}{\partial z_{t_0}}\right| = \operatorname{div} v .
 
 ==================  ================================================================================================
-``"rowwise"``       every row with its own steps (:mod:`ndm_ct.solvers.ode`)
-``"dopri5"`` etc.   torchdiffeq, one step size for the batch (:mod:`ndm_ct.solvers.backends`)
+``"ode"``           every row with its own steps (:mod:`ndm_ct.solvers.ode`)
+``"dopri5"`` etc.   torchdiffeq, one step size for the batch (:mod:`ndm_ct.solvers.torchdiffeq`)
 ==================  ================================================================================================
 
-The rowwise solver also estimates the error of :math:`\log p`: a local error e of the state changes it by
-:math:`\langle s, e \rangle`, one of the log-determinant by itself, with s the model's score.
+"ode" also estimates the error of :math:`\log p`: a local error e of the state changes it by
+:math:`\langle s, e \rangle`, where s is the model's score, and one of the log-determinant by itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,41 +29,15 @@ from ndm_ct.divergence.interface import SolvedPath
 from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.likelihood.quadrature import linear_logdet, path_times
 from ndm_ct.model import NDM
-from ndm_ct.solvers.backends import ADAPTIVE_METHODS, odeint
-from ndm_ct.solvers.ode import odeint_rows
+from ndm_ct.solvers import ADAPTIVE_METHODS, Solution, odeint, odeint_rows
 from ndm_ct.solvers.packing import State
 
-__all__ = ["METHODS", "Problem", "Solved"]
+__all__ = ["METHODS", "Problem"]
 
-METHODS = ("rowwise", *ADAPTIVE_METHODS)
+METHODS = ("ode", *ADAPTIVE_METHODS)
 """Names of ``method``."""
 
 Differentiable = bool | Literal["adjoint"]
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The end of a path.
-
-    Args:
-        z: the state there, float64, ``(B, *E)``.
-        logdets: log-determinants, ``(B, columns)``; no column without a trace.
-        nodes: states at the nodes asked for, ``(N, B, *E)``.
-        error: estimate of the error of log p, nats, ``(B,)``; None where the back-end has none.
-        evaluations: network evaluations of each row, ``(B,)``.
-        accepted: accepted steps of each row, ``(B,)``.
-        rejected: rejected steps of each row, ``(B,)``.
-        failed: rows that failed, ``(B,)``.
-    """
-
-    z: Tensor
-    logdets: Tensor
-    nodes: Tensor | None
-    error: Tensor | None
-    evaluations: Tensor
-    accepted: Tensor
-    rejected: Tensor
-    failed: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,12 +64,12 @@ class Problem:
         choose("on_failure", self.on_failure, ("raise", "nan"))
         if not isinstance(self.differentiable, bool):
             choose("differentiable", self.differentiable, ("adjoint",))
-        if self.on_failure == "nan" and self.method != "rowwise":
+        if self.on_failure == "nan" and self.method != "ode":
             raise ValueError(
                 f"on_failure='nan' has no effect with method={self.method!r}, whose rows share their steps and fail "
-                "together; use method='rowwise'."
+                "together; use method='ode'."
             )
-        if self.differentiable == "adjoint" and self.method == "rowwise":
+        if self.differentiable == "adjoint" and self.method == "ode":
             raise ValueError("differentiable='adjoint' needs a torchdiffeq method; pass method='dopri5'.")
         if self.differentiable and torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -155,19 +129,20 @@ class Problem:
         A prior may raise on NaN, and NaN would reach the gradients of its parameters.
         """
         start = self.start.double()
-        end = torch.where(solved.failed.reshape(-1, *(1,) * (start.ndim - 1)), 0.0, solved.z)
+        end = torch.where(solved.failed.reshape(-1, *(1,) * (start.ndim - 1)), 0.0, solved.state[0])
         return (start, end) if self.upwards else (end, start)
 
     def log_prior(self, solved: SolvedPath) -> Tensor:
         """Log-density of the noise end, nats, float64, ``(B,)``."""
         return self.model.log_prior(self.ends(solved)[1])
 
-    def transport(self, nodes: Tensor | None = None, *, in_noise_units: bool = False) -> Solved:
-        r"""The path alone.
+    def transport(self, nodes: Tensor | None = None, *, in_noise_units: bool = False) -> Solution:
+        r"""Solve for the path alone; states are float64.
 
         Args:
-            nodes: times ``(N, B)`` at which the state is wanted too; only rowwise.
-            in_noise_units: tolerances are relative to :math:`\sigma_t`, the scale of the density; only rowwise.
+            nodes: times ``(N, B)`` at which the state is wanted too; only for "ode".
+            in_noise_units: whether tolerances are in units of :math:`\sigma_t`, the scale of the density; only for
+                "ode".
         """
 
         def field(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, None]:
@@ -175,8 +150,8 @@ class Problem:
 
         return self._solve(field, (self.start.double(),), nodes, in_noise_units)
 
-    def augmented(self, bound: BoundTrace) -> Solved:
-        """The path with its log-determinant, probes frozen."""
+    def augmented(self, bound: BoundTrace) -> Solution:
+        """Solve for state and log-determinants ``(B, columns)`` together, probes frozen; both are float64."""
         z = self.start.double()
         checked = False
 
@@ -202,16 +177,13 @@ class Problem:
         state: State,
         nodes: Tensor | None,
         in_noise_units: bool,
-    ) -> Solved:
-        if self.method == "rowwise":
+    ) -> Solution:
+        options: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "callback": self.callback}
+        if self.method == "ode":
             scale = (lambda t: self.model.schedule(t).sigma.detach()) if in_noise_units else None
-            rowwise = odeint_rows(
-                field, state, *self.interval, rtol=self.rtol, atol=self.atol, scale=scale, nodes=nodes,
-                on_failure=self.on_failure, callback=self.callback,
-            )  # fmt: skip
-            end, error = rowwise.state, rowwise.error
-            counts = (rowwise.evaluations, rowwise.accepted, rowwise.rejected, rowwise.failed)
-            return Solved(end[0], _columns(end), rowwise.nodes, error, *counts)
+            return odeint_rows(
+                field, state, *self.interval, scale=scale, nodes=nodes, on_failure=self.on_failure, **options
+            )
         adjoint = self._adjoint_tensors(field, state) if self.differentiable == "adjoint" else None
 
         def shared(t: Tensor, state: State) -> State:
@@ -219,13 +191,7 @@ class Problem:
             with self.model.evaluating():
                 return field(t, state, None)[0]
 
-        solution = odeint(
-            shared, state, *self.interval, method=self.method, rtol=self.rtol, atol=self.atol, adjoint=adjoint,
-            callback=self.callback,
-        )  # fmt: skip
-        every = torch.ones(state[0].shape[0], dtype=torch.long, device=state[0].device)
-        counts = (solution.evaluations * every, solution.accepted * every, solution.rejected * every, every < 0)
-        return Solved(solution.state[0], _columns(solution.state), None, None, *counts)
+        return odeint(shared, state, *self.interval, method=self.method, adjoint=adjoint, **options)
 
     def _adjoint_tensors(
         self, field: Callable[[Tensor, State, Tensor | None], tuple[State, State | None]], state: State
@@ -240,10 +206,6 @@ class Problem:
         stop = {id(tensor.grad_fn) for tensor in cond if tensor.grad_fn is not None}
         leaves = _leaves([part for part in derivative if part.requires_grad], stop)
         return (*cond, *(leaf for leaf in leaves if id(leaf) not in own))
-
-
-def _columns(state: State) -> Tensor:
-    return state[1] if len(state) > 1 else state[0].new_zeros(state[0].shape[0], 0)
 
 
 def _leaves(outputs: list[Tensor], stop: set[int]) -> list[Tensor]:

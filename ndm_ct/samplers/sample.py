@@ -29,13 +29,13 @@ from ndm_ct.divergence import resolve
 from ndm_ct.guidance import evaluations_per_call, guided
 from ndm_ct.likelihood.api import Trace
 from ndm_ct.likelihood.budget import largest, measure
-from ndm_ct.likelihood.path import Problem, Solved
+from ndm_ct.likelihood.path import Problem
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.samplers import NAMES
-from ndm_ct.samplers.adaptive import Drawn, sde_rows
+from ndm_ct.samplers.adaptive import sample_rows
 from ndm_ct.samplers.base import Sampler, steps_within, walk
 from ndm_ct.samplers.grids import Grid, time_grid
-from ndm_ct.solvers.backends import ADAPTIVE_METHODS
+from ndm_ct.solvers import ADAPTIVE_METHODS, Solution
 
 __all__ = ["ADAPTIVE", "METHODS", "SampleInfo", "sample"]
 
@@ -319,7 +319,7 @@ class _Adaptive:
     def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: dict[str, Any]) -> _Part:
         problem = Problem(
             self.model, z1, (1.0, self.model.t_min), self.rtol, self.atol,
-            "rowwise" if self.method == "ode" else self.method, "raise", False, cond,
+            self.method, "raise", False, cond,
             _percent(tick, self.ticks, self.model.t_min),
         )  # fmt: skip
         if not self.with_density:
@@ -344,16 +344,16 @@ class _AdaptiveSDE:
     ticks = 100
 
     def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: dict[str, Any]) -> _Part:
-        drawn = sde_rows(
+        drawn = sample_rows(
             self.model, z1, rtol=self.rtol, atol=self.atol, generator=generator,
             callback=_percent(tick, self.ticks, self.model.t_min), **cond,
         )  # fmt: skip
         return _ended(self.model, drawn, z1, self.denoise, cond)
 
 
-def _ended(model: NDM, solved: Solved | Drawn, z1: Tensor, denoise: bool, cond: dict[str, Any]) -> _Part:
+def _ended(model: NDM, solved: Solution, z1: Tensor, denoise: bool, cond: dict[str, Any]) -> _Part:
     """What adaptive steps led to, or the estimate of x there; counts of predictions become those of evaluations."""
-    z, (nfe, accepted, rejected) = solved.z, map(largest, (solved.evaluations, solved.accepted, solved.rejected))
+    z, (nfe, accepted, rejected) = solved.state[0], map(largest, (solved.nfe, solved.accepted, solved.rejected))
     if denoise:
         t = torch.tensor(model.t_min, dtype=torch.float64, device=z.device)
         z = model.predict_x(z, t, **cond)

@@ -33,7 +33,7 @@ from ndm_ct.samplers.base import Factor, Sampler, by_time, inner_times
 from ndm_ct.samplers.frozen import DDPM
 from ndm_ct.samplers.runge_kutta import advance
 from ndm_ct.schedules.fixed import Level
-from ndm_ct.solvers.backends import validate_slope
+from ndm_ct.solvers import validate_slope
 
 __all__ = ["SCHEMES", "SDE"]
 

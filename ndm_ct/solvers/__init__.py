@@ -1,24 +1,31 @@
-"""Solvers of ordinary and stochastic differential equations. They work on any callable field."""
+"""Solvers of ordinary and stochastic differential equations, for any callable field.
 
-from ndm_ct.solvers.backends import (
-    ADAPTIVE_METHODS,
-    SDE_METHODS,
-    Solution,
-    odeint,
-    sdeint,
-    validate_slope,
-    validate_tolerance,
-)
-from ndm_ct.solvers.ode import RowSolution, odeint_rows
+================================  ===================  ============================================================
+function                          steps                where
+================================  ===================  ============================================================
+:func:`odeint_rows`               each row its own     :mod:`~ndm_ct.solvers.ode`, method ``"ode"``
+:func:`sdeint_rows`               each row its own     :mod:`~ndm_ct.solvers.sde`, method ``"sde"``
+:func:`odeint`                    one for the batch    :mod:`~ndm_ct.solvers.torchdiffeq`, ``"dopri5"`` and others
+:func:`sdeint_adaptive`           one for the batch    :mod:`~ndm_ct.solvers.torchsde`, ``"torchsde:srk"`` and others
+:func:`sdeint`                    a given grid         the same
+================================  ===================  ============================================================
+"""
+
+from ndm_ct.solvers.ode import odeint_rows
+from ndm_ct.solvers.sde import sdeint_rows
+from ndm_ct.solvers.solution import Solution, validate_slope, validate_tolerance
+from ndm_ct.solvers.torchdiffeq import ADAPTIVE_METHODS, odeint
+from ndm_ct.solvers.torchsde import SDE_METHODS, sdeint, sdeint_adaptive
 
 __all__ = [
     "ADAPTIVE_METHODS",
     "SDE_METHODS",
-    "RowSolution",
     "Solution",
     "odeint",
     "odeint_rows",
     "sdeint",
+    "sdeint_adaptive",
+    "sdeint_rows",
     "validate_slope",
     "validate_tolerance",
 ]

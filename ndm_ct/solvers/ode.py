@@ -12,12 +12,8 @@ and its interpolant of order 4, :math:`y(t + \theta h) = y + h \sum_i b_i(\theta
 .. math::
     \max_{\text{parts}} \operatorname{rms}\!\left(\frac{e}{s(t)\,(\mathrm{atol} + \mathrm{rtol}\,|y|)}\right) \le 1
 
-over the tensors of the state, with a scale s(t) for the first of them (1 for the others). Rows share calls of f and
-nothing else: a row that is finished, or has failed, leaves the batch, and a row's result in a batch is its result
-alone, to rounding.
-
-This module knows no diffusion model. Its ``torchdiffeq`` counterpart, one step size for the whole batch, is
-:func:`ndm_ct.solvers.backends.odeint`.
+over the tensors of the state, with a scale s(t) for the first of them (1 for the others). Rows share only the calls of
+f (:mod:`ndm_ct.solvers.rows`). With one step size for the whole batch, see :mod:`ndm_ct.solvers.torchdiffeq`.
 
 References:
     Dormand and Prince, A family of embedded Runge-Kutta formulae (1980)
@@ -27,18 +23,18 @@ References:
 """
 
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ndm_ct._core import checks as _shapes
-from ndm_ct._core.errors import SolverError
-from ndm_ct.solvers.packing import Packing, Rows, State
+from ndm_ct._core import checks
+from ndm_ct.solvers.packing import Packing, State
+from ndm_ct.solvers.rows import Rows, RowSolve
+from ndm_ct.solvers.solution import Solution
 
-__all__ = ["RowSolution", "odeint_rows"]
+__all__ = ["odeint_rows"]
 
 C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 A = (
@@ -69,42 +65,14 @@ MEMORY = 0.04
 """Exponent of the last error in the controller: beta in Hairer's code, with his value."""
 STRETCH = 1.01
 """The last step may be this much longer than planned, so that no sliver is left; as in Hairer's code."""
-VANISHED, VANISHED_WHEN_NAN = 1e-13, 1e-7
-"""Steps, relative to the interval, at which a row fails. A trial that met NaN fails sooner: more steps would only find
-out where exactly the NaN begins."""
 _MAX_STEPS = 10_000
 
 RowField = Callable[[Tensor, State, Tensor], tuple[State, State | None]]
-"""``f(t (b,), state (b, *), rows (b,))``: the derivatives of the rows still in the batch, whose numbers are ``rows``,
-and optionally the gradient of a functional L of the solution with respect to the state there, in the state's tensors.
-NaN is an answer, to which a row takes a smaller step or fails; an exception ends the solve of all rows."""
+"""The field, called as ``f(t (b,), state (b, *), rows (b,))``: ``rows`` are the numbers of the rows still in the batch.
 
-
-@dataclass(frozen=True)
-class RowSolution:
-    r"""What a rowwise solve returns.
-
-    Args:
-        state: the tensors of the initial state, at the end; NaN in failed rows.
-        nodes: the first of them at the nodes, ``(N, B, *)``; NaN in failed rows; None without nodes.
-        error: :math:`\sum_n |\langle \partial L/\partial y,\, e \rangle|` over the steps, float64 ``(B,)``: an estimate
-            of the error of L; NaN in failed rows; None if the field returns no gradient; 0 if it was never called.
-        calls: calls of the field, each for the rows then in the batch; with a graph, a step in which some row met NaN
-            is done twice.
-        evaluations: evaluations of each row, ``(B,)``, as many as alone, repeats left out.
-        accepted: accepted steps of each row, ``(B,)``.
-        rejected: rejected steps of each row, ``(B,)``.
-        failed: whether a row failed, ``(B,)``.
-    """
-
-    state: State
-    nodes: Tensor | None
-    error: Tensor | None
-    calls: int
-    evaluations: Tensor
-    accepted: Tensor
-    rejected: Tensor
-    failed: Tensor
+It returns their derivatives and, optionally, the gradient of a functional L of the solution with respect to the state
+there, in the shapes of the state. A row whose derivative is NaN takes a smaller step or fails; an exception ends the
+solve of all rows."""
 
 
 def odeint_rows(
@@ -120,19 +88,19 @@ def odeint_rows(
     on_failure: str = "raise",
     max_steps: int = _MAX_STEPS,
     callback: Callable[[float], None] | None = None,
-) -> RowSolution:
-    r"""Solve :math:`dy/dt = f(t, y)` from t0 to t1, in either direction, each row with steps of its own.
+) -> Solution:
+    r"""Solve :math:`dy/dt = f(t, y)` from t0 to t1, in either direction, each row with its own steps.
 
     With gradients enabled the solution carries the graph of the steps taken, their sizes held fixed.
 
     Args:
-        function: f; see ``RowField``. It sees t in float64 and the state in its own dtype, and never a t outside the
-            interval.
+        function: f; see ``RowField``. It gets t in float64, always inside the interval, and the state in its own dtype.
         state: initial tensors, each ``(B, *)``, of one dtype.
         t0: start.
         t1: end.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
+        rtol: error allowed in one step, relative to the size of the state. Ten times smaller costs about 1.6 times the
+            evaluations.
+        atol: error allowed in one step where the state is near zero, in its own units.
         scale: s(t) > 0, ``(b,)`` to ``(b,)``, by which both tolerances of the first tensor are multiplied, t being the
             end of the step; None is 1.
         nodes: times ``(N, B)`` between t0 and t1, in any order, at which the first tensor is wanted.
@@ -151,19 +119,16 @@ def odeint_rows(
         >>> bool((solution.state[0][:, 0] - torch.exp(-rate)).abs().max() < 1e-7), solution.accepted.tolist()
         (True, [17, 103])
     """
-    _shapes.choose("on_failure", on_failure, ("raise", "nan"))
-    _shapes.validate_count("max_steps", max_steps)
+    checks.choose("on_failure", on_failure, ("raise", "nan"))
+    checks.validate_count("max_steps", max_steps)
     for name, value in (("rtol", rtol), ("atol", atol)):
-        _shapes.validate_positive(name, value)
+        checks.validate_positive(name, value)
     nodes = None if nodes is None else _validate_nodes(nodes, state[0], min(t0, t1), max(t0, t1))
     packing = Packing(tuple(part.shape for part in state))
-    solve = _Solve(function, packing, t0, t1, rtol, atol, scale, nodes, on_failure == "nan", max_steps)
+    solve = _Solve(packing, t0, t1, max_steps, on_failure == "nan", function, rtol, atol, scale, nodes)
     solve.start(packing.pack(state))
-    while solve.rows.index.numel() > 0:
-        if callback is not None:
-            callback(solve.furthest_behind())
-        solve.step()
-    return solve.solution()
+    solve.run(callback)
+    return solve.solved()
 
 
 def _validate_nodes(nodes: Tensor, like: Tensor, low: float, high: float) -> Tensor:
@@ -183,27 +148,15 @@ class _Rows(Rows):
     """Rows of the batch.
 
     Args:
-        index: their numbers in the caller's batch.
-        t: time, float64.
-        y: packed state, ``(b, D)``.
         k: f(t, y), the last stage of the step before and the first of the next.
-        h: size of the next step, positive in both directions.
         barrier: end of the last rejected trial; h does not grow before it is passed.
         log_ratio: log of the error of the last accepted step in units of its tolerance.
-        finite: whether the last trial met only finite values.
-        accepted: accepted steps.
         error: the error of L so far.
     """
 
-    index: Tensor
-    t: Tensor
-    y: Tensor
     k: Tensor
-    h: Tensor
     barrier: Tensor
     log_ratio: Tensor
-    finite: Tensor
-    accepted: Tensor
     error: Tensor
 
 
@@ -228,76 +181,52 @@ class _Trial:
     error: Tensor
 
 
-@dataclass(frozen=True)
-class _Left:
-    """Rows that have left the batch, finished or failed, and what each of them has cost."""
+class _Solve(RowSolve[_Rows]):
+    """A solve under way; every round is one trial step of each row."""
 
-    rows: _Rows
-    failed: Tensor
-    steps: int
-    evaluations: int
+    name = 'method "ode"'
+    rounds_are = "steps"
+    cure = (
+        "Loosen rtol/atol, raise t_min, look at the network's output there, or pass on_failure='nan' to lose only "
+        "these rows."
+    )
+    vanished, vanished_when_nan = 1e-13, 1e-7
 
-
-@dataclass
-class _Solve:
-    """A solve under way: ``rows`` are in the batch, ``left`` have left it.
-
-    What may carry a graph is replaced, never written to. Every row in the batch has been there since the start, so the
-    counts of steps and evaluations are two numbers, the same for all of them.
-    """
-
-    function: RowField
-    packing: Packing
-    t0: float
-    t1: float
-    rtol: float
-    atol: float
-    scale: Callable[[Tensor], Tensor] | None
-    nodes: Tensor | None
-    forgiving: bool
-    max_steps: int
-    rows: _Rows = field(init=False)
-    left: list[_Left] = field(init=False, default_factory=list)
-    at_nodes: list[tuple[Tensor, Tensor, Tensor]] = field(init=False, default_factory=list)
-    calls: int = field(init=False, default=0)
-    evaluations: int = field(init=False, default=0)
-    steps: int = field(init=False, default=0)
-    has_gradient: bool = field(init=False, default=True)
-
-    def __post_init__(self) -> None:
-        self.direction, self.length = (1.0 if self.t1 >= self.t0 else -1.0), abs(self.t1 - self.t0)
-        rounding = 16.0 * sys.float_info.epsilon * max(abs(self.t0), abs(self.t1))
-        self.smallest = max(VANISHED * self.length, rounding)
+    def __init__(
+        self, packing: Packing, t0: float, t1: float, limit: int, forgiving: bool, function: RowField, rtol: float,
+        atol: float, scale: Callable[[Tensor], Tensor] | None, nodes: Tensor | None,
+    ) -> None:  # fmt: skip
+        super().__init__(packing, t0, t1, limit, forgiving)
+        self.function, self.rtol, self.atol, self.scale, self.nodes = function, rtol, atol, scale, nodes
+        self.at_nodes: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.has_gradient = True
 
     def start(self, y: Tensor) -> None:
         """Nodes at t0, the field there, the first step sizes; a row without a finite field fails at once."""
-        index = torch.arange(len(y), device=y.device)
-        zero, none = torch.zeros(len(y), dtype=torch.float64, device=y.device), index < 0
-        self.rows = _Rows(
-            index=index, t=zero + self.t0, y=y, k=torch.zeros_like(y), h=zero, barrier=zero + self.t0, log_ratio=zero,
-            finite=~none, accepted=torch.zeros_like(index), error=zero,
-        )  # fmt: skip
+        common = self.start_rows(y)
+        zero, every = common["h"], common["finite"]
+        self.rows = _Rows(**common, k=torch.zeros_like(y), barrier=common["t"], log_ratio=zero, error=zero)
         if self.nodes is not None:
             node, row = torch.nonzero(self.nodes == self.t0, as_tuple=True)
             self.at_nodes.append((node, row, y[row, : self.packing.widths[0]]))
         if self.length == 0.0 or len(y) == 0:
-            self._leave(~none, failed=none)
+            self.leave(every, failed=~every)
             return
         k, gradient = self._evaluate(self.rows.t, y)
-        self.evaluations, self.has_gradient = 1, gradient is not None
+        self.nfe, self.has_gradient = 1, gradient is not None
         finite = (torch.isfinite(k) & torch.isfinite(y)).all(1)
         self.rows = replace(self.rows, k=k, finite=finite)
         if not bool(finite.all()):
-            self._leave(~finite, failed=~finite)
+            self.leave(~finite, failed=~finite)
             if len(self.rows.index) == 0:
                 return
             if k.requires_grad:  # without the failed rows, for the reason given in step
                 self.rows = replace(self.rows, k=self._evaluate(self.rows.t, self.rows.y)[0])
         self.rows = replace(self.rows, h=self._first_step())
-        self.evaluations = 2
+        self.nfe = 2
 
-    def step(self) -> None:
-        """One trial step of every row in the batch; accepts, rejects, lets rows leave."""
+    def step(self) -> Tensor:
+        """One trial step of every row in the batch, accepted or rejected."""
         rows = self.rows
         remaining = self.direction * (self.t1 - rows.t)
         last = STRETCH * rows.h >= remaining
@@ -311,17 +240,13 @@ class _Solve:
             # step is done again, in which the rows that met NaN stand still; the others do what they did before.
             trial = self._trial(torch.where(finite, h, 0.0), torch.where(finite, end, rows.t))
         accept = ratio <= 1.0
-        self.steps, self.evaluations = self.steps + 1, self.evaluations + len(C) - 1
+        self.nfe += len(C) - 1
         self._collect_nodes(trial, accept)
         self._advance(trial, accept, finite)
         self._control(h, end, ratio, accept)
-        done = accept & last
-        failed = ~done & self._hopeless()
-        if bool((done | failed).any()):
-            self._leave(done | failed, failed)
+        return accept & last
 
     def _evaluate(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        self.calls += 1
         derivative, gradient = self.function(t, self.packing.unpack(y), self.rows.index)
         return self.packing.pack(derivative).to(y.dtype), None if gradient is None else self.packing.pack(gradient)
 
@@ -358,7 +283,7 @@ class _Solve:
         self.rows = replace(
             rows, t=torch.where(accept, trial.t, rows.t), y=torch.where(chosen, trial.y, rows.y),
             k=torch.where(chosen, trial.stages[-1], rows.k), finite=finite, accepted=rows.accepted + accept,
-            error=error,
+            rejected=rows.rejected + ~accept, error=error,
         )  # fmt: skip
 
     def _control(self, h: Tensor, end: Tensor, ratio: Tensor, accept: Tensor) -> None:
@@ -409,61 +334,11 @@ class _Solve:
             value = torch.addcmul(value, trial.step[row] * weight, k[row, :width])
         self.at_nodes.append((node, rows.index[row], value))
 
-    def _vanished(self, rows: _Rows) -> Tensor:
-        """Whether the next step is too small to be worth it, or so small that t + h could be t."""
-        return rows.h <= torch.where(rows.finite, self.smallest, max(VANISHED_WHEN_NAN * self.length, self.smallest))
-
-    def _hopeless(self) -> Tensor:
-        return torch.ones_like(self.rows.finite) if self.steps >= self.max_steps else self._vanished(self.rows)
-
-    def _leave(self, gone: Tensor, failed: Tensor) -> None:
-        if not self.forgiving and bool(failed.any()):
-            raise self._failure(self.rows.take(failed))
-        leaving, staying = torch.nonzero(gone).flatten(), torch.nonzero(~gone).flatten()
-        self.left.append(_Left(self.rows.take(leaving), failed[leaving], self.steps, self.evaluations))
-        self.rows = self.rows.take(staying)
-
-    def _failure(self, rows: _Rows) -> SolverError:
-        vanished = self._vanished(rows)
-        causes = {
-            "the field is NaN or infinite": vanished & ~rows.finite,
-            "the step size vanished": vanished & rows.finite,
-            f"{self.max_steps} steps were not enough": ~vanished,
-        }
-        told = "; ".join(
-            f"{cause} in batch rows {_shapes.some(rows.index[where].tolist())}"
-            for cause, where in causes.items()
-            if bool(where.any())
-        )
-        t, h = float(rows.t[0]), float(rows.h[0])
-        return SolverError(
-            f"the rowwise solve gave up at t={t:.6g} with step {h:.3g}: {told}. Loosen rtol/atol, raise t_min, look at "
-            "the network's output there, or pass on_failure='nan' to lose only these rows.",
-            t=t, dt=h, rows=tuple(rows.index.tolist()),
-        )  # fmt: skip
-
-    def furthest_behind(self) -> float:
-        return float(self.rows.t.min() if self.direction > 0.0 else self.rows.t.max())
-
-    def solution(self) -> RowSolution:
-        """What the rows brought home, in the caller's order."""
-        order = torch.argsort(torch.cat([left.rows.index for left in self.left]))
-
-        def gather(part: Callable[[_Left], Tensor]) -> Tensor:
-            return torch.cat([part(left) for left in self.left])[order]
-
-        failed, accepted = gather(lambda left: left.failed), gather(lambda left: left.rows.accepted)
-        error = torch.where(failed, torch.nan, gather(lambda left: left.rows.error))
-        return RowSolution(
-            state=self.packing.unpack(torch.where(failed[:, None], torch.nan, gather(lambda left: left.rows.y))),
-            nodes=self._values_at_nodes(failed),
-            error=error if self.has_gradient else None,
-            calls=self.calls,
-            evaluations=gather(lambda left: torch.full_like(left.rows.index, left.evaluations)),
-            accepted=accepted,
-            rejected=gather(lambda left: torch.full_like(left.rows.index, left.steps)) - accepted,
-            failed=failed,
-        )
+    def solved(self) -> Solution:
+        """The solution, with its error estimate and its nodes."""
+        failed = self.gather(lambda left: left.failed)
+        error = torch.where(failed, torch.nan, self.gather(lambda left: left.rows.error))
+        return self.solution(error if self.has_gradient else None, self._values_at_nodes(failed))
 
     def _values_at_nodes(self, failed: Tensor) -> Tensor | None:
         if self.nodes is None:

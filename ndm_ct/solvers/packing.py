@@ -1,21 +1,20 @@
-"""A state of several tensors as one matrix, its norm row by row, and rows that leave a batch."""
+"""A state of several tensors as one matrix, and its norm row by row."""
 
-from dataclasses import dataclass, field, fields
-from typing import Self
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import event_size
 
-__all__ = ["Packing", "Rows", "State"]
+__all__ = ["Packing", "State"]
 
 State = tuple[Tensor, ...]
 
 
 @dataclass
 class Packing:
-    """A state of several tensors ``(B, *)`` as one matrix ``(B, D)``, and its norm by rows; B may change."""
+    """Converts a state of several tensors ``(B, *)`` to one matrix ``(B, D)`` and back, for any B."""
 
     shapes: tuple[torch.Size, ...]
     widths: tuple[int, ...] = field(init=False)
@@ -35,12 +34,3 @@ class Packing:
         """Root mean square of each part in each row, the larger of the parts: ``(B,)``. Carries no gradient."""
         parts = [part for part in y.detach().split(self.widths, 1) if part.shape[1] > 0]
         return torch.stack([part.square().mean(1) for part in parts] or [y.new_zeros(len(y))]).amax(0).sqrt()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a batch: tensors with one entry each."""
-
-    def take(self, which: Tensor) -> Self:
-        """Some of them, by position or mask."""
-        return type(self)(*(getattr(self, entry.name)[which] for entry in fields(self)))

@@ -309,12 +309,12 @@ X = torch.zeros(2, 2)
         (
             lambda: ndm_ct.loglik(model(), X, trace="quadrature", method="dopri5"),
             ValueError,
-            "use method='rowwise', or trace='hutchinson' or 'exact'",
+            "use method='ode', or trace='hutchinson' or 'exact'",
         ),
-        (lambda: ndm_ct.loglik(model(), X, on_failure="nan", method="dopri5"), ValueError, "use method='rowwise'"),
+        (lambda: ndm_ct.loglik(model(), X, on_failure="nan", method="dopri5"), ValueError, "use method='ode'"),
         (lambda: ndm_ct.loglik(model(), X, on_failure="NaN"), ValueError, "on_failure='NaN' is unknown"),
         (
-            lambda: ndm_ct.loglik(model(), X, differentiable="adjoint", method="rowwise"),
+            lambda: ndm_ct.loglik(model(), X, differentiable="adjoint", method="ode"),
             ValueError,
             "needs a torchdiffeq method; pass method='dopri5'",
         ),

@@ -181,7 +181,7 @@ def test_a_stiff_field_gives_up_in_bounded_time(tolerance):
 def test_a_stiff_reverse_sde_gives_up_in_bounded_time():
     stiff = NDM(Stiff(), (2,), schedule=SHORT)
     with pytest.raises(SolverError, match=r"batch rows \[0\]"):
-        samplers.adaptive.sde_rows(stiff, 0.0 * X[:1], rtol=1e-9, atol=1e-9, max_evaluations=500, bad=BAD[1:2])
+        samplers.adaptive.sample_rows(stiff, 0.0 * X[:1], rtol=1e-9, atol=1e-9, max_evaluations=500, bad=BAD[1:2])
     assert stiff.predictor.calls <= 502
 
 

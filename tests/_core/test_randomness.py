@@ -107,6 +107,10 @@ def sampler():
     return made
 
 
+def infinite():
+    return NDM(nn.MLP(2, width=8, depth=1), (2,), schedule=schedules.Rectified())
+
+
 def sde(g):
     grid = torch.linspace(1.0, 0.5, 3, dtype=torch.float64)
     return solvers.sdeint(lambda t, y: -y, lambda t, y: torch.ones(()).to(y), X64, grid, generator=g).state[0]
@@ -161,9 +165,16 @@ FOLLOWS = {
     "data.Bins.real": lambda g: bins().real(LEVELS, g),
     "data.Bins.elbo": lambda g: bins(False).elbo(model(), X, g, {}),
     "data.Source.batch": lambda g: Source(LEVELS, {}, bins(), "data", ndm_ct.fit).batch(torch.arange(3), g)[0],
-    "samplers.sde_rows": lambda g: samplers.adaptive.sde_rows(model(), X, generator=g).z,
+    "samplers.finite_start": lambda g: samplers.adaptive.finite_start(built(infinite), X, g, {})[0],
+    "samplers.sample_rows": lambda g: samplers.adaptive.sample_rows(model(), X, generator=g).state[0],
     "samplers.sample": lambda g: ndm_ct.sample(model(), 3, method="sde", steps=3, generator=g),
     "solvers.sdeint": sde,
+    "solvers.sdeint_adaptive": lambda g: solvers.sdeint_adaptive(
+        lambda t, y: -y, lambda t, y: torch.ones_like(y), X64, 1.0, 0.5, generator=g, first_step=0.1
+    ).state[0],
+    "solvers.sdeint_rows": lambda g: solvers.sdeint_rows(
+        lambda t, y, rows: -y, lambda t, y, rows: torch.ones_like(y), X64, 1.0, 0.5, generator=g, first_step=0.1
+    ).state[0],
     "samplers.Sampler.step": lambda g: sampler().step(X, 1.0, 0.5, generator=g),
     "samplers.walk": lambda g: stepping.walk(sampler(), X, time_grid(SHORT, 0.0, 2), generator=g),
     "transforms.Composed.to_latent": lambda g: Composed(Identity(), encoder()).to_latent(X, generator=g)[0],

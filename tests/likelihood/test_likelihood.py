@@ -310,9 +310,7 @@ class Everything:
 def fix_nodes(everything, monkeypatch):
     """One sweep of two nodes that stay where they are, though a schedule moves the path under them."""
     estimator = Quadrature(nodes=2, probes=1, sweeps=1)
-    path = Problem(
-        everything.model, everything.x, (everything.model.t_min, 1.0), 1e-6, 1e-6, "rowwise", "raise", False, {}
-    )
+    path = Problem(everything.model, everything.x, (everything.model.t_min, 1.0), 1e-6, 1e-6, "ode", "raise", False, {})
     fixed = Sweeps.draw(path, estimator, torch.ones(2).long(), torch.Generator().manual_seed(1))
     monkeypatch.setattr(Sweeps, "draw", classmethod(lambda *arguments: fixed))
     return {"trace": estimator}
@@ -523,19 +521,19 @@ def test_a_row_in_a_batch_is_the_row_alone(trace):
 
 
 def test_rows_of_a_torchdiffeq_solve_depend_on_each_other():
-    """What rowwise is for: with shared steps the easy rows change when a stiff one joins them, and pay its price."""
+    """With shared steps the easy rows change when a stiff one joins, and pay for it; with "ode" they do not."""
     model, x, rate = mixed_batch(failing=12)
     x, rate = x[:9], rate[:9]
     options = {"rtol": 1e-4, "atol": 1e-4, "return_info": True}
     easy = torch.arange(9) != 7
     changes, costs = {}, {}
-    for method in ("rowwise", "dopri5"):
+    for method in ("ode", "dopri5"):
         value, info = ndm_ct.loglik(model, x, rate=rate, method=method, **options)
         alone, _ = ndm_ct.loglik(model, x[easy], rate=rate[easy], method=method, **options)
         changes[method], costs[method] = float((value[easy] - alone).abs().max()), info.row_nfe[0]
-    assert changes["rowwise"] < 1e-10
+    assert changes["ode"] < 1e-10
     assert changes["dopri5"] > 1e-7
-    assert int(costs["dopri5"]) > 2 * int(costs["rowwise"])
+    assert int(costs["dopri5"]) > 2 * int(costs["ode"])
 
 
 class Table:
@@ -547,7 +545,7 @@ class Table:
         return gain * torch.tanh(z + table[label]).flip(1) + 0.1 * shift
 
 
-@pytest.mark.parametrize("method", ["rowwise", "dopri5"])
+@pytest.mark.parametrize("method", ["ode", "dopri5"])
 @pytest.mark.parametrize("trace", TRACES)
 def test_conditioning_goes_with_its_rows_and_what_is_shared_stays(trace, method):
     model = NDM(Table(), (3,), schedule=schedules.LinearLogSNR(-4, 4))
@@ -555,8 +553,8 @@ def test_conditioning_goes_with_its_rows_and_what_is_shared_stays(trace, method)
     own = {"label": label, "shift": torch.randn(6, 3, dtype=torch.float64)}
     shared = {"table": 2.0 * torch.randn(4, 3, dtype=torch.float64), "gain": 0.5, "mode": "tanh", "nothing": None}
     options = {"trace": TRACES[trace], "rtol": 1e-8, "atol": 1e-8, "method": method} | shared
-    if trace == "quadrature" and method != "rowwise":
-        with pytest.raises(ValueError, match="use method='rowwise', or trace='hutchinson' or 'exact'"):
+    if trace == "quadrature" and method != "ode":
+        with pytest.raises(ValueError, match="use method='ode', or trace='hutchinson' or 'exact'"):
             ndm_ct.loglik(model, x, **own, **options)
         return
     value = ndm_ct.loglik(model, x, generator=generator_for(0, trace), **own, **options)
@@ -581,10 +579,10 @@ def far_is_nan(z, t):
     return torch.where(z.abs().amax(1, keepdim=True) > 50.0, torch.full_like(z, math.nan), 0.5 * z)
 
 
-@pytest.mark.parametrize("method", ["rowwise", "dopri5"])
+@pytest.mark.parametrize("method", ["ode", "dopri5"])
 @pytest.mark.parametrize("trace", ["exact", "quadrature", "hutchinson"])
 def test_a_failing_row_is_named(trace, method):
-    if trace == "quadrature" and method != "rowwise":
+    if trace == "quadrature" and method != "ode":
         return
     model = NDM(far_is_nan, (2,), schedule=schedules.LinearLogSNR(-5, 5))
     x = torch.randn(5, 2, dtype=torch.float64)

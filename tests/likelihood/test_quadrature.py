@@ -26,7 +26,7 @@ def empty_model(event_shape, schedule=None):
 
 
 def path_of(model, x, tolerance=1e-6):
-    return Problem(model, x, (model.t_min, 1.0), tolerance, tolerance, "rowwise", "raise", False, {})
+    return Problem(model, x, (model.t_min, 1.0), tolerance, tolerance, "ode", "raise", False, {})
 
 
 def draw(model, estimator, rows=1, seed=0):
@@ -286,7 +286,7 @@ def scores_of_one_path(model, x, repeats, truth, generator, estimator=Quadrature
     with problem.prepared():
         solved = problem.transport(sweeps.times, in_noise_units=True)
         groups = Totals.of(sweeps.integrals(solved.nodes, problem).reshape(-1, estimator.sweeps))
-        value = model.log_prior(solved.z) + linear_logdet(model, x.device)
+        value = model.log_prior(solved.state[0]) + linear_logdet(model, x.device)
     error = (value - truth)[:, None] + groups.mean.reshape(len(x), repeats)
     return (error / groups.stderr.reshape(error.shape)).mT, error.mT
 

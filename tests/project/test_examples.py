@@ -51,7 +51,7 @@ def assert_picture(path, height, width):
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     out = tmp_path_factory.mktemp("solvers") / "new" / "folder"
-    arguments = "--schedules Rectified --methods rowwise dopri5 --tolerances 1e-2 1e-4 --rows 4 --outlier 6"
+    arguments = "--schedules Rectified --methods ode dopri5 --tolerances 1e-2 1e-4 --rows 4 --outlier 6"
     returned = solvers.main([*arguments.split(), "--trace-rows", "2", "--repeats", "12", "--out", str(out)])
     report = json.loads((out / "likelihood_solvers.json").read_text())
     assert report == json.loads(json.dumps(returned))
@@ -62,22 +62,22 @@ def test_tighter_solves_cost_more_and_err_less(comparison):
     by_method = {}
     for solve in comparison[1]["work_precision"]:
         by_method.setdefault(solve["method"], []).append(solve)
-    assert set(by_method) == {"rowwise", "dopri5"}
+    assert set(by_method) == {"ode", "dopri5"}
     for loose, tight in by_method.values():
         assert (loose["tolerance"], tight["tolerance"]) == (1e-2, 1e-4)
         assert 0.0 < tight["rms_error"] < 0.1 * loose["rms_error"]
         assert tight["evaluations"] > loose["evaluations"] > 10
         for solve in (loose, tight):
             assert solve["rms_error"] <= solve["max_error"] <= 2.0 * solve["rms_error"] * (1 + 1e-12)  # four rows
-            assert (solve["reported"] is not None) == (solve["method"] == "rowwise")
+            assert (solve["reported"] is not None) == (solve["method"] == "ode")
 
 
 def test_hard_row_is_felt_where_steps_are_shared_only(comparison):
     errors = {(s["method"], s["tolerance"]): s["max_error"] for s in comparison[1]["work_precision"]}
     rows = comparison[1]["hard_row"]
-    assert {row["method"] for row in rows} == {"rowwise", "dopri5"}
+    assert {row["method"] for row in rows} == {"ode", "dopri5"}
     for row in rows:
-        if row["method"] == "rowwise":
+        if row["method"] == "ode":
             assert row["change"] < 1e-9
             assert row["evaluations_with"] == row["evaluations_without"]
             assert row["evaluations_outlier"] > 1.5 * row["evaluations_with"]
@@ -110,7 +110,7 @@ def test_solvers_reading_says_what_the_numbers_say(comparison):
     out, report = comparison
     reading = report["reading"]
     assert "\n" not in reading
-    worst = max((row for row in report["hard_row"] if row["method"] != "rowwise"), key=lambda row: row["change"])
+    worst = max((row for row in report["hard_row"] if row["method"] != "ode"), key=lambda row: row["change"])
     assert f"{worst['change']:.1g} nat ({worst['method']}" in reading
     ratios = report["hutchinson_over_quadrature"].values()
     assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in reading
@@ -529,7 +529,7 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         solvers.main(["--help"])
     text = capsys.readouterr().out
-    for word in ("--max-evaluations", "rowwise", "network evaluations", "vector-Jacobian", "under a minute"):
+    for word in ("--max-evaluations", "ode", "network evaluations", "vector-Jacobian", "under a minute"):
         assert word in text
     for example in (drawing, noise, grids):
         with pytest.raises(SystemExit):

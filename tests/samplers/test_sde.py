@@ -9,8 +9,10 @@ from oracles import SCHEDULES, TRANSFORMS, blurred, gaussian, mixture, order
 import ndm_ct
 from ndm_ct import NDM, SolverError, schedules
 from ndm_ct.samplers import adaptive
-from ndm_ct.samplers.adaptive import Brownian, sde_rows
+from ndm_ct.samplers.adaptive import sample_rows
 from ndm_ct.samplers.frozen import DDPM
+from ndm_ct.solvers import sde
+from ndm_ct.solvers.sde import Brownian
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)
 
@@ -126,7 +128,7 @@ def test_accepted_steps_are_stochastic_heun(monkeypatch):
 
     monkeypatch.setattr(Brownian, "draw", recorded)
     z = start(model, 1, torch.Generator().manual_seed(1))
-    drawn = sde_rows(model, z, rtol=1e9, atol=1e9, generator=torch.Generator().manual_seed(2))
+    drawn = sample_rows(model, z, rtol=1e9, atol=1e9, generator=torch.Generator().manual_seed(2))
     assert int(drawn.rejected) == 0
 
     def field(z, t):
@@ -143,30 +145,30 @@ def test_accepted_steps_are_stochastic_heun(monkeypatch):
         z = z - 0.5 * h * (field(z, t) + field(euler, s)) + 0.5 * (diffusion(t) + diffusion(s)) * increment
         t = s
     assert t == pytest.approx(0.0, abs=1e-12)
-    torch.testing.assert_close(drawn.z, z, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(drawn.state[0], z, rtol=1e-10, atol=1e-10)
     assert taken[0][0] == pytest.approx(adaptive.FIRST / 9.0)
-    assert taken[1][0] / taken[0][0] == pytest.approx(adaptive.GROW)
+    assert taken[1][0] / taken[0][0] == pytest.approx(sde.GROW)
 
 
 def test_the_controller_keeps_the_error_in_its_units(monkeypatch):
     """Accepted steps have error at most 1, rejected ones more, as recomputed from the states they led to."""
     model = gaussian(SMOOTH, d=3)
-    errors, judge = [], adaptive._Solve._judge
+    errors, judge = [], sde._Solve._judge
 
     def recorded(self, rows, slope):
         after, rejected = judge(self, rows, slope)
-        tried, noise = rows.trying, 0.5 * (rows.g + self.sde.diffusion(rows.end, rows.y)) * rows.increment
-        heun = rows.y - 0.5 * rows.h[:, None] * (rows.slope + slope) + noise
+        tried, noise = rows.trying, 0.5 * (rows.g + self.diffusion(rows.end, rows.y, rows.index)) * rows.increment
+        heun = rows.y - 0.5 * rows.length[:, None] * (rows.slope + slope) + noise
         scale = 0.02 + 0.05 * torch.maximum(heun.abs(), rows.y.abs())
         error = ((heun - rows.euler) / scale).square().mean(1).sqrt()
         assert bool(((error > 1.0) == rejected)[tried].all())
         factor = (0.9 * error ** (-2.0 / 3.0)).clamp(0.2, 5.0)
-        torch.testing.assert_close(after.wanted[tried], (factor * rows.h)[tried])
+        torch.testing.assert_close(after.h[tried], (factor * rows.length)[tried])
         errors.append(error[tried])
         return after, rejected
 
-    monkeypatch.setattr(adaptive._Solve, "_judge", recorded)
-    drawn = sde_rows(model, start(model, 20, None), rtol=0.05, atol=0.02)
+    monkeypatch.setattr(sde._Solve, "_judge", recorded)
+    drawn = sample_rows(model, start(model, 20, None), rtol=0.05, atol=0.02)
     assert sum(len(error) for error in errors) == int((drawn.accepted + drawn.rejected).sum())
     assert int(drawn.rejected.sum()) == sum(int((error > 1.0).sum()) for error in errors) > 0
 
@@ -186,11 +188,11 @@ def test_an_infinite_end_is_stepped_over_by_the_frozen_transition(name):
         return predictor(z, t)
 
     model.predictor = watched
-    drawn = sde_rows(model, z, generator=torch.Generator().manual_seed(1), rtol=0.1, atol=0.1)
+    drawn = sample_rows(model, z, generator=torch.Generator().manual_seed(1), rtol=0.1, atol=0.1)
     assert [t for t, _ in seen[:2]] == [1.0, top]
     torch.testing.assert_close(seen[1][1], expected)
-    assert bool((drawn.evaluations == 1 + 2 * (drawn.accepted - 1) + drawn.rejected).all())
-    assert bool(torch.isfinite(sde_rows(model.with_volatility(scale=0.0), z).z).all())
+    assert bool((drawn.nfe == 1 + 2 * (drawn.accepted - 1) + drawn.rejected).all())
+    assert bool(torch.isfinite(sample_rows(model.with_volatility(scale=0.0), z).state[0]).all())
 
 
 # --- convergence -----------------------------------------------------------------------------------------------------
@@ -229,17 +231,22 @@ def test_on_one_path_the_error_falls_with_the_tolerance(monkeypatch):
     model, n = gaussian(schedules.LinearLogSNR(-3.0, 3.0), d=2), 8
     z = start(model, n, torch.Generator().manual_seed(1))
     given = Given(z, torch.Generator().manual_seed(2))
-    sde, exact = model.reverse_sde(torch.float64), z
+    reverse, exact = model.reverse_sde(torch.float64), z
     grid = torch.linspace(1.0, 0.0, Given.points + 1, dtype=torch.float64)
     noise = given.path.diff(dim=1)
     for k in range(Given.points):
         t, s = grid[k], grid[k + 1]
-        slope, g = sde.drift(t, exact), 0.5 * (sde.diffusion(t, exact) + sde.diffusion(s, exact)) * noise[:, k]
-        exact = exact - 0.5 * (t - s) * (slope + sde.drift(s, exact - (t - s) * slope + g)) + g
-    monkeypatch.setattr(adaptive, "Brownian", lambda like, generator: Given(like, torch.Generator().manual_seed(2)))
+        slope, g = (
+            reverse.drift(t, exact),
+            0.5 * (reverse.diffusion(t, exact) + reverse.diffusion(s, exact)) * noise[:, k],
+        )
+        exact = exact - 0.5 * (t - s) * (slope + reverse.drift(s, exact - (t - s) * slope + g)) + g
+    monkeypatch.setattr(sde, "Brownian", lambda like, generator: Given(like, torch.Generator().manual_seed(2)))
     errors, tolerances = [], (0.3, 0.03, 0.003)
     for tolerance in tolerances:
-        errors.append(float((sde_rows(model, z, rtol=tolerance, atol=tolerance).z - exact).square().mean().sqrt()))
+        errors.append(
+            float((sample_rows(model, z, rtol=tolerance, atol=tolerance).state[0] - exact).square().mean().sqrt())
+        )
     assert errors[2] < 0.01
     assert order(errors, [1.0 / tolerance for tolerance in tolerances]) == pytest.approx(2.0 / 3.0, abs=0.2)
 
@@ -250,7 +257,7 @@ def test_without_noise_the_error_falls_with_the_tolerance():
     exact, still = ndm_ct.decode(model, z, rtol=1e-9, atol=1e-9), model.with_volatility(scale=0.0)
     errors, tolerances = [], (1e-1, 1e-2, 1e-3)
     for tolerance in tolerances:
-        errors.append((sde_rows(still, z, rtol=tolerance, atol=tolerance).z - exact).abs().max())
+        errors.append((sample_rows(still, z, rtol=tolerance, atol=tolerance).state[0] - exact).abs().max())
     assert float(errors[2]) < 0.01
     assert order(errors, [1.0 / tolerance for tolerance in tolerances]) > 0.7
 
@@ -275,9 +282,9 @@ def test_rejected_increments_must_not_be_drawn_again(monkeypatch):
 
     def ratio():
         generator = torch.Generator().manual_seed(3)
-        drawn = sde_rows(model, start(model, n, generator), rtol=0.03, atol=0.03, generator=generator)
+        drawn = sample_rows(model, start(model, n, generator), rtol=0.03, atol=0.03, generator=generator)
         assert float(drawn.rejected.double().mean()) > 5.0
-        return float(drawn.z.var() / cov)
+        return float(drawn.state[0].var() / cov)
 
     assert ratio() == pytest.approx(1.0, abs=4.0 * math.sqrt(2.0 / n) + 0.02)
     monkeypatch.setattr(Brownian, "give_back", lambda *arguments: None)
@@ -337,12 +344,12 @@ def test_a_stiff_row_takes_steps_of_its_own():
     model = NDM(lambda z, t, rate: torch.sin(rate[:, None] * z), (2,), schedule=SMOOTH)
     rate, z = torch.tensor([60.0, 0.1, 40.0]).double(), torch.randn(3, 2).double()
     options = {"rtol": 0.05, "atol": 0.05}
-    together = sde_rows(model, z, generator=seeded(0, 1, 2), rate=rate, **options)
-    alone = [sde_rows(model, z[k : k + 1], generator=seeded(k), rate=rate[k : k + 1], **options) for k in range(3)]
-    torch.testing.assert_close(together.z, torch.cat([each.z for each in alone]), rtol=1e-8, atol=1e-8)
-    for count in ("evaluations", "accepted", "rejected"):
+    together = sample_rows(model, z, generator=seeded(0, 1, 2), rate=rate, **options)
+    alone = [sample_rows(model, z[k : k + 1], generator=seeded(k), rate=rate[k : k + 1], **options) for k in range(3)]
+    torch.testing.assert_close(together.state[0], torch.cat([each.state[0] for each in alone]), rtol=1e-8, atol=1e-8)
+    for count in ("nfe", "accepted", "rejected"):
         assert getattr(together, count).tolist() == [int(getattr(each, count)) for each in alone]
-    stiff, easy, other = together.evaluations.tolist()
+    stiff, easy, other = together.nfe.tolist()
     assert min(stiff, other) > 2 * easy
 
 
@@ -351,11 +358,11 @@ def test_evaluations_are_counted_exactly(name):
     model = mixture(SCHEDULES[name](), d=3)
     model.predictor = counting = Counting(model.predictor)
     z = start(model, 5, None)
-    drawn = sde_rows(model, z, rtol=0.05, atol=0.05)
-    assert counting.rows == int(drawn.evaluations.sum())
-    assert counting.calls == int(drawn.evaluations.max())
+    drawn = sample_rows(model, z, rtol=0.05, atol=0.05)
+    assert counting.rows == int(drawn.nfe.sum())
+    assert counting.calls == int(drawn.nfe.max())
     frozen = 1 if name == "Rectified" else 0
-    assert torch.equal(drawn.evaluations, frozen + 2 * (drawn.accepted - frozen) + drawn.rejected)
+    assert torch.equal(drawn.nfe, frozen + 2 * (drawn.accepted - frozen) + drawn.rejected)
     counting.calls = 0
     _, info = ndm_ct.sample(model, 5, method="sde_adaptive", rtol=0.05, atol=0.05, return_info=True)
     assert info.nfe == counting.calls
@@ -408,7 +415,7 @@ def test_reproducible_and_stochasticity():
 def test_progress(capsys):
     times = []
     model = mixture(SMOOTH, d=2)
-    sde_rows(model, start(model, 4, None), rtol=0.1, atol=0.1, callback=times.append)
+    sample_rows(model, start(model, 4, None), rtol=0.1, atol=0.1, callback=times.append)
     assert times[0] == 1.0
     assert times == sorted(times, reverse=True)
     ndm_ct.sample(model, 2, method="sde_adaptive", progress=True)
@@ -425,33 +432,33 @@ def test_a_nan_is_named_with_row_and_time():
     model = NDM(predictor, (2,), schedule=SMOOTH)
     broken = torch.tensor([False, True, False, True])
     with pytest.raises(SolverError, match=r"NaN or infinite in batch rows \[.*Loosen rtol/atol") as caught:
-        sde_rows(model, torch.randn(4, 2), broken=broken)
+        sample_rows(model, torch.randn(4, 2), broken=broken)
     assert set(caught.value.rows) <= {1, 3}
     assert caught.value.t == pytest.approx(0.5, abs=1e-2)
     with pytest.raises(SolverError, match=r"at t=1 .*NaN or infinite in batch rows \[0, 1\]"):
-        sde_rows(NDM(lambda z, t: math.nan * z, (2,), schedule=SMOOTH), torch.randn(2, 2))
+        sample_rows(NDM(lambda z, t: math.nan * z, (2,), schedule=SMOOTH), torch.randn(2, 2))
 
 
 def test_a_nan_within_reach_of_one_large_trial_costs_a_rejection_only():
     """The prediction is bad far out, where only a careless step would go."""
     model = NDM(lambda z, t: torch.where(z.abs() > 6.0, math.nan, 0.5 * z), (2,), schedule=SMOOTH)
     z = torch.full((8, 2), 5.7).double()
-    assert bool(torch.isfinite(sde_rows(model, z, rtol=1.0, atol=1.0, generator=seeded(*range(8))).z).all())
+    assert bool(torch.isfinite(sample_rows(model, z, rtol=1.0, atol=1.0, generator=seeded(*range(8))).state[0]).all())
 
 
 def test_too_many_evaluations_are_refused():
     model = mixture(SMOOTH, d=2)
     with pytest.raises(SolverError, match=r"25 evaluations were not enough in batch rows \[0, 1, 2\]") as caught:
-        sde_rows(model, start(model, 3, None), max_evaluations=25)
+        sample_rows(model, start(model, 3, None), max_evaluations=25)
     assert caught.value.rows == (0, 1, 2)
     assert 0.0 < caught.value.t < 1.0
 
 
 def test_a_vanishing_step_is_refused(monkeypatch):
-    monkeypatch.setattr(adaptive, "VANISHED", 1e-3)
+    monkeypatch.setattr(sde._Solve, "vanished", 1e-3)
     model = NDM(lambda z, t: 1e3 * torch.sin(1e3 * z), (2,), schedule=SMOOTH)
     with pytest.raises(SolverError, match=r"the step size vanished in batch rows \[0\]") as caught:
-        sde_rows(model, torch.randn(1, 2).double(), rtol=1e-4, atol=1e-4)
+        sample_rows(model, torch.randn(1, 2).double(), rtol=1e-4, atol=1e-4)
     assert caught.value.dt < 1e-3
 
 

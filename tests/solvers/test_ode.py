@@ -1,4 +1,4 @@
-"""The rowwise solver: coefficients, orders, independence of rows, nodes, gradients, counts, guards."""
+"""The solver "ode": coefficients, orders, independence of rows, nodes, gradients, counts, guards."""
 
 import math
 from itertools import combinations_with_replacement
@@ -9,7 +9,7 @@ from oracles import order
 from scipy.integrate import RK45
 
 from ndm_ct import SolverError
-from ndm_ct.solvers import ode as rowwise
+from ndm_ct.solvers import ode
 from ndm_ct.solvers.ode import odeint_rows
 
 DIRECTIONS = [(0.0, 1.0), (1.0, 0.0)]
@@ -95,9 +95,9 @@ def elementary_weight(tree, a):
 
 
 def tableau():
-    a = torch.tensor([row + (0.0,) * (7 - len(row)) for row in rowwise.A], dtype=torch.float64)
-    b, e = a[6], torch.tensor(rowwise.ERROR, dtype=torch.float64)
-    return a, b, b - e, torch.tensor(rowwise.C, dtype=torch.float64)
+    a = torch.tensor([row + (0.0,) * (7 - len(row)) for row in ode.A], dtype=torch.float64)
+    b, e = a[6], torch.tensor(ode.ERROR, dtype=torch.float64)
+    return a, b, b - e, torch.tensor(ode.C, dtype=torch.float64)
 
 
 def defect(b, a, n, theta=1.0):
@@ -107,7 +107,7 @@ def defect(b, a, n, theta=1.0):
 
 def interpolant(theta):
     powers = torch.tensor([theta, theta**2, theta**3, theta**4], dtype=torch.float64)
-    return torch.tensor(rowwise.INTERPOLANT, dtype=torch.float64) @ powers
+    return torch.tensor(ode.INTERPOLANT, dtype=torch.float64) @ powers
 
 
 def test_coefficients_satisfy_the_order_conditions_of_every_tree():
@@ -129,7 +129,7 @@ def test_interpolant_has_order_4(theta):
 def test_interpolant_meets_value_and_derivative_at_both_ends():
     _, b, *_ = tableau()
     first, last = torch.eye(7, dtype=torch.float64)[[0, 6]]
-    slope = torch.tensor(rowwise.INTERPOLANT, dtype=torch.float64)
+    slope = torch.tensor(ode.INTERPOLANT, dtype=torch.float64)
     torch.testing.assert_close(interpolant(1.0), b, rtol=0.0, atol=1e-13)
     torch.testing.assert_close(slope[:, 0], first, rtol=0.0, atol=0.0)
     torch.testing.assert_close(slope @ torch.arange(1.0, 5.0, dtype=torch.float64), last, rtol=0.0, atol=1e-12)
@@ -148,7 +148,7 @@ def test_one_step_is_scipys(t0, t1):
 
     solution = solve(field, y0, t0, t1, tol=1.0, nodes=nodes)
     assert solution.accepted.tolist() == [1, 1]
-    assert solution.evaluations.tolist() == [8, 8]
+    assert solution.nfe.tolist() == [8, 8]
     for row in range(2):
 
         def alone(t, y, row=row):
@@ -222,11 +222,11 @@ def test_step_sizes_are_as_good_as_scipys():
 
 def control(ratio, accept, last_ratio=1.0, barrier=0.0, t0=0.0, t1=1.0):
     """Next size, barrier and remembered error after a step of size 1/4 from the middle of the interval."""
-    solve = rowwise._Solve(None, None, t0, t1, 1e-5, 1e-5, None, None, True, 1)
+    solve = ode._Solve(None, t0, t1, 1, True, None, 1e-5, 1e-5, None, None)
     one = f64(1)
-    unused = ("index", "t", "y", "k", "h", "finite", "accepted", "error")
+    unused = ("index", "t", "y", "k", "h", "finite", "accepted", "rejected", "error")
     log_ratio = (last_ratio * one).log()
-    solve.rows = rowwise._Rows(barrier=barrier * one, log_ratio=log_ratio, **dict.fromkeys(unused, one))
+    solve.rows = ode._Rows(barrier=barrier * one, log_ratio=log_ratio, **dict.fromkeys(unused, one))
     solve._control(0.25 * one, 0.5 + 0.25 * (t1 - t0) * one, ratio * one, torch.tensor([accept]))
     return float(solve.rows.h), float(solve.rows.barrier), float(solve.rows.log_ratio.exp())
 
@@ -250,7 +250,7 @@ def test_no_growth_before_the_end_of_a_rejected_step():
 @pytest.mark.parametrize(("rtol", "atol"), [(1.0, 1e-3), (1e-3, 1.0), (1.0, 1.0)])
 def test_a_step_is_accepted_up_to_its_tolerance(rtol, atol, strength, monkeypatch):
     """The largest root mean square over the parts, of e over s(t) (atol + rtol max |y|), from scipy's step."""
-    monkeypatch.setattr(rowwise._Solve, "_first_step", lambda self: f64(1, value=0.3))
+    monkeypatch.setattr(ode._Solve, "_first_step", lambda self: f64(1, value=0.3))
     y0 = torch.tensor([0.3, 1.2, -0.4, 1.5, 0.02], dtype=torch.float64)
     rate = torch.tensor([2.0, -2.0, 1.0, -2.0, 1.0], dtype=torch.float64)
 
@@ -299,7 +299,7 @@ def test_a_row_in_a_batch_is_the_row_alone():
     assert together.accepted.max() > 3 * together.accepted.median()
     for row in [*range(0, 64, 5), 17]:
         alone = solve(field.only(row), y0[row : row + 1], tol=1e-7, nodes=nodes[:, row : row + 1], on_failure="nan")
-        for name in ("evaluations", "accepted", "rejected", "failed"):
+        for name in ("nfe", "accepted", "rejected", "failed"):
             assert int(getattr(together, name)[row]) == int(getattr(alone, name)), name
         same = {"rtol": 1e-12, "atol": 0.0, "equal_nan": True}
         torch.testing.assert_close(together.state[0][row], alone.state[0][0], **same)
@@ -320,10 +320,12 @@ def test_a_failing_row_leaves_the_others_bits_alone(at):
     field, y0 = crowd()
     nodes = torch.rand(7, 64, dtype=torch.float64)
     nodes[0], nodes[1] = 0.0, 1.0
-    runs = []
+    runs, calls = [], []
     for wall in (torch.inf, at):
         field.wall[40] = field.wall[41] = wall
+        field.batches = []
         runs.append(solve(field, y0, tol=1e-6, nodes=nodes, on_failure="nan"))
+        calls.append(len(field.batches))
     healthy, broken = runs
     others = torch.ones(64, dtype=torch.bool)
     others[[40, 41]] = False
@@ -331,33 +333,35 @@ def test_a_failing_row_leaves_the_others_bits_alone(at):
     assert not bool(healthy.failed.any())
     assert torch.equal(healthy.state[0][others], broken.state[0][others])
     assert torch.equal(healthy.nodes[:, others], broken.nodes[:, others])
-    for name in ("error", "evaluations", "accepted", "rejected"):
+    for name in ("error", "nfe", "accepted", "rejected"):
         assert torch.equal(getattr(healthy, name)[others], getattr(broken, name)[others]), name
     for part in (broken.state[0], broken.nodes.movedim(1, 0), broken.error):
         assert bool(torch.isnan(part[~others]).all())
-    assert broken.calls <= healthy.calls + 36
+    assert calls[1] <= calls[0] + 36
 
 
 def test_a_wall_of_nan_costs_little_even_alone():
     field = Logistic([3.0], torch.tensor([0.6]))
     solution = solve(field, f64(1, 4, value=0.1), on_failure="nan")
     assert bool(solution.failed)
-    assert int(solution.evaluations) == solution.calls < 200
+    assert int(solution.nfe) == len(field.batches) < 200
 
 
 def test_nan_at_the_start_fails_at_once():
     field = Logistic([1.0, 1.0, 1.0], torch.tensor([-1.0, torch.inf, -1.0]))
     solution = solve(field, f64(3, 2, value=0.5), on_failure="nan")
     assert solution.failed.tolist() == [True, False, True]
-    assert solution.evaluations.tolist()[::2] == [1, 1]
+    assert solution.nfe.tolist()[::2] == [1, 1]
     assert field.batches[:3] == [3, 1, 1]
     field.wall[:] = -1.0
-    assert solve(field, f64(3, 2, value=0.5), on_failure="nan").calls == 1
+    field.batches = []
+    solve(field, f64(3, 2, value=0.5), on_failure="nan")
+    assert field.batches == [3]
     y0 = f64(2, 2, value=0.5)
     y0[1, 0] = torch.nan
     solution = solve(lambda t, state, rows: ((torch.ones_like(state[0]),), None), y0, on_failure="nan")
     assert solution.failed.tolist() == [False, True]
-    assert int(solution.evaluations[1]) == 1
+    assert int(solution.nfe[1]) == 1
 
 
 def test_nan_of_long_trial_steps_only_shortens_them():
@@ -389,9 +393,9 @@ def test_nan_of_long_trial_steps_only_shortens_them():
 def test_counts_are_those_of_the_field():
     field, y0 = crowd()
     solution = solve(field, y0, on_failure="nan")
-    assert torch.equal(solution.evaluations, field.seen)
-    assert solution.calls == len(field.batches)
-    assert torch.equal(solution.evaluations, 2 + 6 * (solution.accepted + solution.rejected))
+    assert torch.equal(solution.nfe, field.seen)
+    assert int(solution.nfe.max()) == len(field.batches)
+    assert torch.equal(solution.nfe, 2 + 6 * (solution.accepted + solution.rejected))
     assert bool((solution.rejected > 0).any())
     assert field.batches == sorted(field.batches, reverse=True)  # who has finished is not asked again
     assert (field.batches[0], field.batches[-1]) == (64, 1)
@@ -494,7 +498,7 @@ def test_every_node_is_filled_wherever_it_is(t0, t1):
     none = solve(field, y0, t0, t1, tol=1e-6)
     assert none.nodes is None
     assert torch.equal(none.state[0], solution.state[0])
-    assert torch.equal(none.evaluations, solution.evaluations)
+    assert torch.equal(none.nfe, solution.nfe)
 
 
 def test_nodes_at_the_ends_of_tiny_steps_are_met_once():
@@ -594,7 +598,7 @@ def test_step_sizes_carry_no_graph():
     torch.testing.assert_close(gradients[1][0, 0], expected.detach(), rtol=1e-12, atol=0.0)
     assert gradients[2] is None
     assert not solution.error.requires_grad
-    assert graphs == [True, False] + [True] * (solution.calls - 2)  # all but the probe for the first step
+    assert graphs == [True, False] + [True] * (int(solution.nfe.max()) - 2)  # all but the probe for the first step
 
 
 @pytest.mark.parametrize("wall", [-1.0, 0.4])
@@ -616,7 +620,7 @@ def test_nan_of_a_failing_row_does_not_reach_the_gradient(wall):
     (healthy, expected), (broken, found) = gradients([9.0, 9.0, 9.0], [0, 2]), gradients([9.0, wall, 9.0], [0, 2])
     assert broken.failed.tolist() == [False, True, False]
     assert torch.equal(healthy.state[0][[0, 2]], broken.state[0][[0, 2]])
-    assert torch.equal(healthy.evaluations[[0, 2]], broken.evaluations[[0, 2]])
+    assert torch.equal(healthy.nfe[[0, 2]], broken.nfe[[0, 2]])
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=0.0)
 
@@ -758,10 +762,10 @@ def test_failure_by_max_steps_says_so():
 
 def test_different_causes_are_told_apart():
     """Three steps after the start one row is out of steps, while the other one's size vanishes on NaN."""
-    solve = rowwise._Solve(None, None, 0.0, 1.0, 1e-5, 1e-5, None, None, False, 30)
-    values = {name: f64(3) for name in ("t", "y", "k", "barrier", "log_ratio", "accepted", "error")}
+    solve = ode._Solve(None, 0.0, 1.0, 30, False, None, 1e-5, 1e-5, None, None)
+    values = {name: f64(3) for name in ("t", "y", "k", "barrier", "log_ratio", "accepted", "rejected", "error")}
     h, finite = torch.tensor([1e-9, 1e-15, 1e-2], dtype=torch.float64), torch.tensor([False, True, True])
-    told = str(solve._failure(rowwise._Rows(index=torch.tensor([4, 5, 7]), h=h, finite=finite, **values)))
+    told = str(solve._failure(ode._Rows(index=torch.tensor([4, 5, 7]), h=h, finite=finite, **values)))
     assert "NaN or infinite in batch rows [4]; the step size vanished in batch rows [5]; 30 steps were" in told
     assert "not enough in batch rows [7]." in told
 
@@ -831,11 +835,11 @@ def test_empty_batch_and_empty_interval_cost_nothing(given):
         y0, field = torch.rand(batch, 2, 3, dtype=torch.float64), Logistic(f64(batch))
         nodes = f64(4, batch, value=0.5) if given else None
         solution = solve(field, y0, 0.5, t1, nodes=nodes)
-        assert solution.calls == len(field.batches) == 0
+        assert len(field.batches) == 0
         assert torch.equal(solution.state[0], y0)
         assert torch.equal(solution.nodes, y0.expand(4, *y0.shape)) if given else solution.nodes is None
         assert torch.equal(solution.error, f64(batch, value=0.0))
-        for name in ("evaluations", "accepted", "rejected", "failed"):
+        for name in ("nfe", "accepted", "rejected", "failed"):
             assert torch.equal(getattr(solution, name).long(), torch.zeros(batch, dtype=torch.long))
 
 
