@@ -21,6 +21,7 @@ from torch.distributions import constraints
 from torch.distributions.distribution import Distribution
 
 from ndm_ct._core.checks import validate_dense
+from ndm_ct._core.noise import GeneratorLike, as_randomness
 from ndm_ct.likelihood.api import Trace, decode, loglik
 from ndm_ct.model import NDM
 
@@ -142,7 +143,7 @@ def distribution(
     rtol: float | None = None,
     atol: float | None = None,
     method: str | None = None,
-    generator: torch.Generator | None = None,
+    generator: GeneratorLike = None,
     **cond: Any,
 ) -> NDMDistribution:
     r"""The distribution of data of a model, for whatever works with ``torch.distributions``.
@@ -153,7 +154,7 @@ def distribution(
         rtol: likewise.
         atol: likewise.
         method: likewise.
-        generator: source of samples and probes; None is torch's own.
+        generator: source of samples and probes: a seed, a generator, or one per row; None is torch's own.
         cond: conditioning. Tensors have a leading dimension, the batch shape: ``label=torch.tensor([3, 5])`` makes two
             distributions, ``label=torch.tensor([3])`` a batch of one.
 
@@ -177,7 +178,8 @@ def distribution(
         came = ", ".join(f"{name} {tuple(size)}" for name, size in sizes.items())
         raise ValueError(f"conditioning tensors must have one leading size, the batch shape, got {came}.")
     batch = next(iter(sizes.values()), torch.Size())
-    options = {"trace": trace, "rtol": rtol, "atol": atol, "method": method, "generator": generator}
+    options: dict[str, Any] = {"trace": trace, "rtol": rtol, "atol": atol, "method": method}
+    options["generator"] = as_randomness(generator, None, model.device or "cpu", "distribution")
     made = NDMDistribution(model, batch, cond, options)
     probe = torch.zeros(batch.numel(), *model.data_shape, dtype=model.dtype, device=model.device)
     model.validate(probe, made._rows(batch), distribution)

@@ -11,7 +11,6 @@ References:
     Kingma et al., Variational Diffusion Models, https://arxiv.org/abs/2107.00630
 """
 
-import zlib
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import usable_device
+from ndm_ct._core.seeds import derive_seeds, make_generator
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, FromZuko, Preconditioned
@@ -132,7 +132,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             options = {"validation": validation, "validate_every": every, "patience": self.patience}
         seed = int(random.randint(2**31 - 1))
         with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+            torch.manual_seed(derive_seeds(seed, "weights")[0])
             net = MLP(z.shape[1], width=self.width, depth=self.depth, dropout=self.dropout)
             transform = self._transform(z.shape[1])
         model = NDM(Preconditioned(net), (z.shape[1],), transform=transform, schedule=LinearLogSNR(self.gamma_min, 5.0))
@@ -181,7 +181,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self)
         seed = int(check_random_state(random_state).randint(2**31 - 1))
-        z = sample(self.model_, n_samples, batch_size=_ROWS_AT_ONCE, generator=self._generator(seed))
+        z = sample(self.model_, n_samples, batch_size=_ROWS_AT_ONCE, generator=seed)
         return z.double().cpu().numpy() * self.scale_ + self.mean_
 
     def _standardised(self, X: Any) -> Tensor:
@@ -190,10 +190,8 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return torch.from_numpy((rows - self.mean_) / self.scale_).to(self.model_.device)
 
     def _generators(self, z: Tensor) -> list[torch.Generator]:
-        return [self._generator(zlib.crc32(row.tobytes())) for row in z.cpu().numpy()]
-
-    def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator(self.model_.device or "cpu").manual_seed(seed)
+        device = self.model_.device or "cpu"
+        return [make_generator("row", row.tobytes(), device=device) for row in z.cpu().numpy()]
 
     def _device(self) -> torch.device:
         default = "cuda" if torch.cuda.is_available() else "cpu"

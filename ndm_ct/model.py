@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ndm_ct._core import checks as _shapes
 from ndm_ct._core.checks import as_time, expand, expand_time
 from ndm_ct._core.errors import PredictorError
-from ndm_ct._core.noise import Randomness, normal_like
+from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
 from ndm_ct._core.parallel import unwrapped
 from ndm_ct._core.precision import run_network
 from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
@@ -76,12 +76,13 @@ class IsotropicNormal:
         self,
         n: int,
         *,
-        generator: torch.Generator | None = None,
+        generator: GeneratorLike = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw ``(n, *E)``."""
-        noise = torch.randn((n, *self.event_shape), generator=generator, dtype=dtype, device=device)
+        like = torch.empty((n, *self.event_shape), dtype=dtype, device=device)
+        noise = normal_like(like, as_randomness(generator, n, like.device, "prior"))
         return self.scale * noise
 
     def kl_from_normal(self, mean: Tensor, std: Tensor) -> Tensor:
@@ -362,7 +363,7 @@ class NDM(nn.Module):
         _shapes.validate_cond(cond, self._cond_names, self._cond_anything, caller)
         _shapes.validate_data(z, self.event_shape, name=name, dtype=self.dtype, device=self.device)
 
-    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""Where the path of data begins: y with :math:`F(x, t) = G(y, t)`, and :math:`\log p(x) - \log p(y)`.
 
         Args:
@@ -377,6 +378,7 @@ class NDM(nn.Module):
         Raises:
             PredictorError: the Flow or Encoder returned something else, NaN or inf.
         """
+        generator = as_randomness(generator, len(x), x.device, "to_latent")
         y, weight = self.transform.to_latent(x, generator=generator, **cond)
         if weight is not None:
             self._validate_latent(y, weight, x)
@@ -412,7 +414,7 @@ class NDM(nn.Module):
             )
         return cast(Tensor, value.to(z.dtype))
 
-    def prior_divergence(self, path: Path, x: Tensor, generator: Randomness) -> Tensor:
+    def prior_divergence(self, path: Path, x: Tensor, generator: GeneratorLike) -> Tensor:
         r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample.
 
         Args:
@@ -425,25 +427,26 @@ class NDM(nn.Module):
         std = expand(c.sigma, x).expand_as(x)
         if isinstance(self.prior, NormalKL):
             return self.prior.kl_from_normal(mean, std)
-        eps = normal_like(x, generator)
+        eps = normal_like(x, as_randomness(generator, len(x), x.device, "prior_divergence"))
         log_q = -_shapes.sum_event(0.5 * eps**2 + std.log() + 0.5 * math.log(2.0 * math.pi))
         return log_q - self.log_prior(mean + std * eps)
 
     def sample_prior(
-        self, n: int, *, generator: Randomness, dtype: torch.dtype, device: torch.device | str | None
+        self, n: int, *, generator: GeneratorLike, dtype: torch.dtype, device: torch.device | str | None
     ) -> Tensor:
         """Draw :math:`z_1`, shape ``(n, *E)``, from one generator or one per row."""
-        if not (generator is None or isinstance(generator, torch.Generator)):
-            rows = [self.sample_prior(1, generator=each, dtype=dtype, device=device) for each in generator]
+        source = as_randomness(generator, n, device or self.device or "cpu", "prior")
+        if not (source is None or isinstance(source, torch.Generator)):
+            rows = [self.sample_prior(1, generator=each, dtype=dtype, device=device) for each in source]
             return torch.cat(rows) if rows else torch.empty((0, *self.event_shape), dtype=dtype, device=device)
         if isinstance(self.prior, torch.distributions.Distribution):
-            if generator is not None:
+            if source is not None:
                 raise ValueError(
                     "a torch.distributions prior cannot draw from a generator; give the prior a method "
                     "sample(n, generator=, dtype=, device=), or leave generator out."
                 )
             return self.prior.sample(torch.Size((n,))).to(dtype=dtype, device=device)
-        return cast(Tensor, self.prior.sample(n, generator=generator, dtype=dtype, device=device))
+        return cast(Tensor, self.prior.sample(n, generator=source, dtype=dtype, device=device))
 
     def with_volatility(self, *, scale: float) -> "NDM":
         r"""The model with the volatility :math:`\eta` multiplied by ``scale``, everything else shared.

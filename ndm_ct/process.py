@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.checks import append_axes, expand, of_time, validate_number
+from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
 from ndm_ct.schedules import Coefficients, Matched, Schedule
 from ndm_ct.transforms import Transform
 
@@ -144,7 +145,7 @@ class ForwardProcess(nn.Module):
         t: Tensor,
         *,
         eps: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: GeneratorLike = None,
         **cond: Any,
     ) -> Tensor:
         r"""Draw :math:`z_t = \alpha_t F(x, t) + \sigma_t \epsilon`.
@@ -157,7 +158,7 @@ class ForwardProcess(nn.Module):
             cond: conditioning of the transform.
         """
         if eps is None:
-            eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            eps = normal_like(x, as_randomness(generator, len(x), x.device, "process"))
         return self.state(self.transform(x, t, **cond), t, eps)
 
     def state(self, F: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -227,10 +228,9 @@ class ForwardProcess(nn.Module):
             return torch.zeros_like(end) if constant == 0.0 else constant * (end - start)
         # Gauss-Legendre in gamma: the measure gamma' du is d gamma, whatever the schedule.
         half = 0.5 * (end - start).clamp(max=_LARGEST_EXPONENT)
-        total: Tensor | float = 0.0
+        total = half.new_zeros(())
         for node, weight in zip(_NODES, _WEIGHTS, strict=True):
             gamma = start + half * (1.0 + node)
             eta = self.eta(self.schedule.time_at(torch.atan(torch.exp(0.5 * gamma))))
             total = total + weight * append_axes(half, eta) * eta
-        assert isinstance(total, Tensor)
         return torch.where(append_axes(end, total).isinf(), math.inf, total)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import some, sum_event, validate_dense, validate_number, validate_values
-from ndm_ct._core.noise import Randomness, uniform
+from ndm_ct._core.noise import GeneratorLike, as_randomness, uniform
 
 __all__ = ["Quantisation", "validate_quantisation"]
 
@@ -125,8 +125,9 @@ class Quantisation:
         """All bin centres, shape ``(levels,)``, dtype and device of ``like``."""
         return self.centres(torch.arange(self.levels, device=like.device), like.dtype)
 
-    def uniform(self, x: Tensor, dtype: torch.dtype, generator: Randomness) -> Tensor:
+    def uniform(self, x: Tensor, dtype: torch.dtype, generator: GeneratorLike) -> Tensor:
         """Bin centres plus noise uniform in the bin."""
+        generator = as_randomness(generator, len(x), x.device, "uniform")
         noise = uniform(x.shape, generator, dtype, x.device)
         return self.centres(x, dtype) + (2.0 * noise - 1.0) * self.half_width
 
@@ -136,10 +137,11 @@ class Quantisation:
         return math.log(2.0 * self.half_width)
 
     def truncated_normal(
-        self, x: Tensor, alpha: float, sigma: float, dtype: torch.dtype, generator: Randomness
+        self, x: Tensor, alpha: float, sigma: float, dtype: torch.dtype, generator: GeneratorLike
     ) -> Tensor:
         r""":math:`z_0 = \alpha_0 x_k + \sigma_0 \epsilon` with :math:`|\epsilon| \le \tau`, by inverting its CDF."""
         tau = self.half_width * alpha / sigma
+        generator = as_randomness(generator, len(x), x.device, "truncated_normal")
         u = uniform(x.shape, generator, torch.float64, x.device)
         mass = math.erf(tau / math.sqrt(2.0))
         eps = math.sqrt(2.0) * torch.erfinv((2.0 * u - 1.0) * mass)

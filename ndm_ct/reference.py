@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import as_time, event_size, validate_data, validate_time
+from ndm_ct._core.noise import GeneratorLike, as_randomness
 from ndm_ct.model import NDM
 from ndm_ct.process import Volatility
 from ndm_ct.schedules.fixed import LinearLogSNR, Schedule
@@ -92,7 +93,7 @@ class _Marginals:
         share = torch.softmax(log_densities, 1)
         return (share[:, :, None] * estimate).sum(1).reshape(z.shape).to(z.dtype)
 
-    def draw(self, n: int, t: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def draw(self, n: int, t: Tensor | None, generator: GeneratorLike) -> Tensor:
         """n draws of z_t (t of shape ``(1,)``), or of x where t is None; float64."""
         if t is None:
             mean, factor = self.means, torch.linalg.cholesky(self.covs)
@@ -100,9 +101,12 @@ class _Marginals:
             mean, factor = (part[0] for part in self.components(t)[:2])
         if n == 0:
             return mean.new_empty(0, *self.event_shape)
-        device = mean.device if generator is None else generator.device
-        k = torch.multinomial(self.log_weights.exp().to(device), n, replacement=True, generator=generator)
-        noise = torch.randn(n, mean.shape[1], dtype=torch.float64, device=device, generator=generator)
+        source = as_randomness(generator, n, mean.device, "draw")
+        if not (source is None or isinstance(source, torch.Generator)):
+            return torch.cat([self.draw(1, t, each) for each in source])
+        device = mean.device if source is None else source.device
+        k = torch.multinomial(self.log_weights.exp().to(device), n, replacement=True, generator=source)
+        noise = torch.randn(n, mean.shape[1], dtype=torch.float64, device=device, generator=source)
         k, noise = k.to(mean.device), noise.to(mean.device)
         return (mean[k] + (factor[k] @ noise[..., None])[..., 0]).reshape(n, *self.event_shape)
 
@@ -146,7 +150,7 @@ class _MarginalPrior:
         self,
         n: int,
         *,
-        generator: torch.Generator | None = None,
+        generator: GeneratorLike = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
@@ -262,7 +266,7 @@ class GaussianMixture(NDM):
         validate_data(z, self.event_shape, name="z", dtype=None, device=None)
         return self.marginals.log_prob(z, validate_time(self.t_min if t is None else t, self.t_min, z))
 
-    def sample_data(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample_data(self, n: int, *, generator: GeneratorLike = None) -> Tensor:
         """Draw x from the mixture itself, float64, shape ``(n, *E)``."""
         return self.marginals.draw(n, None, generator)
 

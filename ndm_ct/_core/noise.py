@@ -2,20 +2,33 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Randomness", "coins", "normal_like", "repeated", "rows_of", "uniform", "validate_randomness"]
+from ndm_ct._core.seeds import make_generator
+
+__all__ = ["GeneratorLike", "Randomness", "as_randomness", "coins", "normal_like", "repeated", "rows_of", "uniform"]
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
 """None is torch's global generator. With one generator per row, a row's noise does not depend on its batch."""
+
+GeneratorLike = int | Randomness
+"""What ``generator=`` takes in every public function: a seed, a generator, one generator per row, or None."""
+
+
+class Rows(tuple[torch.Generator, ...]):
+    """One generator per row, checked; repeated rows share theirs."""
+
+    __slots__ = ()
+
 
 Draw = Callable[[tuple[int, ...], torch.Generator | None], Tensor]
 """Random numbers of a shape."""
 
 
 def drawn(shape: tuple[int, ...], generator: Randomness, draw: Draw) -> Tensor:
-    """What ``draw`` makes of ``shape`` ``(B, ...)`` and a generator; or its rows, each from its own generator."""
+    """Draw a batch ``(B, ...)`` from one generator, or each row from its own."""
     if shape[0] == 0:
         return draw(shape, None)
     if generator is None or isinstance(generator, torch.Generator):
@@ -42,34 +55,45 @@ def rows_of(generator: Randomness, rows: Tensor) -> Randomness:
     """The randomness of some rows of the batch, given by their numbers."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
-    return [generator[row] for row in rows.tolist()]
+    return Rows(generator[row] for row in rows.tolist())
 
 
 def repeated(generator: Randomness, times: int) -> Randomness:
-    """The randomness of a batch in which every row stands so many times, one after the other."""
+    """The randomness of a batch in which every row is repeated ``times`` times, its copies next to each other."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
-    return [each for each in generator for _ in range(times)]
+    return Rows(each for each in generator for _ in range(times))
 
 
-def validate_randomness(generator: Randomness, n: int) -> Randomness:
-    """Check that a sequence has one generator for each of n rows.
+def as_randomness(generator: GeneratorLike, n: int | None, device: torch.device | str, use: str) -> Randomness:
+    """The randomness that ``generator=`` stands for; a public function calls this once, before its first draw.
+
+    Args:
+        generator: a seed, a generator, one generator per row, or None.
+        n: number of rows; None if it is not known yet.
+        device: device of the noise.
+        use: name of the calling function. It is hashed together with a seed, so that the same seed gives independent
+            noise in ``sample`` and in ``loglik``.
 
     Raises:
-        TypeError: neither a generator nor a sequence of generators.
-        ValueError: a sequence of the wrong length, or one with a generator twice.
+        TypeError: generator is none of these.
+        ValueError: a seed below 0; a sequence of the wrong length, or one with the same generator twice.
     """
-    if generator is None or isinstance(generator, torch.Generator):
+    if generator is None or isinstance(generator, torch.Generator | Rows):
         return generator
+    if isinstance(generator, int | np.integer) and not isinstance(generator, bool):
+        if generator < 0:
+            raise ValueError(f"generator={generator} is a negative seed; pass an int of at least 0.")
+        return make_generator(int(generator), use, device=device)
     if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
         raise TypeError(
-            f"generator must be a torch.Generator, a sequence of them or None, got {type(generator).__name__}; make "
-            "one with torch.Generator().manual_seed(0)."
+            f"generator must be an int (a seed), a torch.Generator or a sequence of one torch.Generator per row, got "
+            f"{type(generator).__name__}; for one result again and again pass generator=0."
         )
-    if len(generator) != n:
+    if n is not None and len(generator) != n:
         raise ValueError(f"generator has {len(generator)} generators for {n} rows; pass one, or one per row.")
-    if len({id(each) for each in generator}) != n:
+    if len({id(each) for each in generator}) != len(generator):
         raise ValueError(
             "generator holds the same generator twice, so rows would depend on each other; make one per row."
         )
-    return generator
+    return Rows(generator)

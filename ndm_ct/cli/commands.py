@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import ndm_ct
 from ndm_ct._core.checks import usable_device, validate_count
+from ndm_ct._core.seeds import make_generator
 from ndm_ct.cli import demo, runs, selfcheck
 from ndm_ct.evaluation.api import evaluate
 from ndm_ct.files.formats import TABLES, read, write_table
@@ -44,6 +45,10 @@ a first run, of a table with one row per line and numbers only:
 exit codes: 0 done; 1 an error, explained; 2 wrong usage; 3 a self-check that failed; 130 interrupted or out of time:
 the same command goes on
 """
+
+
+NOISE = "seed, command and row are hashed together"
+"""How the noise of a row is derived. Finished batches keep it, so that batches of another derivation are refused."""
 
 
 class UsageError(Exception):
@@ -221,9 +226,9 @@ def _batches(options: argparse.Namespace, total: int) -> list[slice]:
 
 
 def _generators(options: argparse.Namespace, rows: slice) -> list[torch.Generator]:
-    """Of a seed of its own for every row, so that no result depends on the batches."""
-    seeds = range(options.seed + rows.start, options.seed + rows.stop)
-    return [torch.Generator(options.device).manual_seed(seed) for seed in seeds]
+    """One generator per row, so that results do not depend on the batch size."""
+    words = options.seed, options.command
+    return [make_generator(*words, row, device=options.device) for row in range(rows.start, rows.stop)]
 
 
 @contextmanager
@@ -240,7 +245,7 @@ def _made(
     """
     shared = {
         "command": options.command, "model": runs.fingerprint(options.model), "batch_size": options.batch_size,
-        "seed": options.seed, "device": torch.device(options.device).type,
+        "seed": options.seed, "noise": NOISE, "device": torch.device(options.device).type,
     }  # fmt: skip
     found = []
     with finished_batches(options.out, shared | settings) as batches:

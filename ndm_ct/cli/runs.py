@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ndm_ct import transforms
 from ndm_ct._core.checks import choose, usable_device, validate_count
+from ndm_ct._core.seeds import derive_seeds
 from ndm_ct._core.versions import versions
 from ndm_ct.data.sources import Standardised
 from ndm_ct.files.formats import Rows, blocks, read
@@ -287,7 +288,7 @@ def _run(model: NDM, config: dict[str, Any]) -> Run:
 def build(settings: Settings, event_shape: tuple[int, ...], levels: int | None) -> NDM:
     """The untrained model of settings; torch's generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(derive_seeds(settings.seed, "weights")[0])
         return _built(settings, event_shape, levels)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ndm_ct._core.seeds import make_generator
 from ndm_ct.divergence import Hutchinson
 from ndm_ct.likelihood.api import decode, encode, loglik
 from ndm_ct.objectives.bound import elbo
@@ -59,7 +60,7 @@ def run(device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) 
         >>> all(check.passed for check in run(dtype=torch.float64))
         True
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed, "selfcheck", "data")
     d = math.prod(DIMENSIONS)
     factor = torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(d, d, generator=generator, dtype=torch.float64) / 6.0
     cov = factor @ factor.T
@@ -69,7 +70,7 @@ def run(device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) 
     x = x.to(device, dtype)
     truth = model.log_prob(x, torch.tensor(model.t_min, dtype=torch.float64)).double().cpu()
     single = dtype == torch.float32
-    own = torch.Generator(device).manual_seed(seed)
+    own = make_generator(seed, "selfcheck", "noise", device=device)
 
     def worst(value: Tensor) -> float:
         return float(value.abs().max())

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ndm_ct import objectives
 from ndm_ct._core.checks import as_time, event_size, validate_cond, validate_data, validate_dense
+from ndm_ct._core.noise import GeneratorLike
 from ndm_ct.files.formats import let_go
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation, validate_quantisation
@@ -56,7 +57,7 @@ class Bins:
     def _validate_real(self, x: Tensor, name: str) -> Tensor:
         return validate_data(x, self.model.data_shape, name=name, dtype=self.dtype, device=self.model.device)
 
-    def real(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def real(self, x: Tensor, generator: GeneratorLike) -> Tensor:
         """Validated rows as real values."""
         if self.quantisation is None:
             return x
@@ -64,7 +65,7 @@ class Bins:
             return self.quantisation.uniform(x, self.dtype, generator)
         return self.quantisation.centres(x, self.dtype)
 
-    def elbo(self, model: NDM, x: Tensor, generator: torch.Generator, cond: dict[str, Any]) -> Tensor:
+    def elbo(self, model: NDM, x: Tensor, generator: GeneratorLike, cond: dict[str, Any]) -> Tensor:
         """The bound in nats per event, on the log-probability of integer data."""
         centres = self.quantisation is not None and self.dequantisation == "centres"
         bound = objectives.elbo(
@@ -185,7 +186,7 @@ class Source:
             )
         return value
 
-    def batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def batch(self, rows: Tensor, generator: GeneratorLike) -> tuple[Tensor, dict[str, Any]]:
         """Rows as the model is trained on them."""
         if isinstance(self.data, Tensor):
             x = self.data[rows]

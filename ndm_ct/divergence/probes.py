@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ndm_ct._core.autodiff import vjp
 from ndm_ct._core.checks import event_size, sum_event, validate_count
-from ndm_ct._core.noise import Randomness, coins
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, coins
 from ndm_ct.divergence.interface import LogDet, Path, TraceEstimator
 
 __all__ = ["BoundTrace", "Exact", "Hutchinson"]
@@ -156,8 +156,9 @@ class Hutchinson(TraceEstimator):
     def logdet(self, path: Path, generator: Randomness) -> LogDet:
         return self.bind(path.start.double(), generator).logdet(path)
 
-    def bind(self, z: Tensor, generator: Randomness) -> BoundTrace:
+    def bind(self, z: Tensor, generator: GeneratorLike) -> BoundTrace:
         """Draw the probes for states of the shape, dtype and device of ``z``."""
+        generator = as_randomness(generator, len(z), z.device, "bind")
         # Row by row, so that the first rows get the same probes in a larger batch.
         shape = (z.shape[0], self.probes, *z.shape[1:])
         signs = coins(shape, generator, z.device)

@@ -47,7 +47,8 @@ from ndm_ct import objectives
 from ndm_ct._core.checks import choose, some, validate_cond, validate_count, validate_positive
 from ndm_ct._core.config import Unconfigurable, to_config
 from ndm_ct._core.errors import CheckpointError, SolverError
-from ndm_ct._core.noise import Randomness
+from ndm_ct._core.noise import GeneratorLike, Randomness
+from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.divergence import Quadrature, TraceEstimator, resolve
 from ndm_ct.likelihood import api as likelihood
@@ -545,13 +546,8 @@ class _Scorer:
 
     def _generators(self, start: int, n: int, repeat: int, use: int) -> list[torch.Generator]:
         """One per row, by its position: what a row draws does not depend on its batch."""
-        seeds = (_seed(self.settings.seed, place, repeat, use) for place in range(start, start + n))
+        seeds = (derive_seeds(self.settings.seed, place, repeat, use)[0] for place in range(start, start + n))
         return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-
-
-def _seed(*words: int) -> int:
-    """A seed that is a function of ``words``."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
@@ -677,7 +673,7 @@ class _Raw(Bins):
         super().__init__(model, quantisation, "uniform")
         self.dtype = dtype
 
-    def real(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def real(self, x: Tensor, generator: GeneratorLike) -> Tensor:
         return x
 
 
@@ -707,7 +703,7 @@ class _Run:
         self.device = model.device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
         self.scorers = [_Scorer(each, settings, self.device) for each in models.values()]
         self.has_pilot = kind == "evaluation" and self.scorers[0].pilot is not None
-        generator = torch.Generator().manual_seed(_seed(settings.seed, 0, 0, _ORDER))
+        generator = torch.Generator().manual_seed(derive_seeds(settings.seed, 0, 0, _ORDER)[0])
         self.order = torch.randperm(self.source.rows, generator=generator)
         self.folder, self.resume = _Folder(run_dir, kind), resume
         self.models, self.group = models, self.folder.group

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import take_rows, validate_positive
-from ndm_ct._core.noise import Randomness, validate_randomness
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
 from ndm_ct.divergence import TraceEstimator, resolve
 from ndm_ct.likelihood.budget import LikelihoodInfo, measure
 from ndm_ct.likelihood.path import Differentiable, Problem
@@ -47,7 +47,7 @@ Trace = str | TraceEstimator
 def loglik(
     model: NDM, x: Tensor, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: Randomness = ..., return_info: Literal[False] = ..., **cond: Any,
+    generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def loglik(
 def loglik(
     model: NDM, x: Tensor, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: Randomness = ..., return_info: Literal[True], **cond: Any,
+    generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def loglik(
     method: str | None = None,
     on_failure: str = "raise",
     differentiable: Differentiable = False,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Tensor | tuple[Tensor, LikelihoodInfo]:
@@ -120,7 +120,7 @@ def loglik(
         True
     """
     model.validate(x, cond, loglik)
-    validate_randomness(generator, len(x))
+    generator = as_randomness(generator, len(x), x.device, "loglik")
     options = Options(
         trace=trace, stderr=stderr, rtol=rtol, atol=atol, method=method, on_failure=on_failure,
         differentiable=differentiable,
@@ -133,7 +133,7 @@ def loglik(
 def encode(
     model: NDM, x: Tensor, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: Randomness = ..., return_info: Literal[False] = ..., **cond: Any,
+    generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def encode(
 def encode(
     model: NDM, x: Tensor, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: Randomness = ..., return_info: Literal[True], **cond: Any,
+    generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def encode(
     method: str | None = None,
     on_failure: str = "raise",
     differentiable: Differentiable = False,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Tensor | tuple[Tensor, LikelihoodInfo]:
@@ -193,7 +193,7 @@ def encode(
         SolverError: the solve failed; the error carries t, dt and batch rows.
     """
     model.validate(x, cond, encode)
-    validate_randomness(generator, len(x))
+    generator = as_randomness(generator, len(x), x.device, "encode")
     options = Options(
         trace=trace, stderr=stderr, rtol=rtol, atol=atol, method=method, on_failure=on_failure,
         differentiable=differentiable,
@@ -205,7 +205,7 @@ def encode(
 def decode(
     model: NDM, z1: Tensor, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: Randomness = ..., return_info: Literal[False] = ..., **cond: Any,
+    generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def decode(
 def decode(
     model: NDM, z1: Tensor, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: Randomness = ..., return_info: Literal[True], **cond: Any,
+    generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def decode(
     method: str | None = None,
     on_failure: str = "raise",
     differentiable: Differentiable = False,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Tensor | tuple[Tensor, LikelihoodInfo]:
@@ -265,7 +265,7 @@ def decode(
         SolverError: the solve failed; the error carries t, dt and batch rows.
     """
     model.validate_state(z1, cond, decode, name="z1")
-    validate_randomness(generator, len(z1))
+    generator = as_randomness(generator, len(z1), z1.device, "decode")
     options = Options(
         trace=trace, stderr=stderr, rtol=rtol, atol=atol, method=method, on_failure=on_failure,
         differentiable=differentiable,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ndm_ct import objectives
 from ndm_ct._core.checks import as_time, choose, event_size, validate_count, validate_positive
-from ndm_ct._core.noise import Randomness, repeated, validate_randomness
+from ndm_ct._core.noise import GeneratorLike, as_randomness, repeated
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.likelihood.api import Trace
 from ndm_ct.model import NDM
@@ -71,7 +71,7 @@ def bits_per_dim(
     rtol: float | None = None,
     atol: float | None = None,
     method: str | None = None,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Any:
@@ -105,7 +105,7 @@ def bits_per_dim(
     """
     bins = Quantisation(levels, range)
     bins.validate(x)
-    validate_randomness(generator, len(x))
+    generator = as_randomness(generator, len(x), x.device, "bits_per_dim")
     choose("bound", bound, ("ode", "elbo"))
     choose("dequantisation", dequantisation, DEQUANTISATIONS)
     ode_options = {"stderr": stderr, "trace": trace, "rtol": rtol, "atol": atol, "method": method}
@@ -140,7 +140,7 @@ def bits_per_dim(
 
 
 def dequantised(
-    model: NDM, bins: Quantisation, x: Tensor, dequantisation: str, samples: int, generator: Randomness
+    model: NDM, bins: Quantisation, x: Tensor, dequantisation: str, samples: int, generator: GeneratorLike
 ) -> tuple[Tensor, Tensor]:
     r"""Points in the bins of x, and the log-density of having drawn them.
 
@@ -157,7 +157,8 @@ def dequantised(
         truncated-normal point its expectation, minus the entropy).
     """
     dtype, d = model.dtype or torch.get_default_dtype(), event_size(model.data_shape)
-    x, generator = x.repeat_interleave(samples, 0), repeated(generator, samples)
+    generator = repeated(as_randomness(generator, len(x), x.device, "dequantised"), samples)
+    x = x.repeat_interleave(samples, 0)
     constant = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     if dequantisation == "uniform":
         return bins.uniform(x, dtype, generator), constant - d * bins.uniform_offset

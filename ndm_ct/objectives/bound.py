@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.checks import as_time, expand, sum_event, validate_count
-from ndm_ct._core.noise import Randomness, normal_like, uniform, validate_randomness
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, uniform
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.objectives.time_samplers import TimeSampler
 from ndm_ct.quantisation import Quantisation, validate_quantisation
@@ -97,8 +97,10 @@ def times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
         return t, span / schedule(t).dangle
 
 
-def low_discrepancy(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """n numbers in [0, 1), each uniform, together one in every interval of length 1/n (one random shift)."""
+def low_discrepancy(n: int, generator: Randomness, device: torch.device) -> Tensor:
+    """n uniform numbers in [0, 1), one in every interval of length 1/n; independent ones if rows have generators."""
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        return uniform((n,), generator, torch.float64, device)
     shift = torch.rand((), dtype=torch.float64, device=device, generator=generator)
     return (shift + torch.arange(n, dtype=torch.float64, device=device) / max(n, 1)) % 1.0
 
@@ -143,7 +145,7 @@ def _integrand(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor,
     return (0.5 * c.snr_rate).to(F.dtype) * sum_event(residual**2 / eta)
 
 
-def prior_term(model: NDM, x: Tensor, *, generator: Randomness = None, **cond: Any) -> Tensor:
+def prior_term(model: NDM, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
     r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample."""
     return model.prior_divergence(model.transform.along(x, **cond), x, generator)
 
@@ -153,13 +155,14 @@ def reconstruction_term(
     x: Tensor,
     *,
     quantisation: Quantisation | None = None,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     **cond: Any,
 ) -> Tensor:
     r""":math:`E[-\log p(x \mid z_0)]`, nats, ``(B,)``.
 
     Exact for real-valued data; for integer data (``quantisation`` given, x at bin centres) one sample of z_0.
     """
+    generator = as_randomness(generator, len(x), x.device, "reconstruction_term")
     return _reconstruction(model, model.transform.along(x, **cond), x, quantisation, generator)
 
 
@@ -183,14 +186,14 @@ def _reconstruction(
 @overload
 def elbo(
     model: NDM, x: Tensor, *, samples: int = ..., quantisation: Quantisation | None = ...,
-    generator: Randomness = ..., return_info: Literal[False] = ..., **cond: Any,
+    generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def elbo(
     model: NDM, x: Tensor, *, samples: int = ..., quantisation: Quantisation | None = ...,
-    generator: Randomness = ..., return_info: Literal[True], **cond: Any,
+    generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, ElboInfo]: ...  # fmt: skip
 
 
@@ -200,7 +203,7 @@ def elbo(
     *,
     samples: int = 1,
     quantisation: Quantisation | None = None,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Tensor | tuple[Tensor, ElboInfo]:
@@ -229,7 +232,7 @@ def elbo(
         True
     """
     _validate(model, x, cond, elbo, quantisation)
-    validate_randomness(generator, len(x))
+    generator = as_randomness(generator, len(x), x.device, "elbo")
 
     def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
         t, weight = times(model, u)
@@ -246,7 +249,7 @@ def elbo_discrete(
     steps: int,
     samples: int = 1,
     quantisation: Quantisation | None = None,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
 ) -> Any:
@@ -266,7 +269,7 @@ def elbo_discrete(
         As :func:`elbo`.
     """
     _validate(model, x, cond, elbo_discrete, quantisation)
-    validate_randomness(generator, len(x))
+    generator = as_randomness(generator, len(x), x.device, "elbo_discrete")
     even = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
     grid, _ = times(model, even)
 
@@ -355,7 +358,7 @@ def loss(
     *,
     sampler: TimeSampler | None = None,
     regressions: tuple[float, float] = (0.1, 0.1),
-    generator: torch.Generator | None = None,
+    generator: GeneratorLike = None,
     **cond: Any,
 ) -> Tensor:
     r"""The training objective: minus the ELBO, one time per row, times of low discrepancy over the batch.
@@ -390,11 +393,12 @@ def loss(
     """
     _validate(model, x, cond, loss, None)
     weights = _pair(regressions)
+    generator = as_randomness(generator, len(x), x.device, "loss")
     u = low_discrepancy(x.shape[0], generator, x.device)
     v, rarity = (u, torch.ones_like(u)) if sampler is None else sampler(u)
     t, weight = times(model, v)
     y, log_weight = model.to_latent(x, generator=generator, **cond)
-    eps = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+    eps = normal_like(y, generator)
     path = model.transform.along(y, **cond)
     F, dF = path.with_derivative(t)
     regress = model.prediction == "moments" and not isinstance(model.transform, Identity)
@@ -439,7 +443,7 @@ class Bound(nn.Module):
         super().__init__()
         self.sampler, self.regressions = sampler, _pair(regressions)
 
-    def forward(self, model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+    def forward(self, model: NDM, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
         """See :func:`loss`."""
         return loss(model, x, sampler=self.sampler, regressions=self.regressions, generator=generator, **cond)
 

@@ -27,10 +27,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import choose, expand, sum_event
+from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.objectives.bound import low_discrepancy
 from ndm_ct.schedules.fixed import Coefficients, Schedule
@@ -72,7 +72,7 @@ class Regression:
     def __post_init__(self) -> None:
         choose("target", self.target, TARGETS)
 
-    def __call__(self, model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+    def __call__(self, model: NDM, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
         """One estimate per row, times of low discrepancy over the batch.
 
         Args:
@@ -94,9 +94,10 @@ class Regression:
                 f"a regression on {self.target!r} says nothing about F, but {type(model.transform).__name__} has "
                 "parameters to train; train by the bound (objective=None), or freeze them with requires_grad_(False)."
             )
+        generator = as_randomness(generator, len(x), x.device, "Regression")
         t = self.times(model.schedule, model.t_min, low_discrepancy(x.shape[0], generator, x.device))
         y, _ = model.to_latent(x, generator=generator, **cond)
-        eps = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+        eps = normal_like(y, generator)
         return self.at(model, y, t, eps, **cond)
 
     def at(self, model: NDM, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Tensor:

@@ -59,6 +59,7 @@ from torch import Tensor, nn
 
 from ndm_ct._core.autodiff import jvp
 from ndm_ct._core.checks import sum_event
+from ndm_ct._core.noise import GeneratorLike, as_randomness
 from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.objectives import bound as objectives
@@ -96,9 +97,7 @@ def acceleration(flow: ProbabilityFlow, z: Tensor, t: Tensor) -> Tensor:
     return jvp(velocity, (z, t), (velocity(z, t), torch.ones_like(t)))[1]
 
 
-def curvature(
-    model: NDM, x: Tensor, *, flow: Flow = "model", generator: torch.Generator | None = None, **cond: Any
-) -> Tensor:
+def curvature(model: NDM, x: Tensor, *, flow: Flow = "model", generator: GeneratorLike = None, **cond: Any) -> Tensor:
     r"""An unbiased estimate of C per row, of the flow of the model or of the batch, times of low discrepancy.
 
     Args:
@@ -126,6 +125,7 @@ def curvature(
     _validate_flow(flow)
     if flow == "batch":
         _validate_batch(x.shape[0], cond)
+    generator = as_randomness(generator, len(x), x.device, "curvature")
     length = 1.0 - model.t_min
     count = x.shape[0] if flow == "model" else min(TIMES, x.shape[0])
     times = model.t_min + length * _quantile(objectives.low_discrepancy(count, generator, x.device))
@@ -213,7 +213,7 @@ class Straight(nn.Module):
             raise ValueError(f"strength must be a finite number >= 0, got {strength!r}.")
         self.strength, self.bound, self.flow = strength, bound, flow
 
-    def forward(self, model: NDM, x: Tensor, *, generator: torch.Generator | None = None, **cond: Any) -> Tensor:
+    def forward(self, model: NDM, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
         """One estimate per row.
 
         Args:
@@ -225,6 +225,7 @@ class Straight(nn.Module):
         Returns:
             Shape ``(B,)``; its mean is to be minimised.
         """
+        generator = as_randomness(generator, len(x), x.device, "Straight")
         bound = objectives.loss if self.bound is None else self.bound
         nats: Tensor = bound(model, x, generator=generator, **cond)
         return nats + self.strength * curvature(model, x, flow=self.flow, generator=generator, **cond)

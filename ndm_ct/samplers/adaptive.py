@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import as_time, take_rows
-from ndm_ct._core.noise import Randomness
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
 from ndm_ct.dynamics import ReverseSDE
 from ndm_ct.model import NDM
 from ndm_ct.samplers.frozen import DDPM
@@ -34,7 +34,7 @@ def sample_rows(
     *,
     rtol: float = 1e-2,
     atol: float = 1e-2,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     max_evaluations: int = MAX_EVALUATIONS,
     callback: Callable[[float], None] | None = None,
     **cond: Any,
@@ -63,6 +63,7 @@ def sample_rows(
         >>> sample_rows(model, torch.zeros(3, 2)).state[0].shape
         torch.Size([3, 2])
     """
+    generator = as_randomness(generator, len(z), z.device, "sample_rows")
     with torch.no_grad():
         z, start, frozen = finite_start(model, z, generator, cond)
         transform, fields = model.transform, _Fields(model, cond, len(z), z.dtype)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._core.noise import Randomness
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.schedules.fixed import Level, levels
 from ndm_ct.transforms import Identity
@@ -150,7 +150,7 @@ class Sampler:
         return x
 
     def step(
-        self, z: Tensor, t: float | Tensor, s: float | Tensor, *, generator: Randomness = None, **cond: Any
+        self, z: Tensor, t: float | Tensor, s: float | Tensor, *, generator: GeneratorLike = None, **cond: Any
     ) -> Tensor:
         r"""Draw :math:`z_s` given :math:`z_t`.
 
@@ -167,6 +167,7 @@ class Sampler:
         Raises:
             ValueError: not 0 <= s < t <= 1.
         """
+        generator = as_randomness(generator, len(z), z.device, "step")
         t, s = float(t), float(s)
         if not 0.0 <= s < t <= 1.0:
             raise ValueError(f"a step goes from t down to s, 0 <= s < t <= 1; got t={t!r}, s={s!r}.")
@@ -197,7 +198,7 @@ def walk(
     z: Tensor,
     grid: Tensor,
     *,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     callback: Callback | None = None,
     denoise: bool = False,
     **cond: Any,
@@ -216,6 +217,7 @@ def walk(
     Returns:
         The state at ``grid[-1]``, or :math:`\hat x`.
     """
+    generator = as_randomness(generator, len(z), z.device, "walk")
     sampler.prepare(grid)
     times = grid.tolist()
     for t, s in itertools.pairwise(times):

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from ndm_ct._core import checks as _shapes
 from ndm_ct._core.checks import choose, sum_event
-from ndm_ct._core.noise import Randomness, normal_like
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, rows_of
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.samplers.base import Factor, Sampler
 from ndm_ct.samplers.grids import time_grid
@@ -80,7 +80,7 @@ def estimate_residuals(
     *,
     times: int | Tensor = 64,
     batch_size: int = 256,
-    generator: torch.Generator | None = None,
+    generator: GeneratorLike = None,
     **cond: Any,
 ) -> Residuals:
     r"""Measure the residuals of the model's predictions, and keep their second moments in the model.
@@ -115,6 +115,7 @@ def estimate_residuals(
     n = data.shape[0]
     if n == 0:
         raise ValueError("data has no rows; the residuals are averages over data, pass some of the training set.")
+    generator = as_randomness(generator, n, data.device, "estimate_residuals")
     points = levels(model.schedule, _validated_times(model, times))
     size = _shapes.event_size(model.event_shape)
     total = torch.zeros(2, 3, len(points), dtype=torch.float64, device=data.device)
@@ -122,11 +123,12 @@ def estimate_residuals(
         for start in range(0, n, batch_size):
             rows = torch.arange(start, min(n, start + batch_size), device=data.device)
             own = _shapes.take_rows(cond, rows, n)
-            y, _ = model.to_latent(data[rows], generator=generator, **own)
+            source = rows_of(generator, rows)
+            y, _ = model.to_latent(data[rows], generator=source, **own)
             path = model.transform.along(y, **own)
             for k, level in enumerate(points):
                 F, dF = path.with_derivative(level.time)
-                noise = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+                noise = normal_like(y, source)
                 predicted, slope = model.moments(level.alpha * F + level.sigma * noise, level.time, **own)
                 validate_prediction(predicted + slope, level.time)
                 a, b = (F - predicted).double(), (dF - slope).double()

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ndm_ct._core import checks as _shapes
-from ndm_ct._core.noise import Randomness, rows_of, validate_randomness
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, rows_of
 from ndm_ct.divergence import resolve
 from ndm_ct.guidance import evaluations_per_call, guided
 from ndm_ct.likelihood.api import Trace
@@ -96,7 +96,7 @@ def sample(
     stochasticity: float | None = None,
     guidance: float | None = None,
     denoise: bool = False,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     batch_size: int | None = None,
@@ -161,7 +161,6 @@ def sample(
     """
     if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= sys.maxsize:
         raise ValueError(f"n must be a non-negative int, got {n!r}.")
-    validate_randomness(generator, n)
     if batch_size is not None:
         _shapes.validate_count("batch_size", batch_size)
     if isinstance(method, str):
@@ -178,6 +177,7 @@ def sample(
         raise TypeError(f"callback must be callable as callback(t, z), got {type(callback).__name__}.")
     dtype = _floating(model.dtype or torch.get_default_dtype() if dtype is None else dtype)
     device = _shapes.usable_device(device) if device is not None else model.device or torch.device("cpu")
+    source = as_randomness(generator, n, device, "sample")
     if guidance is not None:
         model = guided(model, guidance)
     if denoise and model.prediction == "moments":
@@ -208,10 +208,10 @@ def sample(
     with model.evaluating(), torch.no_grad(), _bar(progress, draw.ticks * len(batches)) as tick:
         try:
             for rows in batches:
-                source, own = rows_of(generator, rows), _shapes.take_rows(cond, rows, n)
-                z1 = model.sample_prior(len(rows), generator=source, dtype=dtype, device=device)
+                noise, own = rows_of(source, rows), _shapes.take_rows(cond, rows, n)
+                z1 = model.sample_prior(len(rows), generator=noise, dtype=dtype, device=device)
                 model.validate_state(z1, own, sample, name="z1")
-                parts.append(_as_data(model, draw(z1, source, tick, own), own))
+                parts.append(_as_data(model, draw(z1, noise, tick, own), own))
         except KeyboardInterrupt:
             if not parts:
                 raise

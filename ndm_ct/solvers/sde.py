@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core import checks
-from ndm_ct._core.noise import Randomness, normal_like, rows_of
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, rows_of
 from ndm_ct.solvers.packing import Packing
 from ndm_ct.solvers.rows import Rows, RowSolve
 from ndm_ct.solvers.solution import Solution, validate_tolerance
@@ -70,7 +70,7 @@ def sdeint_rows(
     first_step: float,
     rtol: float = 1e-2,
     atol: float = 1e-2,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     max_evaluations: int = MAX_EVALUATIONS,
     callback: Callable[[float], None] | None = None,
 ) -> Solution:
@@ -105,6 +105,7 @@ def sdeint_rows(
     for name, value in (("rtol", rtol), ("atol", atol)):
         validate_tolerance(name, value, y.dtype)
     checks.validate_count("max_evaluations", max_evaluations)
+    generator = as_randomness(generator, len(y), y.device, "sdeint_rows")
     packing = Packing((y.shape,))
 
     def packed(function: RowFunction) -> RowFunction:

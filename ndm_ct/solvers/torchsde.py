@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ndm_ct._core import checks
 from ndm_ct._core.errors import SolverError
-from ndm_ct._core.noise import Randomness, normal_like
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like
 from ndm_ct.solvers.solution import Solution, validate_slope, validate_tolerance
 
 __all__ = ["SDE_METHODS", "sdeint", "sdeint_adaptive"]
@@ -50,7 +50,7 @@ def sdeint(
     grid: Tensor,
     *,
     method: str = "heun",
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     noise: Any = None,
     adjoint: tuple[Tensor, ...] | None = None,
     callback: Callable[[float], None] | None = None,
@@ -77,6 +77,7 @@ def sdeint(
         SolverError: the drift is not finite.
     """
     checks.choose("method", method, SDE_METHODS)
+    generator = as_randomness(generator, len(y0), y0.device, "sdeint")
     grid = _validate_grid(grid, y0.device)
     if y0.shape[0] == 0:
         return Solution.of_batch((y0,), 0, 0)
@@ -107,7 +108,7 @@ def sdeint_adaptive(
     method: str = "heun",
     rtol: float = 1e-2,
     atol: float = 1e-2,
-    generator: Randomness = None,
+    generator: GeneratorLike = None,
     adjoint: tuple[Tensor, ...] | None = None,
     callback: Callable[[float], None] | None = None,
 ) -> Solution:
@@ -133,6 +134,7 @@ def sdeint_adaptive(
         SolverError: the drift is not finite, the step size vanished, or 60,000 evaluations were not enough.
     """
     checks.choose("method", method, SDE_METHODS)
+    generator = as_randomness(generator, len(y0), y0.device, "sdeint_adaptive")
     for name, value in (("rtol", rtol), ("atol", atol)):
         validate_tolerance(name, value, y0.dtype)
     if t0 == t1 or y0.shape[0] == 0:

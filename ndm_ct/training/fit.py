@@ -42,7 +42,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -53,6 +52,7 @@ from ndm_ct._core.checks import choose, validate_count, validate_number, validat
 from ndm_ct._core.errors import CheckpointError, PredictorError
 from ndm_ct._core.parallel import Group
 from ndm_ct._core.precision import networks_in
+from ndm_ct._core.seeds import derive_seeds
 from ndm_ct._core.versions import versions
 from ndm_ct.data.sources import DEQUANTISATIONS, Bins, Source
 from ndm_ct.guidance import nulled
@@ -335,12 +335,6 @@ def _validate_precision(name: Any) -> None:
     choose("precision", name, PRECISIONS)
 
 
-def _seeds(*words: int) -> tuple[int, int]:
-    """Two independent seeds that are a function of ``words``."""
-    first, second = np.random.SeedSequence(words).generate_state(2, np.uint64).tolist()
-    return first, second
-
-
 class _Folder(RunFolder):
     """The files of a training; without a path nothing is written."""
 
@@ -580,7 +574,7 @@ class _Training:
 
     def _loss(self, part: int, rows: Tensor) -> Tensor:
         """Mean over the rows of a part, with randomness that is the part's own."""
-        own, others = _seeds(self.settings.seed, self.step, *((part, _PART) if part else ()))
+        own, others = derive_seeds(self.settings.seed, self.step, *((part, _PART) if part else ()), count=2)
         generator = torch.Generator(self.device).manual_seed(own)
         torch.manual_seed(others)  # dropout, and whatever else the networks draw
         x, cond = self.data.batch(rows, generator)
@@ -619,7 +613,7 @@ class _Training:
         size = min(self.settings.batch_size, self.data.rows)
         epoch, index = divmod(self.step, self.data.rows // size)
         if self._permutation[0] != epoch:
-            generator = torch.Generator().manual_seed(_seeds(self.settings.seed, epoch, _EPOCH)[0])
+            generator = torch.Generator().manual_seed(derive_seeds(self.settings.seed, epoch, _EPOCH)[0])
             self._permutation = (epoch, torch.randperm(self.data.rows, generator=generator))
         return self._permutation[1][index * size : (index + 1) * size]
 
@@ -653,7 +647,7 @@ class _Training:
         bound = torch.zeros(source.rows, dtype=torch.float64, device=self.device)
         with torch.no_grad(), model.evaluating():
             for place, rows in self.group.share(torch.arange(source.rows).split(self.settings.batch_size)):
-                seed, _ = _seeds(self.settings.seed, place, _VALIDATION)
+                (seed,) = derive_seeds(self.settings.seed, place, _VALIDATION)
                 generator = torch.Generator(self.device).manual_seed(seed)
                 x, cond = source.batch(rows, generator)
                 bound[rows.to(self.device)] = self.bins.elbo(model, x, generator, cond).double()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ndm_ct._core.autodiff import jvp
 from ndm_ct._core.checks import expand
 from ndm_ct._core.config import Configurable
-from ndm_ct._core.noise import Randomness
+from ndm_ct._core.noise import GeneratorLike
 
 __all__ = ["Composed", "Identity", "Network", "Path", "Transform", "jvp_in_time", "named"]
 
@@ -88,7 +88,7 @@ class Transform(nn.Module, Configurable):
     data_shape: tuple[int, ...] | None = None
     """Shape of a data point; None: that of the latents."""
 
-    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""The latents y and their log-weight w, ``(B,)`` in nats, with :math:`\log p(x) \ge E[\log p(y) + w]`.
 
         An equality where ``bijective``. None means that y is x and the weight zero.
@@ -198,7 +198,7 @@ class Composed(Transform):
         self.linear = outer.linear and inner.linear
         self.latent, self.bijective, self.data_shape = inner.latent, inner.bijective, inner.data_shape
 
-    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         return self.inner.to_latent(x, generator=generator, **cond)
 
     def from_latent(self, y: Tensor, **cond: Any) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.checks import keyword_names, sum_event
-from ndm_ct._core.noise import Randomness, normal_like
+from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
 from ndm_ct._core.parallel import unwrapped
 from ndm_ct.transforms.base import Identity, named
 
@@ -60,7 +60,7 @@ class Flow(Identity):
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._accepted
 
-    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         found = self.flow(x, **named(cond, self._accepted))
         if not (isinstance(found, tuple) and len(found) == 2):
             raise TypeError(
@@ -95,9 +95,9 @@ class Encoder(Identity):
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._encodes[0] | self._decodes[0], self._encodes[1] or self._decodes[1]
 
-    def to_latent(self, x: Tensor, *, generator: Randomness = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         mean, log_std = self.encoder(x, **named(cond, self._encodes))
-        eps = normal_like(mean, generator)
+        eps = normal_like(mean, as_randomness(generator, len(x), x.device, "to_latent"))
         y = mean + log_std.exp() * eps
         log_q = -sum_event(0.5 * eps**2 + log_std + 0.5 * math.log(2.0 * math.pi))
         return y, self._decoded(y, cond).log_prob(x) - log_q

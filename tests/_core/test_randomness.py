@@ -9,11 +9,13 @@ import inspect
 import pkgutil
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 import ndm_ct
 from ndm_ct import NDM, discrete, nn, objectives, process, reference, samplers, schedules, solvers
+from ndm_ct._core.seeds import derive_seeds, make_generator
 from ndm_ct.cli import runs, selfcheck
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.divergence import Hutchinson
@@ -36,19 +38,18 @@ COARSE = {"rtol": 1e-3, "atol": 1e-3}
 
 
 def random_functions():
-    """Names and functions of the package that take a source of randomness."""
+    """Names of what takes a source of randomness, behind that of its package: ``samplers.Sampler.step``."""
     for info in pkgutil.walk_packages(ndm_ct.__path__, "ndm_ct."):
-        name = info.name.removeprefix("ndm_ct.")
-        if any(part.startswith("_") for part in name.split(".")) or name in ("cli.commands", "cli.demo"):
+        room = info.name.split(".")[1]
+        if any(part.startswith("_") for part in info.name.split(".")) or info.name == "ndm_ct.cli.demo":
             continue
-        if name == "estimator":
+        if room == "estimator":
             pytest.importorskip("sklearn", minversion="1.6")
         module = importlib.import_module(info.name)
         for public in getattr(module, "__all__", ()):
             thing = getattr(module, public)
             if getattr(thing, "__module__", None) != module.__name__:
                 continue
-            room = name.split(".")[0]  # not the file: files may be split
             found = {f"{room}.{public}": thing.__init__ if inspect.isclass(thing) else thing}
             if inspect.isclass(thing):
                 methods = {key: value for key, value in vars(thing).items() if inspect.isfunction(value)}
@@ -197,30 +198,49 @@ SEEDED = {
 }
 DRAWS_NOTHING = {
     "divergence.Exact.bind",  # its probes are the unit vectors
-    "divergence.TraceEstimator.bind",  # a protocol
     "transforms.Transform.to_latent",  # y is x
     "transforms.Flow.to_latent",  # one to one
 }
 
+INSIDE = {  # of loglik, which passes them a generator or one per row; a seed ends there
+    "divergence.Exact.logdet",
+    "divergence.Hutchinson.logdet",
+    "divergence.Quadrature.logdet",
+    "divergence.TraceEstimator.logdet",
+    "likelihood.measure",
+}
+
 
 def test_nothing_random_is_left_out():
-    assert set(random_functions()) == FOLLOWS.keys() | SEEDED.keys() | DRAWS_NOTHING
+    assert set(random_functions()) == FOLLOWS.keys() | SEEDED.keys() | DRAWS_NOTHING | INSIDE
 
 
-def drawn(name, seed, others):
-    """The result with a seed, while torch's own generator stands somewhere, and stays there."""
+def drawn(name, source, others):
+    """The result with a seed or generator, while torch's own generator stands somewhere, and stays there."""
     torch.manual_seed(others)
     before = torch.get_rng_state()
-    result = SEEDED[name](seed) if name in SEEDED else FOLLOWS[name](torch.Generator().manual_seed(seed))
+    result = (SEEDED | FOLLOWS)[name](source)
     assert torch.equal(torch.get_rng_state(), before)
     return result.detach()
 
 
-@pytest.mark.parametrize("name", sorted(FOLLOWS | SEEDED))
-def test_it_follows_its_source_alone(name):
+def manual(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        (name, source)
+        for source in (int, manual)
+        for name in sorted(FOLLOWS | SEEDED)
+        if source is int or name in FOLLOWS
+    ],
+)
+def test_it_follows_its_source_alone(name, source):
     if name.startswith("estimator"):
         pytest.importorskip("sklearn", minversion="1.6")
-    first, again, other = drawn(name, 1, 0), drawn(name, 1, 99), drawn(name, 2, 0)
+    first, again, other = (drawn(name, source(seed), others) for seed, others in ((1, 0), (1, 99), (2, 0)))
     assert torch.equal(first, again)
     assert first.shape == other.shape
     assert not torch.equal(first, other)
@@ -235,6 +255,51 @@ def test_torchs_own_generator_serves_where_none_is_passed(name):
         results.append(FOLLOWS[name](None).detach())
     assert torch.equal(*results[:2])
     assert not torch.equal(*results[1:])
+
+
+@pytest.mark.parametrize("name", sorted(set(FOLLOWS) - {"data.Bins.elbo", "data.Source.batch", "data.Bins.real"}))
+@pytest.mark.parametrize(("wrong", "error", "words"), [
+    ("0", TypeError, ("an int", "a torch.Generator", "a sequence of one torch.Generator per row", "got str")),
+    (True, TypeError, ("an int", "a torch.Generator", "a sequence of one torch.Generator per row", "got bool")),
+    (-1, ValueError, ("generator=-1", "at least 0")),
+])  # fmt: skip
+def test_what_is_no_source_is_refused_by_name(name, wrong, error, words):
+    with pytest.raises(error, match="generator") as caught:
+        FOLLOWS[name](wrong)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_words_give_seeds_that_are_unrelated():
+    """A seed is no sum, and a name is no number; a numpy integer is the int."""
+    words = [(0, "sample", 1), (1, "sample", 0), (0, "loglik", 1), ("0", "sample", 1), (0, b"x", 1), (2**40, "sample")]
+    assert len({derive_seeds(*each)[0] for each in words}) == len(words)
+    assert derive_seeds(3, "a", count=3)[:2] == derive_seeds(3, "a", count=2)
+    assert torch.equal(ndm_ct.sample(model(), 3, generator=np.int64(5)), ndm_ct.sample(model(), 3, generator=5))
+    x = ndm_ct.sample(model(), 3, generator=5)
+    assert not torch.equal(x, ndm_ct.sample(model(), 3, generator=manual(5)))
+
+
+def test_functions_that_are_given_one_seed_draw_independent_noise():
+    """Else the probes of a likelihood would be the noise that its rows were drawn from."""
+    z = model().sample_prior(3, generator=5, dtype=torch.float32, device="cpu")
+    end = torch.tensor(1.0).double()
+    x = process.ForwardProcess(Identity(), SHORT, 1.0).sample(torch.zeros(3, 2), end, generator=5)
+    eps = x / SHORT(end).sigma.float()
+    assert not torch.allclose(z, eps, atol=1e-3)
+
+
+def test_trainings_and_evaluations_keep_the_noise_they_began_with():
+    """Their words are numbers, whose seeds are those of numpy: what was begun before goes on with the same bits."""
+    assert derive_seeds(7, 12, 3, count=2) == np.random.SeedSequence((7, 12, 3)).generate_state(2, np.uint64).tolist()
+
+
+def test_a_generator_has_the_whole_state_that_its_words_give():
+    """Else two of 100,000 rows would be expected to be equal: torch's own seeds count by 32 bits on the CPU."""
+    words = np.random.SeedSequence((1, 2)).generate_state(624, np.uint32)
+    twister = np.random.MT19937()
+    twister.state |= {"state": {"key": words, "pos": 624}}
+    numbers = torch.randint(0, 2**20, (1000,), generator=make_generator(1, 2))
+    np.testing.assert_array_equal(numbers.numpy(), twister.random_raw(1000) % 2**20)
 
 
 def seeds(n, first=0):
@@ -295,8 +360,8 @@ def test_a_row_with_a_generator_of_its_own_does_not_know_its_batch(name):
     assert not torch.allclose(scored(slice(0, 7), seeds(7, 100)), whole, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="generator has 3 generators for 7 rows; pass one, or one per row"):
         scored(slice(0, 7), seeds(3))
-    with pytest.raises(TypeError, match="generator must be"):
-        scored(slice(0, 7), 5)
+    with pytest.raises(TypeError, match=r"generator must be an int .*, a torch.Generator or a sequence of one"):
+        scored(slice(0, 7), "5")
 
 
 @pytest.mark.parametrize("options", [

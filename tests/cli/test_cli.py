@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ndm_ct
+from ndm_ct._core.seeds import make_generator
 from ndm_ct.cli import commands as cli
 from ndm_ct.cli import runs, selfcheck
 from ndm_ct.files.formats import read, write_table
@@ -106,6 +107,28 @@ def test_samples_are_in_the_units_of_the_file(trained):
     np.testing.assert_allclose(few["b"], drawn["b"][:3], rtol=1e-5)
 
 
+def test_seeds_have_no_row_in_common(trained, tmp_path):
+    """Rows of neighbouring seeds are not the same noise a row further on."""
+    rows = []
+    for seed in range(3):
+        ok("sample", trained / "run", "-n", 20, "--seed", seed, "--out", tmp_path / f"{seed}.npz", "--quiet")
+        drawn = np.load(tmp_path / f"{seed}.npz")
+        rows += zip(*(drawn[name].tolist() for name in "abc"), strict=True)
+    assert len(set(rows)) == 60
+
+
+def test_scores_of_neighbouring_seeds_do_not_share_their_noise(images, tmp_path):
+    """All rows are the same image, so that equal noise gives equal scores."""
+    folder, pixels = images
+    np.savez(tmp_path / "same.npz", x=np.repeat(pixels[:1], 10, 0))
+    bits = []
+    for seed in range(2):
+        out = tmp_path / f"{seed}.npz"
+        ok("loglik", folder / "run", tmp_path / "same.npz", "--seed", seed, "--out", out, "--quiet")
+        bits += np.load(out)["bits_per_dim"].tolist()
+    assert len(set(bits)) == 20
+
+
 def test_formats_hold_the_same_rows(trained, tmp_path):
     rows = table(40, seed=1)
     np.save(tmp_path / "rows.npy", rows)
@@ -183,7 +206,7 @@ def test_images_are_scored_in_bits(images):
     np.testing.assert_allclose(scores["log_p"], -scores["bits_per_dim"] * 16 * math.log(2.0), rtol=1e-6)
     model = ndm_ct.load(folder / "run" / "model.safetensors")
     x = torch.as_tensor(pixels)[:, None]
-    generator = [torch.Generator().manual_seed(row) for row in range(40)]
+    generator = [make_generator(0, "loglik", row) for row in range(40)]
     expected, info = ndm_ct.bits_per_dim(
         model, x, dequantisation="truncated-normal", generator=generator, return_info=True
     )
@@ -198,7 +221,7 @@ def test_images_are_drawn_as_levels_and_pictures(images):
     drawn = np.load(folder / "drawn.npz")["x"]
     assert (drawn.dtype, drawn.shape) == (np.uint8, (5, 1, 4, 4))
     model = ndm_ct.load(folder / "run" / "model.safetensors")
-    z = ndm_ct.sample(model, 5, generator=[torch.Generator().manual_seed(row) for row in range(5)])
+    z = ndm_ct.sample(model, 5, generator=[make_generator(0, "sample", row) for row in range(5)])
     np.testing.assert_array_equal(drawn, ((z + 1) * 128).floor().clamp(0, 255).numpy().astype(np.uint8))
     image = pytest.importorskip("PIL.Image")
     ok("sample", folder / "run", "-n", 5, "--out", folder / "drawn.png", "--quiet")
@@ -314,7 +337,7 @@ def test_integers_of_a_table_are_levels_where_asked(tmp_path, capsys):
     ok("train", tmp_path / "rows.csv", "--levels", 4, "--out", tmp_path / "run", *QUICK)
     ok("loglik", tmp_path / "run", tmp_path / "rows.csv", "--out", tmp_path / "p.npz", "--quiet")
     model = ndm_ct.load(tmp_path / "run" / "model.safetensors")
-    generator = [torch.Generator().manual_seed(row) for row in range(100)]
+    generator = [make_generator(0, "loglik", row) for row in range(100)]
     expected = ndm_ct.bits_per_dim(
         model, torch.as_tensor(values), levels=4, dequantisation="truncated-normal", generator=generator
     )
@@ -412,7 +435,7 @@ def test_more_rows_are_drawn_after_those_that_were_kept(stopped, tmp_path):
 
 
 @both
-def test_rows_that_differ_are_never_mixed(stopped, trained, tmp_path, capsys, command):
+def test_rows_that_differ_are_never_mixed(stopped, trained, tmp_path, capsys, command, monkeypatch):
     """Other options, data or weights are refused until the folder is deleted, and change nothing."""
     arguments, path, beside = stopped(command)
     before = {each: each.read_bytes() for each in beside.iterdir()}
@@ -443,6 +466,10 @@ def test_rows_that_differ_are_never_mixed(stopped, trained, tmp_path, capsys, co
         assert f"rows.npz.parts' holds work of other settings: {what}" in error
         assert "Repeat them to continue" in error
         assert {each: each.read_bytes() for each in beside.iterdir()} == before
+    with monkeypatch.context() as patch:  # rows that a version began which derived seeds in another way
+        patch.setattr(cli, "NOISE", "seed + row")
+        assert cli.main(arguments) == 1
+    assert "differ in noise. Repeat" in capsys.readouterr().err
     other = {"sample": "loglik", "loglik": "sample"}[command]
     assert cli.main([each.replace("{}", str(trained)) for each in COMMANDS[other]] + [str(path)]) == 1
     assert "other settings: command was" in capsys.readouterr().err
