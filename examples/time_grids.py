@@ -1,44 +1,59 @@
-r"""Where should a sampler put its steps? It depends on the schedule and on the method.
+r"""Where should a sampler put its steps?
+=====================================
+
+A grid is a rule for N + 1 times from t = 1 (noise) to t_min (data). What a rule means depends on the schedule, because
+samplers see time through the noise level,
 
 .. math::
-    \text{log-SNR}(t) = \log \frac{\alpha_t^2}{\sigma_t^2}, \qquad
-    \text{error} = \sqrt{\operatorname{mean} |x_{grid} - x_{flow}|^2} .
+    \text{log-SNR}(t) = \log \frac{\alpha_t^2}{\sigma_t^2} .
 
-    python examples/time_grids.py                                             # under a minute on one CPU core
-    python examples/time_grids.py --schedules Cosine --methods unipc3 edm --evaluations 5 10 20 40 80
+Steps that are even in t are even in log-SNR for LinearLogSNR. For VariancePreserving most of the log-SNR then passes in
+the last few steps. The top row of the picture shows where each grid puts its times. The rows below show the effect: the
+rms error of samples against a tight solve of the same flow from the same noise, for five Gaussians in four dimensions.
 
-A grid is a rule for N + 1 times from t = 1, noise, to t_min, data. The same rule means different things for different
-schedules: evenly in t is evenly in log-SNR for LinearLogSNR; for VariancePreserving most of the log-SNR then passes in
-the last few steps. The top row shows where each grid puts its times. Below it stands what comes of that: the rms error
-of samples against a tight solve of the same flow from the same noise, for five Gaussians in four dimensions.
+Methods in the log-SNR ("ddim", "dpmpp_2m", "unipc") see only the noise level of a time. Grids that are chosen by noise
+level ("logsnr", "karras", "edm") therefore make schedules of the same range alike; "uniform" and "quadratic" do not.
+"heun", a method in t, gains where the flow is straight in t, as with Rectified on the uniform grid.
 
-Methods in the log-SNR ("ddim", "dpmpp_2m", "unipc") know time only by its noise level. A grid that is chosen by noise
-level ("logsnr", "karras", "edm") so makes schedules of one range alike; "uniform" and "quadratic" do not. "heun", a
-method in t, profits where the flow is straight in t, as with Rectified on the uniform grid.
-
-At t = 1 the log-SNR of Rectified and Cosine is minus infinity (arrows). Writes `time_grids.png` and `time_grids.json`.
+At t = 1 the log-SNR of Rectified and Cosine is minus infinity (arrows). ``python examples/time_grids.py`` takes under
+a minute on one CPU core and writes ``time_grids.png`` and ``time_grids.json``. Other methods:
+``python examples/time_grids.py --schedules Cosine --methods unipc3 edm --evaluations 5 10 20 40 80``.
 """
 
 import argparse
-import sys
-import time
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
-# The repository this file lies in, so that the script runs from any folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from examples.common import ORDERS, counted, mixture, rms, save
+import ndm_ct
 from ndm_ct import schedules
+from ndm_ct.reference import GaussianMixture
 from ndm_ct.samplers.grids import GRIDS, time_grid
 
 SCHEDULES = ("VariancePreserving", "LinearLogSNR", "Rectified", "Cosine")
 METHODS = ("ddim", "dpmpp_2m", "unipc", "heun")
+OTHERS = (
+    "euler",
+    "midpoint",
+    "edm",
+    "deis1",
+    "deis2",
+    "deis3",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "pndm",
+    "ipndm",
+    "rk4",
+    "unipc3",
+)
 STYLES = {
     "uniform": ("black", "o"), "logsnr": ("tab:blue", "s"), "quadratic": ("tab:green", "^"),
     "karras": ("tab:orange", "v"), "edm": ("tab:red", "D"),
@@ -62,6 +77,30 @@ class Draw:
     error: float
 
 
+def mixture(schedule: schedules.Schedule) -> GaussianMixture:
+    """Five rotated, anisotropic Gaussians in four dimensions, close enough for a smooth flow."""
+    generator = torch.Generator().manual_seed(9)
+    factors = 0.3 * torch.randn(5, 4, 4, dtype=torch.float64, generator=generator)
+    covs = factors @ factors.mT + 0.04 * torch.eye(4, dtype=torch.float64)
+    means = torch.randn(5, 4, dtype=torch.float64, generator=generator)
+    return GaussianMixture(torch.arange(1.0, 6.0) / 15.0, means, covs, schedule=schedule)
+
+
+def draw(model: ndm_ct.NDM, rows: int, seed: int, **options: Any) -> tuple[Tensor, int]:
+    """Samples in float64, and the network evaluations of the sample that took most.
+
+    The same seed starts at the same noise, whatever the method. ``options`` are those of ``ndm_ct.sample``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, info = ndm_ct.sample(model, rows, generator=generator, dtype=torch.float64, return_info=True, **options)
+    return x, info.nfe
+
+
+def rms(difference: Tensor) -> float:
+    """Root of the mean square, over samples and coordinates."""
+    return float(difference.square().mean().sqrt())
+
+
 def places(schedule: str, grid: str, steps: int) -> list[float | None]:
     """Log-SNR at the times of a grid; None for minus infinity."""
     model = mixture(getattr(schedules, schedule)())
@@ -70,15 +109,15 @@ def places(schedule: str, grid: str, steps: int) -> list[float | None]:
 
 
 def measure(schedule: str, methods: Sequence[str], evaluations: Sequence[int], rows: int, seed: int) -> list[Draw]:
-    """All methods on all grids, cheap to dear."""
+    """Measure all methods on all grids, from cheap to dear."""
     model, table = mixture(getattr(schedules, schedule)()), []
-    flow, _ = counted(model, rows, seed, method="ode", rtol=TIGHT, atol=TIGHT)
+    flow, _ = draw(model, rows, seed, method="ode", rtol=TIGHT, atol=TIGHT)
     print(f"\n{schedule:<22}" + "".join(f"{n:>9}" for n in sorted(evaluations)), "evaluations")
     for method in methods:
         for grid in GRIDS:
             print(f"{method:<12}{grid:<10}", end="")
             for nfe in sorted(evaluations):
-                x, cost = counted(model, rows, seed, method=method, nfe=nfe, grid=grid)
+                x, cost = draw(model, rows, seed, method=method, nfe=nfe, grid=grid)
                 table.append(Draw(schedule, method, grid, cost, rms(x - flow)))
                 print(f"{table[-1].error:>9.1e}", end="")
             print(flush=True)
@@ -86,7 +125,7 @@ def measure(schedule: str, methods: Sequence[str], evaluations: Sequence[int], r
 
 
 def reading(table: Sequence[Draw]) -> str:
-    """Which grid is best at the highest cost, and which is worst."""
+    """Say which grid is best at the highest cost, and which is worst."""
     parts = []
     for schedule in dict.fromkeys(d.schedule for d in table):
         verdicts = []
@@ -99,9 +138,9 @@ def reading(table: Sequence[Draw]) -> str:
 
 
 def plot(table: Sequence[Draw], evaluations: Sequence[int]) -> Figure:
-    """Schedules from left to right; the grids, then one row per method."""
+    """Draw one column per schedule: its grids, then one row per method."""
     names, methods = (list(dict.fromkeys(getattr(d, key) for d in table)) for key in ("schedule", "method"))
-    figure = Figure(figsize=(3.4 * len(names) + 0.8, 2.6 * len(methods) + 2.8), layout="constrained")
+    figure = plt.figure(figsize=(3.4 * len(names) + 0.8, 2.6 * len(methods) + 2.8), layout="constrained")
     axes = figure.subplots(1 + len(methods), len(names), squeeze=False)
     for axis, schedule in zip(axes[0], names, strict=True):
         _grids(axis, schedule)
@@ -144,38 +183,36 @@ def _grids(axis: Axes, schedule: str) -> None:
     axis.grid(alpha=0.3, axis="x")
 
 
-def run(
-    out: Path, *, schedule_names: Sequence[str], methods: Sequence[str], evaluations: Sequence[int], rows: int,
-    seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure, print, draw. Returns what the JSON file holds."""
-    start = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    table = [draw for name in schedule_names for draw in measure(name, methods, evaluations, rows, seed)]
-    report = {
-        "rows": rows, "seed": seed, "draws": [asdict(draw) for draw in table],
-        "places": {name: {grid: places(name, grid, SHOWN) for grid in GRIDS} for name in schedule_names},
-        "reading": reading(table), "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-    return save(out, "time_grids", plot(table, sorted(evaluations)), report)
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Command line."""
+    """Measure, print and draw; return what the JSON file holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, every = parser.add_argument, {"nargs": "+", "metavar": "NAME"}
     add("--out", type=Path, default=Path("runs/examples/time_grids"), help="folder to write to (%(default)s)")
     others = ("SubVariancePreserving", "VarianceExploding", "Trigonometric")
     add("--schedules", **every, default=SCHEDULES, choices=[*SCHEDULES, *others], help="of ndm_ct.schedules")
-    add("--methods", **every, default=METHODS, choices=list(ORDERS), help=f"deterministic ones ({', '.join(METHODS)})")
-    add("--evaluations", nargs="+", type=int, default=[5, 8, 12, 20, 30, 50], help="budgets (5 to 50)")
+    add(
+        "--methods",
+        **every,
+        default=METHODS,
+        choices=[*METHODS, *OTHERS],
+        help="deterministic methods of ndm_ct.sample",
+    )
+    add("--evaluations", nargs="+", type=int, default=[5, 8, 12, 20, 30, 50], help="network evaluations per sample")
     add("--rows", type=int, default=64, help="samples (%(default)s)")
     add("--seed", type=int, default=0, help="of the common noise")
     options = parser.parse_args(arguments)
-    return run(
-        options.out, schedule_names=options.schedules, methods=options.methods, evaluations=options.evaluations,
-        rows=options.rows, seed=options.seed,
-    )  # fmt: skip
+    settings = options.methods, options.evaluations, options.rows, options.seed
+    table = [one for name in options.schedules for one in measure(name, *settings)]
+    report = {
+        "rows": options.rows, "seed": options.seed, "draws": [asdict(one) for one in table],
+        "places": {name: {grid: places(name, grid, SHOWN) for grid in GRIDS} for name in options.schedules},
+        "reading": reading(table), "torch": torch.__version__,
+    }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot(table, sorted(options.evaluations)).savefig(options.out / "time_grids.png", dpi=110)
+    (options.out / "time_grids.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(f"\n{report['reading']}")
+    return report
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["__version__", "versions"]
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 
 @functools.cache

@@ -1,21 +1,26 @@
-"""What the package says of itself agrees: Python's versions, the source distribution, the commands of its texts."""
+"""The metadata agree: versions of Python and of the package, the source distribution, the commands of the texts."""
 
+import contextlib
+import io
 import re
 import tomllib
 
 import pytest
+import torch
 from paths import ROOT
+
+import ndm_ct
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = {"lint-imports": "import-linter"}
-"""Where a command comes from, if its package has another name."""
+"""The package of a command, where it has another name."""
 
 
 def test_versions_of_python_agree():
-    """Classifiers, the matrix of the continuous integration, the least version, and the tools'."""
+    """The classifiers, the jobs of the continuous integration, the lowest version and the tools name the same ones."""
     yaml = pytest.importorskip("yaml")
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
-    (job,) = workflow["jobs"].values()
+    job, pairs = workflow["jobs"]["all"], workflow["jobs"]["pairs"]
     matrix = job["strategy"]["matrix"]["python"]
     classified = [
         entry.rsplit(" ", 1)[1] for entry in PROJECT["project"]["classifiers"] if re.search(r":: 3\.\d+$", entry)
@@ -27,10 +32,28 @@ def test_versions_of_python_agree():
     assert f"({matrix[0]} to {matrix[-1]})" in (ROOT / ".ci" / "run").read_text()
     (step,) = [step for step in job["steps"] if "run" in step]
     assert step == {"run": ".ci/run", "env": {"PYTHON": "python${{ matrix.python }}"}}
+    ends = {entry["versions"]: entry["python"] for entry in pairs["strategy"]["matrix"]["include"]}
+    assert ends == {"lowest": matrix[0], "newest": matrix[-1]}
+    assert pairs["steps"][-1]["run"] == ".ci/pair ${{ matrix.versions }}"
+
+
+def test_versions_of_the_package_agree():
+    """The version stands in the package alone; citation and changelog name it."""
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "ndm_ct/_core/versions.py"
+    assert f"\nversion: {ndm_ct.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {ndm_ct.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_dependency_has_a_lower_bound():
+    """``.ci/pair lowest`` installs these bounds."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    for entry in (*PROJECT["project"]["dependencies"], *extras["demo"], *extras["files"], *extras["test"]):
+        assert entry.startswith("ndm-ct[") or re.match(r"[\w-]+>=[\d.]+(,|$)", entry), entry
 
 
 def test_the_source_distribution_holds_what_is_there():
-    """Every file or folder that it names exists, or a build would leave it out without a word."""
+    """Every file or folder that it names exists. A build would silently leave out the others."""
     for pattern in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]:
         assert list(ROOT.glob(pattern.lstrip("/"))), pattern
 
@@ -47,3 +70,27 @@ def test_commands_for_contributors_are_those_of_the_continuous_integration():
         assert re.search(rf"^{re.escape(check)}$", run, re.MULTILINE), check
         command = check.split()[0]
         assert re.search(rf"\b{PACKAGES.get(command, command)}\b", installed), command
+
+
+def test_code_of_the_readme_runs(tmp_path, monkeypatch):
+    """Blocks share their names, as in a notebook; trainings are cut short."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    with contextlib.redirect_stdout(io.StringIO()):
+        for block in blocks:
+            exec(re.sub(r"steps=2000", "steps=3, progress=False", block), names)
+    assert (tmp_path / "ring.safetensors").exists()
+    assert names["info"].nfe == 20
+
+
+def test_files_of_the_code_map_exist():
+    """CONTRIBUTING says which files a new sampler, schedule or command touches."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("| To add") :]
+    named = re.findall(r"`((?:ndm_ct|tests|docs|benchmarks|examples)/[\w/.]+)`", table)
+    assert len(named) > 15
+    for name in named:
+        assert (ROOT / name).exists(), name
