@@ -27,13 +27,13 @@ def trained(x: torch.Tensor, transform: transforms.Transform, steps: int) -> tup
     """A model with this transform, and the history of its training."""
     predictor = nn.Preconditioned(nn.MLP(2, width=64), data_std=3.0)
     model = ndm_ct.NDM(predictor, (2,), transform=transform, schedule=schedules.LinearLogSNR(-8.0, 1.0))
-    return model, ndm_ct.fit(model, x, steps=steps, lr=5e-3, ema=0.99, log_every=25, progress=False)
+    return model, ndm_ct.fit(model, x, steps=steps, batch_size=256, lr=5e-3, ema=0.99, log_every=20, progress=False)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     """Train, print and draw; return log-likelihood and bound of each model, in nats."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps of each model (1000)")
+    parser.add_argument("--steps", type=int, default=800, help="optimiser steps of each model (800)")
     parser.add_argument("--out", type=Path, default=Path("runs/examples/learned_forward_process"), help="folder")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
         axes[1, 1 + place].set(title=f"density, {name}")
         axes[1, 3].scatter(*ndm_ct.sample(model, 500).T, s=3, label=name)
     axes[1, 3].set(title="samples", xlim=(-6, 6), ylim=(-6, 6))
-    axes[1, 0].set(title="loss, nats", xlabel="step", ylim=(1, 6))
+    axes[1, 0].set(title="loss, nats", xlabel="step", ylim=(3, 6))
     axes[1, 0].legend()
     for axis, t in zip(axes[0], (0.0, 0.3, 0.6, 1.0), strict=True):
         with torch.no_grad():

@@ -304,7 +304,7 @@ def test_files_of_other_images_are_scored(fashion, tmp_path):
     _, report = made(outliers, "out_of_distribution", arguments, tmp_path)
     assert (report["network"], report["levels"], report["repeat_noise"]) == ("fashion", 256, None)
     assert [one["name"] for one in report["sets"]] == ["Fashion-MNIST", "MNIST"]
-    assert min(bits for one in report["sets"] for bits in one["bits"]) > 8.0  # noise costs more than it would as it is
+    assert min(bits for one in report["sets"] for bits in one["bits"]) > 5.0  # clothes take 3 to 4
     assert outliers.idx_images(fashion[0]).shape == (9, 1, 16, 16)
 
 
