@@ -39,7 +39,7 @@ from ndm_ct import schedules
 from ndm_ct.reference import GaussianMixture
 
 SCHEDULES = ("VariancePreserving", "SubVariancePreserving", "VarianceExploding", "LinearLogSNR", "Cosine", "Rectified")
-OURS = "rowwise"
+OURS = "ode"
 STYLES = {
     OURS: ("black", "o"), "dopri5": ("tab:blue", "s"), "dopri8": ("tab:green", "D"), "bosh3": ("tab:orange", "^"),
     "adaptive_heun": ("tab:red", "v"),
