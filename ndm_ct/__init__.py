@@ -15,6 +15,7 @@ from ndm_ct import (
     solvers,
     transforms,
 )  # fmt: skip
+from ndm_ct._core.conditioning import shared
 from ndm_ct._core.errors import CheckpointError, PredictorError, SolverError
 from ndm_ct._core.versions import __version__ as __version__
 from ndm_ct.distributions import distribution
@@ -66,6 +67,7 @@ __all__ = [
     "samplers",
     "save",
     "schedules",
+    "shared",
     "solvers",
     "transforms",
 ]

@@ -138,6 +138,7 @@ class NDMDistribution(Distribution):
 
 def distribution(
     model: NDM,
+    /,
     *,
     trace: Trace = "auto",
     rtol: float | None = None,

@@ -34,8 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.checks import keyword_names, nearest, validate_number
+from ndm_ct._core.checks import nearest, validate_number
+from ndm_ct._core.conditioning import tensors_in
 from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.keywords import keyword_names
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 
@@ -45,13 +47,11 @@ __all__ = ["evaluations_per_call", "guided", "nulled"]
 def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> NDM:
     r"""The model whose prediction is :math:`u + w (c - u)`: guided by its own conditioning.
 
-    c is the prediction with the conditioning given at call time, u that with the null values in its place, both from
-    one call of the network with twice the rows. Weights, transform, schedule, volatility and prior are those of
+    c is the prediction with the conditioning given at call time, u that with the null values in its place. Both come
+    from one call of the network with twice the rows; from two calls if it gets further tensors with as many entries as
+    there are rows, which may or may not belong to them. Weights, transform, schedule, volatility and prior are those of
     ``model``, not copies; ``loglik``, ``elbo``, ``sample`` and every other function take the result as any model. To
     keep it in a file, save ``model`` and guide what is loaded.
-
-    A tensor whose first axis has as many entries as there are rows is taken for one entry per row; one that all rows
-    share should begin with an axis of length 1.
 
     Args:
         model: a conditional model; one that was trained with its conditioning dropped, as ``fit(cond_dropout=)`` does,
@@ -189,24 +189,22 @@ class _Guided(nn.Module):
         null = {name: nulled(name, cond[name], value) for name, value in self.null.items()}
         if self.scale == 0.0:
             return self.predictor(z, t, **cond | null)
-        both = {
-            name: torch.cat([value, null.get(name, value)]) if _by_rows(value, len(z)) else value
-            for name, value in cond.items()
-        }
-        output = self.predictor(torch.cat([z, z]), torch.cat([t, t]), **both)
+        others = {name: value for name, value in cond.items() if name not in null}
+        if any(_by_rows(tensor, len(z)) for tensor in tensors_in(others)):
+            # Whether these belong to the rows or are shared is the predictor's affair: it gets them as they came.
+            return self._mixed(self.predictor(z, t, **cond), self.predictor(z, t, **cond | null))
+        both = {name: torch.cat([cond[name], value]) for name, value in null.items()}
+        output = self.predictor(torch.cat([z, z]), torch.cat([t, t]), **others | both)
         if isinstance(output, tuple | list):
-            return tuple(self._mixed(part, len(z)) for part in output)
-        return self._mixed(output, len(z))
+            pairs = [_halves(part, len(z)) for part in output]
+            return self._mixed([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        return self._mixed(*_halves(output, len(z)))
 
-    def _mixed(self, output: Any, rows: int) -> Any:
-        if not isinstance(output, Tensor):  # the model says what it expected
-            return output
-        if output.ndim == 0 or output.shape[0] != 2 * rows:
-            raise PredictorError(
-                f"the predictor returned shape {tuple(output.shape)} for the {2 * rows} rows of a guided call, which "
-                "asks for both predictions at once; return one row for every row of z."
-            )
-        conditional, unconditional = output.chunk(2)
+    def _mixed(self, conditional: Any, unconditional: Any) -> Any:
+        if isinstance(conditional, tuple | list):
+            return tuple(map(self._mixed, conditional, unconditional))
+        if not isinstance(conditional, Tensor):  # the model says what it expected
+            return conditional
         return unconditional + self.scale * (conditional - unconditional)
 
     def _validate(self, cond: Mapping[str, Any], rows: int) -> None:
@@ -226,6 +224,18 @@ class _Guided(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, null={self.null}"
+
+
+def _halves(output: Any, rows: int) -> tuple[Any, Any]:
+    """The predictions with and without conditioning, from one call with twice the rows."""
+    if not isinstance(output, Tensor):
+        return output, output
+    if output.ndim == 0 or output.shape[0] != 2 * rows:
+        raise PredictorError(
+            f"the predictor returned shape {tuple(output.shape)} for the {2 * rows} rows of a guided call, which "
+            "asks for both predictions at once; return one row for every row of z."
+        )
+    return output[:rows], output[rows:]
 
 
 def _by_rows(value: Any, rows: int) -> bool:

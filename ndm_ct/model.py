@@ -17,8 +17,9 @@ References:
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 
 from ndm_ct._core import checks as _shapes
 from ndm_ct._core.checks import as_time, expand, expand_time
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.keywords import accepted_by, keyword_names, validate_cond
 from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
 from ndm_ct._core.parallel import unwrapped
 from ndm_ct._core.precision import run_network
@@ -162,10 +165,9 @@ class NDM(nn.Module):
             predictor.validate_event(self.event_shape)
         if hasattr(predictor, "bind_schedule"):
             predictor.bind_schedule(schedule)
-        names, anything = _shapes.keyword_names(predictor, 2)
+        self._predictor_names = names, anything = keyword_names(predictor, 2)
         transform_names, transform_anything = transform.cond_names()
-        self._predictor_names, self._predictor_anything = names, anything
-        self._cond_names, self._cond_anything = names | transform_names, anything or transform_anything
+        self.cond_names = names | transform_names, anything or transform_anything
 
     def _validate_prediction(self) -> None:
         head = getattr(self.predictor, "head", self.prediction)
@@ -224,7 +226,7 @@ class NDM(nn.Module):
                         return parameter
         return None
 
-    def moments(self, z: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def moments(self, z: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         r"""The model's :math:`(\hat F, \hat{\dot F})`.
 
         Args:
@@ -239,7 +241,7 @@ class NDM(nn.Module):
             return self._pair(self._predict(z, t, cond), z)
         return self.transform.with_derivative(self.predict_x(z, t, **cond), t, **cond)
 
-    def frozen(self, z: Tensor, t: Tensor, s: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def frozen(self, z: Tensor, t: Tensor, s: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         r"""The model's F at t and at s < t from one prediction at t, for steps that freeze it.
 
         For a prediction of x these are :math:`F(\hat x, t), F(\hat x, s)`; for "moments"
@@ -263,7 +265,7 @@ class NDM(nn.Module):
         validate_prediction(F_s, t)
         return F, F_s
 
-    def predict_x(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def predict_x(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`\hat x(z, t)`, shape of ``z``.
 
         Raises:
@@ -280,11 +282,9 @@ class NDM(nn.Module):
             return (z - sigma * output) / alpha
         return (alpha * z - sigma * output) / (alpha**2 + sigma**2)
 
-    def _predict(self, z: Tensor, t: Tensor, cond: dict[str, Any]) -> Any:
-        if not self._predictor_anything:
-            cond = {key: value for key, value in cond.items() if key in self._predictor_names}
+    def _predict(self, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Any:
         # A copy, so that a predictor that works in place cannot change the state or the caller's data.
-        return run_network(self.predictor, z.clone(), expand_time(t, z), **cond)
+        return run_network(self.predictor, z.clone(), expand_time(t, z), **accepted_by(self._predictor_names, cond))
 
     def _pair(self, output: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         if not (isinstance(output, tuple | list) and len(output) == 2):
@@ -312,15 +312,15 @@ class NDM(nn.Module):
             )
         return output
 
-    def flow(self, dtype: torch.dtype, **cond: Any) -> ProbabilityFlow:
+    def flow(self, dtype: torch.dtype, /, **cond: Any) -> ProbabilityFlow:
         """The probability flow under fixed conditioning, its network evaluated in ``dtype``."""
         return ProbabilityFlow(self.process, lambda z, t: self.moments(z, t, **cond), dtype)
 
-    def reverse_sde(self, dtype: torch.dtype, **cond: Any) -> ReverseSDE:
+    def reverse_sde(self, dtype: torch.dtype, /, **cond: Any) -> ReverseSDE:
         """The reverse SDE under fixed conditioning, its network evaluated in ``dtype``."""
         return ReverseSDE(self.process, lambda z, t: self.moments(z, t, **cond), dtype)
 
-    def velocity(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def velocity(self, z: Tensor, t: float | Tensor, /, **cond: Any) -> Tensor:
         r"""Velocity of the probability flow, :math:`v(z, t)`.
 
         Args:
@@ -334,36 +334,65 @@ class NDM(nn.Module):
         Raises:
             PredictorError: the prediction, or what follows from it, is NaN or infinite (with time and rows).
         """
-        time = self._validated_state(z, t, cond, self.velocity)
-        velocity = self.flow(z.dtype, **cond)(time, z)
+        given = self.validate_state(z, cond, self.velocity)
+        time = _shapes.validate_time(t, self.t_min, z)
+        velocity = self.flow(z.dtype, **given)(time, z)
         validate_prediction(velocity, time)
         return velocity
 
-    def score(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def score(self, z: Tensor, t: float | Tensor, /, **cond: Any) -> Tensor:
         r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2`; arguments and shapes as in ``velocity``."""
-        time = self._validated_state(z, t, cond, self.score)
-        F, _ = self.moments(z, time, **cond)
-        score = self.flow(z.dtype, **cond).score(time, z, F)
+        given = self.validate_state(z, cond, self.score)
+        time = _shapes.validate_time(t, self.t_min, z)
+        F, _ = self.moments(z, time, **given)
+        score = self.flow(z.dtype, **given).score(time, z, F)
         validate_prediction(score, time)
         return score
 
-    def _validated_state(
-        self, z: Tensor, t: float | Tensor, cond: dict[str, Any], caller: Callable[..., Any]
-    ) -> Tensor:
-        self.validate_state(z, cond, caller)
-        return _shapes.validate_time(t, self.t_min, z)
+    def validate(
+        self, x: Tensor, cond: Mapping[str, Any], caller: Callable[..., Any], *, name: str = "x"
+    ) -> Conditioning:
+        """Check data and conditioning before any work.
 
-    def validate(self, x: Tensor, cond: dict[str, Any], caller: Callable[..., Any], *, name: str = "x") -> None:
-        """Check data and conditioning keywords before any work; ``caller`` is the public function asked."""
-        _shapes.validate_cond(cond, self._cond_names, self._cond_anything, caller)
+        Args:
+            x: the data.
+            cond: conditioning by name.
+            caller: the public function that was called, for messages.
+            name: the argument's name in messages.
+
+        Returns:
+            The conditioning of the rows of x.
+        """
+        given = self.conditioning(cond, x, caller)
         _shapes.validate_data(x, self.data_shape, name=name, dtype=self.dtype, device=self.device)
+        return given
 
-    def validate_state(self, z: Tensor, cond: dict[str, Any], caller: Callable[..., Any], *, name: str = "z") -> None:
+    def validate_state(
+        self, z: Tensor, cond: Mapping[str, Any], caller: Callable[..., Any], *, name: str = "z"
+    ) -> Conditioning:
         """The same for states."""
-        _shapes.validate_cond(cond, self._cond_names, self._cond_anything, caller)
+        given = self.conditioning(cond, z, caller)
         _shapes.validate_data(z, self.event_shape, name=name, dtype=self.dtype, device=self.device)
+        return given
 
-    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+    def conditioning(self, cond: Mapping[str, Any], like: Tensor, caller: Callable[..., Any]) -> Conditioning:
+        """The conditioning of a batch, its names checked.
+
+        Args:
+            cond: values by name; a :class:`Conditioning` is returned as it is.
+            like: rows of the batch, for their number, dtype and device.
+            caller: the public function that was called, for messages.
+
+        Raises:
+            TypeError: a name that neither predictor nor transform takes.
+        """
+        validate_cond(cond, self.cond_names, caller)
+        if isinstance(cond, Conditioning):
+            return cond
+        rows = len(like) if isinstance(like, Tensor) and like.ndim > 0 else 0
+        return Conditioning(cond, rows, _Probe(self, like))
+
+    def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""Where the path of data begins: y with :math:`F(x, t) = G(y, t)`, and :math:`\log p(x) - \log p(y)`.
 
         Args:
@@ -481,6 +510,35 @@ class NDM(nn.Module):
 
     def extra_repr(self) -> str:
         return f"event_shape={self.event_shape}, prediction={self.prediction!r}, t_min={self.t_min:g}"
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Evaluates the networks at two fixed states, for :class:`Conditioning` to see what they do with a tensor.
+
+    Args:
+        model: the model.
+        like: gives dtype and device.
+    """
+
+    model: NDM
+    like: Tensor
+
+    def __call__(self, cond: Mapping[str, Any], places: Tensor, /) -> Tensor:
+        model, transform = self.model, self.model.transform
+        source = torch.Generator().manual_seed(0)
+        z, x = (torch.randn(2, *shape, generator=source)[places] for shape in (model.event_shape, model.data_shape))
+        z, x = z.to(self.like), x.to(self.like)
+        t = as_time([0.3, 0.7])[places].to(self.like.device)
+        with model.evaluating(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            outputs = [*model.moments(z, t, **cond)]
+            if model.prediction == "moments":
+                outputs += transform.with_derivative(z, t, **cond)
+            if transform.latent:
+                noise = [torch.Generator(z.device).manual_seed(place) for place in places.tolist()]
+                latents, weight = transform.to_latent(x, generator=noise, **cond)
+                outputs += [latents, transform.from_latent(z, **cond), *(() if weight is None else (weight,))]
+        return torch.cat([output.reshape(len(places), -1).double() for output in outputs], 1)
 
 
 def validate_prediction(prediction: Tensor, t: Tensor) -> None:

@@ -135,7 +135,7 @@ class ForwardProcess(nn.Module):
         r"""The process with :math:`\eta` multiplied by ``scale``."""
         return ForwardProcess(self.transform, self.schedule, self.volatility, scale * self.volatility_scale)
 
-    def mean(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def mean(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`\alpha_t F(x, t)`, shape ``(B, *E)``."""
         return expand(self.schedule(t).alpha, x) * self.transform(x, t, **cond)
 
@@ -143,6 +143,7 @@ class ForwardProcess(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
+        /,
         *,
         eps: Tensor | None = None,
         generator: GeneratorLike = None,
@@ -166,17 +167,17 @@ class ForwardProcess(nn.Module):
         c = self.schedule(t)
         return expand(c.alpha, F) * F + expand(c.sigma, F) * eps
 
-    def velocity(self, z: Tensor, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def velocity(self, z: Tensor, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`v(z, x, t)`: the time derivative of z at fixed x and :math:`\epsilon`."""
         F, dF = self.transform.with_derivative(x, t, **cond)
         return drift(z, F, dF, self.schedule(t), self.transform)
 
-    def score(self, z: Tensor, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def score(self, z: Tensor, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`s(z, x, t) = \nabla_z \log q(z_t \mid x)`."""
         c = self.schedule(t)
         return (expand(c.alpha, z) * self.transform(x, t, **cond) - z) / expand(c.sigma**2, z)
 
-    def reverse_drift(self, z: Tensor, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def reverse_drift(self, z: Tensor, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`v - \tfrac12 g^2 s` given x: the drift of the conditional reverse SDE."""
         F, dF = self.transform.with_derivative(x, t, **cond)
         return drift(z, F, dF, self.schedule(t), self.transform, self.half_rate(t))

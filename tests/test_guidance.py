@@ -253,23 +253,36 @@ def test_nfe_pays_for_both_predictions():
 def test_both_predictions_are_one_call(scale, calls):
     seen = []
 
-    def predictor(z, t, *, label, weight, shared, table):
-        seen.append((len(z), len(t), label.tolist(), weight.tolist(), shared, table))
+    def predictor(z, t, *, label, shared, table):
+        seen.append((len(z), len(t), label.tolist(), shared, table))
         return z + label[:, None]
 
     model = guided(ndm_ct.NDM(predictor, (2,)), scale, null={"label": -1})
     assert model.predictor.evaluations_per_call == calls[0] // 5
-    z, label, weight = torch.randn(5, 2), torch.arange(5), torch.arange(5.0)
-    table = torch.ones(1, 3)
+    z, label, table = torch.randn(5, 2), torch.arange(5), torch.ones(1, 3)
     t = torch.linspace(0.2, 0.8, 5, dtype=torch.float64)
-    out = model.predict_x(z, t, label=label, weight=weight, shared=0.5, table=table)
+    out = model.predict_x(z, t, label=label, shared=0.5, table=table)
     torch.testing.assert_close(out, z - 1.0 + scale * (label + 1.0)[:, None])
-    ((rows, times, labels, weights, shared, same),) = seen
+    ((rows, times, labels, shared, same),) = seen
     assert [rows] == [times] == calls
     assert labels == {5: label.tolist() if scale else [-1] * 5, 10: [*label.tolist(), *[-1] * 5]}[rows]
-    assert weights == weight.tolist() * (rows // 5)
     assert shared == 0.5
     assert same is table
+
+
+def test_further_conditioning_with_as_many_entries_as_rows_reaches_the_predictor_as_it_came():
+    seen = []
+
+    def predictor(z, t, *, label, weight, context):
+        seen.append((len(z), label.tolist()))
+        return z + weight[:, None] * label[:, None] + context.sum(0)
+
+    model = guided(ndm_ct.NDM(predictor, (2,)), 3.0, null={"label": -1})
+    z, label, weight, context = torch.randn(5, 2), torch.arange(5), torch.arange(5.0), torch.randn(5, 2)
+    out = model.predict_x(z, torch.tensor(0.5), label=label, weight=weight, context=context)
+    expected = z + weight[:, None] * (-1.0 + 3.0 * (label + 1.0))[:, None] + context.sum(0)
+    torch.testing.assert_close(out, expected)
+    assert seen == [(5, label.tolist()), (5, [-1] * 5)]
 
 
 def test_everything_but_the_prediction_is_the_model_s():

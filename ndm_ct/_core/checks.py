@@ -1,12 +1,11 @@
 """Shapes, times and the wording of input errors: ``z`` is ``(B, *E)``, ``t`` is ``()`` or ``(B,)``."""
 
 import difflib
-import inspect
 import math
 import numbers
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,8 @@ __all__ = [
     "event_size",
     "expand",
     "expand_time",
-    "keyword_names",
     "of_time",
     "sum_event",
-    "take_rows",
-    "validate_cond",
     "validate_count",
     "validate_data",
     "validate_dense",
@@ -33,14 +29,6 @@ __all__ = [
     "validate_time",
     "validate_values",
 ]
-
-
-_OPTIONS = frozenset(
-    ["atol", "batch_size", "bound", "callback", "differentiable", "generator", "grid", "guidance", "levels", "method"]
-    + ["nfe", "on_failure", "probes", "progress", "rtol", "samples", "stderr", "steps", "stochasticity", "trace"]
-    + ["trajectory"]
-)
-"""Names of options anywhere in the library, which a predictor with ``**kwargs`` must not swallow."""
 
 
 def event_size(event_shape: Iterable[int]) -> int:
@@ -255,52 +243,3 @@ def validate_time(t: float | Tensor, t_min: float, like: Tensor) -> Tensor:
             "t = 0 is data, t = 1 is noise."
         )
     return time
-
-
-def keyword_names(function: Callable[..., Any], skip: int) -> tuple[frozenset[str], bool]:
-    """Keywords a callable accepts after its first ``skip`` arguments, and whether it takes ``**kwargs``.
-
-    A module that hands its keywords on to another says what that one accepts in a method ``cond_names()``.
-    """
-    if isinstance(function, nn.Module) and hasattr(function, "cond_names"):
-        return cast(Any, function).cond_names()
-    target = function.forward if isinstance(function, nn.Module) else function
-    try:
-        parameters = list(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):
-        return frozenset(), True
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = frozenset(p.name for p in parameters[skip:] if p.kind in by_name)
-    return names, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def take_rows(cond: Mapping[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
-    """Conditioning of some rows of a batch: tensors with one entry per row are indexed, anything else is shared."""
-    return {
-        key: value[rows] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch else value
-        for key, value in cond.items()
-    }
-
-
-def validate_cond(cond: Mapping[str, Any], names: frozenset[str], anything: bool, caller: Callable[..., Any]) -> None:
-    """Refuse a conditioning keyword nobody accepts, or one that is a misspelt option of ``caller``.
-
-    Args:
-        cond: the keywords caught by ``**cond``.
-        names: keywords the predictor or the transform name in their signatures.
-        anything: whether one of them takes ``**kwargs``.
-        caller: the public function whose options could have been meant.
-    """
-    options, _ = keyword_names(caller, 2)
-    for key in cond:
-        if key in names:
-            continue
-        if key in _OPTIONS:
-            raise TypeError(f"{caller.__name__}() has no option {key!r}; options: {', '.join(sorted(options))}.")
-        hint = nearest(key, options, cutoff=0.75) or nearest(key, names, cutoff=0.75)
-        if hint or not anything:
-            accepted = ", ".join(map(repr, sorted(names))) or "none"
-            raise TypeError(
-                f"{caller.__name__}() got the keyword {key!r}{hint or ';'} it is no option of this function, and the "
-                f"predictor does not name it (conditioning keywords it names: {accepted})."
-            )

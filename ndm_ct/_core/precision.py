@@ -31,7 +31,7 @@ def networks_in(dtype: torch.dtype | None) -> Iterator[None]:
         _DTYPE.reset(before)
 
 
-def run_network(network: Callable[..., Any], x: Tensor, *others: Any, **cond: Any) -> Any:
+def run_network(network: Callable[..., Any], x: Tensor, /, *others: Any, **cond: Any) -> Any:
     """``network(x, *others, **cond)``, its output (a tensor, or a pair of them) in the dtype of ``x``."""
     dtype = _DTYPE.get()
     if dtype is None:

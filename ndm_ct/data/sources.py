@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ndm_ct import objectives
-from ndm_ct._core.checks import as_time, event_size, validate_cond, validate_data, validate_dense
+from ndm_ct._core.checks import as_time, event_size, validate_data, validate_dense
+from ndm_ct._core.conditioning import Conditioning, Shared, tensors_in
+from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike
 from ndm_ct.files.formats import let_go
 from ndm_ct.model import NDM
@@ -65,7 +67,7 @@ class Bins:
             return self.quantisation.uniform(x, self.dtype, generator)
         return self.quantisation.centres(x, self.dtype)
 
-    def elbo(self, model: NDM, x: Tensor, generator: GeneratorLike, cond: dict[str, Any]) -> Tensor:
+    def elbo(self, model: NDM, x: Tensor, generator: GeneratorLike, cond: Mapping[str, Any]) -> Tensor:
         """The bound in nats per event, on the log-probability of integer data."""
         centres = self.quantisation is not None and self.dequantisation == "centres"
         bound = objectives.elbo(
@@ -144,9 +146,8 @@ class Source:
             raise ValueError(f"{name} has no rows.")
         if not isinstance(cond, Mapping):
             raise TypeError(f"cond must be a mapping of tensors by name, got {type(cond).__name__}.")
-        self.cond = {key: self._validated_cond(key, value) for key, value in cond.items()}
-        model = bins.model
-        validate_cond(self.cond, model._cond_names, model._cond_anything, caller)
+        self.cond = Conditioning({key: self._validated_cond(key, value) for key, value in cond.items()}, self.rows)
+        validate_cond(self.cond, bins.model.cond_names, caller)
 
     def _as_tensor(self, data: Any) -> Tensor:
         if isinstance(data, np.ndarray):
@@ -177,16 +178,27 @@ class Source:
             let_go(data)
         return part
 
-    def _validated_cond(self, key: str, value: Any) -> Tensor:
+    def _validated_cond(self, key: str, value: Any) -> Any:
+        """A value with one row per row of data: an array, or a dict, list or tuple of arrays; shared ones as they are.
+
+        Raises:
+            ValueError: an array with another number of rows.
+        """
+        if isinstance(value, Shared):
+            return value
+        if isinstance(value, Mapping):
+            return {name: self._validated_cond(f"{key}[{name!r}]", each) for name, each in value.items()}
+        if isinstance(value, list | tuple) and any(isinstance(each, Tensor | Mapping | np.ndarray) for each in value):
+            return [self._validated_cond(f"{key}[{place}]", each) for place, each in enumerate(value)]
         value = torch.as_tensor(value)
         if value.ndim < 1 or value.shape[0] != self.rows:
             raise ValueError(
                 f"the conditioning {key!r} has shape {tuple(value.shape)}, expected one row for each of the "
-                f"{self.rows} rows of {self.name}."
+                f"{self.rows} rows of {self.name}; mark a tensor that all rows share by ndm_ct.shared(tensor)."
             )
         return value
 
-    def batch(self, rows: Tensor, generator: GeneratorLike) -> tuple[Tensor, dict[str, Any]]:
+    def batch(self, rows: Tensor, generator: GeneratorLike) -> tuple[Tensor, Conditioning]:
         """Rows as the model is trained on them."""
         if isinstance(self.data, Tensor):
             x = self.data[rows]
@@ -200,11 +212,11 @@ class Source:
                     "cond={name: tensor}."
                 )
             x = self.bins.validate(torch.stack(items), self.name)
-        return self.bins.real(x, generator), {key: value[rows] for key, value in self.cond.items()}
+        return self.bins.real(x, generator), self.cond.take(rows)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for a training to continue; of a Dataset only the length is known."""
-        digests = {key: hash_values([value]) for key, value in self.cond.items()}
+        digests = {key: hash_values(tensors_in(value)) for key, value in self.cond.items()}
         if not isinstance(self.data, Dataset):
             digests[""] = hash_values(part for _, part in self._parts(self.data))
         return {"rows": self.rows, "sha256": digests}

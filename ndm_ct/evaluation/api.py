@@ -44,9 +44,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ndm_ct import objectives
-from ndm_ct._core.checks import choose, some, validate_cond, validate_count, validate_positive
+from ndm_ct._core.checks import choose, some, validate_count, validate_positive
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.config import Unconfigurable, to_config
 from ndm_ct._core.errors import CheckpointError, SolverError
+from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike, Randomness
 from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.data.sources import Bins, Source
@@ -503,7 +505,7 @@ class _Scorer:
         sweeps = self.estimator.sweeps
         return (sweeps + PILOT_SWEEPS) / sweeps if self.pilot == "sweeps" else 2.0
 
-    def score(self, x: Tensor, cond: dict[str, Any], start: int, pilot: bool) -> _Scores:
+    def score(self, x: Tensor, cond: Conditioning, start: int, pilot: bool) -> _Scores:
         """Score rows; ``start`` is the position of the first."""
         estimator, way = self.estimator, self.pilot if pilot else None
         if way == "sweeps":
@@ -516,7 +518,7 @@ class _Scorer:
         return _Scores(first.nll - half, half.square(), first.nfe + second.nfe)
 
     @torch.no_grad()
-    def _once(self, x: Tensor, cond: dict[str, Any], start: int, repeat: int, estimator: TraceEstimator) -> _Scores:
+    def _once(self, x: Tensor, cond: Conditioning, start: int, repeat: int, estimator: TraceEstimator) -> _Scores:
         settings = self.settings
         noise, probes = (self._generators(start, len(x), repeat, use) for use in (_NOISE, _TRACE))
         if settings.bound == "elbo":
@@ -534,7 +536,7 @@ class _Scorer:
             variance = torch.full_like(variance, math.nan)
         return _Scores(log_q - info.loglik.double(), variance, int(info.row_nfe.sum()))
 
-    def _by_elbo(self, x: Tensor, cond: dict[str, Any], noise: Randomness) -> _Scores:
+    def _by_elbo(self, x: Tensor, cond: Conditioning, noise: Randomness) -> _Scores:
         bins = self.settings.quantisation
         if bins is not None:
             x = bins.centres(x, self.model.dtype or torch.get_default_dtype())
@@ -699,7 +701,7 @@ class _Run:
         self.raw = _Raw(model, settings.quantisation, model.dtype or _dtype_of(data))
         self.source = Source(data, {} if cond is None else cond, self.raw, "data", caller)
         for each in models.values():
-            validate_cond(self.source.cond, each._cond_names, each._cond_anything, caller)
+            validate_cond(self.source.cond, each.cond_names, caller)
         self.device = model.device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
         self.scorers = [_Scorer(each, settings, self.device) for each in models.values()]
         self.has_pilot = kind == "evaluation" and self.scorers[0].pilot is not None

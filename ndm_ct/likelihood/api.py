@@ -28,7 +28,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import take_rows, validate_positive
+from ndm_ct._core.checks import validate_positive
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
 from ndm_ct.divergence import TraceEstimator, resolve
 from ndm_ct.likelihood.budget import LikelihoodInfo, measure
@@ -45,7 +46,7 @@ Trace = str | TraceEstimator
 
 @overload
 def loglik(
-    model: NDM, x: Tensor, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
+    model: NDM, x: Tensor, /, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
     generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
@@ -53,7 +54,7 @@ def loglik(
 
 @overload
 def loglik(
-    model: NDM, x: Tensor, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
+    model: NDM, x: Tensor, /, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
     generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
@@ -62,6 +63,7 @@ def loglik(
 def loglik(
     model: NDM,
     x: Tensor,
+    /,
     *,
     trace: Trace = "auto",
     stderr: float | None = None,
@@ -102,7 +104,9 @@ def loglik(
         generator: source of nodes and probes. One generator per row, in a sequence, makes the result of a row
             independent of its batch. None is torch's global generator.
         return_info: also return a :class:`LikelihoodInfo`. Its error budget costs some percent.
-        cond: conditioning of predictor and transform. Tensors with one entry per row of x go with their rows.
+        cond: conditioning of predictor and transform. A tensor with as many entries as x has rows, also in a dict, list
+            or tuple, goes with its rows unless the networks treat it as one value for all of them: they are asked by
+            a few evaluations of two rows. :func:`ndm_ct.shared` settles it beforehand.
 
     Returns:
         Shape ``(B,)``, in the dtype of ``x``, -inf below its range; with ``return_info`` a pair.
@@ -119,19 +123,19 @@ def loglik(
         >>> float((ndm_ct.loglik(model, x) - model.log_prob(x)).abs()) < 1e-3
         True
     """
-    model.validate(x, cond, loglik)
+    given = model.validate(x, cond, loglik)
     generator = as_randomness(generator, len(x), x.device, "loglik")
     options = Options(
         trace=trace, stderr=stderr, rtol=rtol, atol=atol, method=method, on_failure=on_failure,
         differentiable=differentiable,
     )  # fmt: skip
-    info = options.likelihood(model, x, (model.t_min, 1.0), cond, generator, budget=return_info)
+    info = options.likelihood(model, x, (model.t_min, 1.0), given, generator, budget=return_info)
     return (info.loglik, info) if return_info else info.loglik
 
 
 @overload
 def encode(
-    model: NDM, x: Tensor, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
+    model: NDM, x: Tensor, /, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
     generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
@@ -139,7 +143,7 @@ def encode(
 
 @overload
 def encode(
-    model: NDM, x: Tensor, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
+    model: NDM, x: Tensor, /, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
     generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
@@ -148,6 +152,7 @@ def encode(
 def encode(
     model: NDM,
     x: Tensor,
+    /,
     *,
     trace: Trace | None = None,
     stderr: float | None = None,
@@ -182,7 +187,7 @@ def encode(
         generator: source of nodes and probes with ``return_info``, and of an Encoder's noise. One generator per row,
             in a sequence, makes the result of a row independent of its batch.
         return_info: also return a :class:`LikelihoodInfo`. This costs the divergence along the path.
-        cond: conditioning of predictor and transform. Tensors with one entry per row go with their rows.
+        cond: conditioning of predictor and transform, as in :func:`loglik`.
 
     Returns:
         :math:`z_1`, shape ``(B, *E)``; with ``return_info`` a pair.
@@ -192,18 +197,18 @@ def encode(
         PredictorError: the network returned something that is not a prediction.
         SolverError: the solve failed; the error carries t, dt and batch rows.
     """
-    model.validate(x, cond, encode)
+    given = model.validate(x, cond, encode)
     generator = as_randomness(generator, len(x), x.device, "encode")
     options = Options(
         trace=trace, stderr=stderr, rtol=rtol, atol=atol, method=method, on_failure=on_failure,
         differentiable=differentiable,
     )  # fmt: skip
-    return options.transport(model, x, (model.t_min, 1.0), cond, generator, return_info)
+    return options.transport(model, x, (model.t_min, 1.0), given, generator, return_info)
 
 
 @overload
 def decode(
-    model: NDM, z1: Tensor, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
+    model: NDM, z1: Tensor, /, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
     generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
@@ -211,7 +216,7 @@ def decode(
 
 @overload
 def decode(
-    model: NDM, z1: Tensor, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
+    model: NDM, z1: Tensor, /, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
     generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
@@ -220,6 +225,7 @@ def decode(
 def decode(
     model: NDM,
     z1: Tensor,
+    /,
     *,
     trace: Trace | None = None,
     stderr: float | None = None,
@@ -254,7 +260,7 @@ def decode(
         generator: source of nodes and probes with ``return_info``, and of an Encoder's noise. One generator per row,
             in a sequence, makes the result of a row independent of its batch.
         return_info: also return a :class:`LikelihoodInfo`. This costs the divergence along the path.
-        cond: conditioning of predictor and transform. Tensors with one entry per row go with their rows.
+        cond: conditioning of predictor and transform, as in :func:`loglik`.
 
     Returns:
         x, shape ``(B, *E)``; with ``return_info`` a pair.
@@ -264,13 +270,13 @@ def decode(
         PredictorError: the network returned something that is not a prediction.
         SolverError: the solve failed; the error carries t, dt and batch rows.
     """
-    model.validate_state(z1, cond, decode, name="z1")
+    given = model.validate_state(z1, cond, decode, name="z1")
     generator = as_randomness(generator, len(z1), z1.device, "decode")
     options = Options(
         trace=trace, stderr=stderr, rtol=rtol, atol=atol, method=method, on_failure=on_failure,
         differentiable=differentiable,
     )  # fmt: skip
-    return options.transport(model, z1, (1.0, model.t_min), cond, generator, return_info)
+    return options.transport(model, z1, (1.0, model.t_min), given, generator, return_info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +292,7 @@ class Options:
     differentiable: Differentiable = False
 
     def transport(
-        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
+        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning,
         generator: Randomness, return_info: bool,
     ) -> Tensor | tuple[Tensor, LikelihoodInfo]:  # fmt: skip
         """The end of the path, and its log-determinant if asked."""
@@ -306,8 +312,8 @@ class Options:
             return end if upwards else model.transform.from_latent(end, **cond)
 
     def likelihood(
-        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any],
-        generator: Randomness, *, budget: bool, origin: tuple[Tensor, int] | None = None,
+        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning,
+        generator: Randomness, *, budget: bool,
     ) -> LikelihoodInfo:  # fmt: skip
         """Path, log-determinant and density.
 
@@ -318,24 +324,22 @@ class Options:
             cond: conditioning.
             generator: source of nodes and probes.
             budget: whether to estimate the systematic errors; they are NaN otherwise.
-            origin: the rows of another batch that ``start`` belongs to, and that batch's size, if ``cond`` is for it.
         """
         if not model.transform.bijective:
             raise ValueError(
                 f"{type(model.transform).__name__} is stochastic, so that log p(x) has only a bound; use ndm_ct.elbo, "
                 "or bound='elbo'."
             )
-        own = cond if origin is None else take_rows(cond, *origin)
         estimator = self._estimator(model.event_shape)
         with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
             upwards = interval[1] > interval[0]
-            y, weight = model.to_latent(start, **own) if upwards else (start, None)
-            path = self._path(model, y, interval, cond, estimator.tolerance, origin)
+            y, weight = model.to_latent(start, **cond) if upwards else (start, None)
+            path = self._path(model, y, interval, cond, estimator.tolerance)
             info = measure(replace(path, stderr=self.stderr, error_wanted=budget), estimator, generator)
             if upwards:
                 return info if weight is None else _of_data(info, weight, info.z)
-            x = model.transform.from_latent(info.z, **own)
-            weight = model.transform.to_latent(x, **own)[1]
+            x = model.transform.from_latent(info.z, **cond)
+            weight = model.transform.to_latent(x, **cond)[1]
             return info if weight is None else _of_data(info, weight, x, downwards=True)
 
     def _estimator(self, event_shape: tuple[int, ...]) -> TraceEstimator:
@@ -348,15 +352,12 @@ class Options:
         return estimator
 
     def _path(
-        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: dict[str, Any], tolerance: float,
-        origin: tuple[Tensor, int] | None = None,
+        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning, tolerance: float,
     ) -> Problem:  # fmt: skip
         rtol, atol = (tolerance if value is None else value for value in (self.rtol, self.atol))
         default = "dopri5" if self.differentiable == "adjoint" else "ode"
         method = default if self.method is None else self.method
-        return Problem(
-            model, start, interval, rtol, atol, method, self.on_failure, self.differentiable, cond, origin=origin
-        )
+        return Problem(model, start, interval, rtol, atol, method, self.on_failure, self.differentiable, cond)
 
 
 def _of_data(info: LikelihoodInfo, weight: Tensor, z: Tensor, *, downwards: bool = False) -> LikelihoodInfo:

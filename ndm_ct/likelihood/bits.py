@@ -60,6 +60,7 @@ class BitsInfo:
 def bits_per_dim(
     model: NDM,
     x: Tensor,
+    /,
     *,
     levels: int = 256,
     bound: str = "ode",
@@ -127,11 +128,8 @@ def bits_per_dim(
             options = likelihood.Options(
                 trace=trace, stderr=None if stderr is None else stderr * scale, rtol=rtol, atol=atol, method=method
             )
-            model.validate(start, cond, bits_per_dim)
-            path = options.likelihood(
-                model, start, (model.t_min, 1.0), cond, repeated(generator, count), budget=False,
-                origin=(rows, x.shape[0]),
-            )  # fmt: skip
+            given = model.validate(start[::count], cond, bits_per_dim).take(rows)
+            path = options.likelihood(model, start, (model.t_min, 1.0), given, repeated(generator, count), budget=False)
             log_weights = path.loglik.double() - log_q
             variance = path.variance.double().nan_to_num(0.0)
             info = _weighted(log_weights, path.stderr.double(), variance, count, path.nfe, scale, start.dtype)

@@ -143,7 +143,7 @@ def _failed(path: Problem, found: LogDet) -> Tensor:
 
 def _prior_mismatch(path: Problem, x: Tensor, generator: Randomness) -> Tensor:
     data = x.to(path.start.dtype)
-    return path.model.prior_divergence(path.model.transform.along(data, **path.conditioning()), data, generator)
+    return path.model.prior_divergence(path.model.transform.along(data, **path.cond), data, generator)
 
 
 def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor, int]:
@@ -176,7 +176,7 @@ def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor
     transform = model.transform.along
 
     def moved(z: Tensor) -> Tensor:
-        return transform(z.to(flow.dtype), **path.conditioning())(t).to(z.dtype) - z
+        return transform(z.to(flow.dtype), **path.cond)(t).to(z.dtype) - z
 
     shift, forms = bound(moved, x)
     return change - bound.combine(forms)[0] - sum_event(shift * s), bound.vjps

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.autodiff import vjp
-from ndm_ct._core.checks import choose, expand, take_rows
+from ndm_ct._core.checks import choose, expand
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
 from ndm_ct.divergence import BoundTrace
 from ndm_ct.divergence.interface import SolvedPath
@@ -52,10 +53,8 @@ class Problem:
     method: str
     on_failure: str
     differentiable: Differentiable
-    cond: dict[str, Any]
+    cond: Conditioning
     callback: Callable[[float], None] | None = None
-    origin: tuple[Tensor, int] | None = None
-    """The rows that ``start`` holds of the batch ``cond`` belongs to, and that batch's size; None if they are one."""
     stderr: float | None = None
     error_wanted: bool = False
 
@@ -89,19 +88,11 @@ class Problem:
 
     def flow(self, rows: Tensor | None = None) -> ProbabilityFlow:
         """The field of some rows; None is all."""
-        return self.model.flow(self.start.dtype, **self.conditioning(rows))
-
-    def conditioning(self, rows: Tensor | None = None) -> dict[str, Any]:
-        """The conditioning of some rows; None is all."""
-        if self.origin is None:
-            return self.cond if rows is None else take_rows(self.cond, rows, len(self.start))
-        own, batch = self.origin
-        return take_rows(self.cond, own if rows is None else own[rows], batch)
+        return self.model.flow(self.start.dtype, **(self.cond if rows is None else self.cond.take(rows)))
 
     def only(self, rows: Tensor) -> "Problem":
-        """The problem of some rows. Their conditioning is not cut out, so a shared tensor is never taken for theirs."""
-        own, batch = (rows, len(self.start)) if self.origin is None else (self.origin[0][rows], self.origin[1])
-        return replace(self, start=self.start[rows], origin=(own, batch))
+        """The problem of some rows."""
+        return replace(self, start=self.start[rows], cond=self.cond.take(rows))
 
     def coarser(self) -> "Problem":
         """The same path with ten times the tolerances."""
@@ -197,7 +188,7 @@ class Problem:
         self, field: Callable[[Tensor, State, Tensor | None], tuple[State, State | None]], state: State
     ) -> tuple[Tensor, ...]:
         """Every tensor the field depends on: conditioning, and whatever leaves its graph has."""
-        cond = [value for value in self.cond.values() if isinstance(value, Tensor) and value.requires_grad]
+        cond = [value for value in self.cond.tensors if value.requires_grad]
         with torch.enable_grad():
             start = tuple(part.detach().requires_grad_() for part in state)
             t = torch.tensor(self.interval[0], dtype=torch.float64, device=state[0].device)

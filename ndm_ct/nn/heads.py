@@ -37,8 +37,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.checks import choose, expand, keyword_names
+from ndm_ct._core.checks import choose, expand
 from ndm_ct._core.config import Configurable, Unconfigurable, to_config
+from ndm_ct._core.keywords import keyword_names
 from ndm_ct._core.parallel import unwrapped
 
 __all__ = ["FromDenoiser", "FromScore", "FromVelocity", "Mixed", "Preconditioned", "Wrapper", "null_of"]

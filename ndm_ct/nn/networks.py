@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ndm_ct._core.checks import event_size, keyword_names, some, validate_count, validate_number, validate_shape
+from ndm_ct._core.checks import event_size, some, validate_count, validate_number, validate_shape
 from ndm_ct._core.config import Configurable
+from ndm_ct._core.keywords import keyword_names
 
 __all__ = ["MLP", "TimeEmbedding", "UNet"]
 

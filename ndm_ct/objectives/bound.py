@@ -27,7 +27,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.checks import as_time, expand, sum_event, validate_count
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, uniform
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.objectives.time_samplers import TimeSampler
@@ -105,7 +106,7 @@ def low_discrepancy(n: int, generator: Randomness, device: torch.device) -> Tens
     return (shift + torch.arange(n, dtype=torch.float64, device=device) / max(n, 1)) % 1.0
 
 
-def diffusion_integrand(model: NDM, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Tensor:
+def diffusion_integrand(model: NDM, x: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:
     r"""The integrand of :math:`L_{diff}` at time t for one noise, nats per unit time.
 
     Args:
@@ -121,12 +122,12 @@ def diffusion_integrand(model: NDM, x: Tensor, t: Tensor, eps: Tensor, **cond: A
     return _integrand_along(model, model.transform.along(x, **cond), t, eps, cond)
 
 
-def _integrand_along(model: NDM, path: Path, t: Tensor, eps: Tensor, cond: dict[str, Any]) -> Tensor:
+def _integrand_along(model: NDM, path: Path, t: Tensor, eps: Tensor, cond: Mapping[str, Any]) -> Tensor:
     F, dF = path.with_derivative(t)
     return _integrand(model, F, dF, *_predicted(model, model.process.state(F, t, eps), t, cond), t)
 
 
-def _predicted(model: NDM, z: Tensor, t: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _predicted(model: NDM, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     F_hat, dF_hat = model.moments(z, t, **cond)
     validate_prediction(F_hat, t)
     validate_prediction(dF_hat, t)
@@ -145,7 +146,7 @@ def _integrand(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor,
     return (0.5 * c.snr_rate).to(F.dtype) * sum_event(residual**2 / eta)
 
 
-def prior_term(model: NDM, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
+def prior_term(model: NDM, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
     r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample."""
     return model.prior_divergence(model.transform.along(x, **cond), x, generator)
 
@@ -153,6 +154,7 @@ def prior_term(model: NDM, x: Tensor, *, generator: GeneratorLike = None, **cond
 def reconstruction_term(
     model: NDM,
     x: Tensor,
+    /,
     *,
     quantisation: Quantisation | None = None,
     generator: GeneratorLike = None,
@@ -185,14 +187,14 @@ def _reconstruction(
 
 @overload
 def elbo(
-    model: NDM, x: Tensor, *, samples: int = ..., quantisation: Quantisation | None = ...,
+    model: NDM, x: Tensor, /, *, samples: int = ..., quantisation: Quantisation | None = ...,
     generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def elbo(
-    model: NDM, x: Tensor, *, samples: int = ..., quantisation: Quantisation | None = ...,
+    model: NDM, x: Tensor, /, *, samples: int = ..., quantisation: Quantisation | None = ...,
     generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, ElboInfo]: ...  # fmt: skip
 
@@ -200,6 +202,7 @@ def elbo(
 def elbo(
     model: NDM,
     x: Tensor,
+    /,
     *,
     samples: int = 1,
     quantisation: Quantisation | None = None,
@@ -231,20 +234,21 @@ def elbo(
         >>> torch.equal(bound, -(info.prior + info.diffusion + info.reconstruction))
         True
     """
-    _validate(model, x, cond, elbo, quantisation)
+    given = _validate(model, x, cond, elbo, quantisation)
     generator = as_randomness(generator, len(x), x.device, "elbo")
 
     def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
         t, weight = times(model, u)
         eps = normal_like(y, generator)
-        return weight.to(y.dtype) * _integrand_along(model, path, t, eps, cond)
+        return weight.to(y.dtype) * _integrand_along(model, path, t, eps, given)
 
-    return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
+    return _bound(model, x, draw, samples, quantisation, generator, return_info, given)
 
 
 def elbo_discrete(
     model: NDM,
     x: Tensor,
+    /,
     *,
     steps: int,
     samples: int = 1,
@@ -268,7 +272,7 @@ def elbo_discrete(
     Returns:
         As :func:`elbo`.
     """
-    _validate(model, x, cond, elbo_discrete, quantisation)
+    given = _validate(model, x, cond, elbo_discrete, quantisation)
     generator = as_randomness(generator, len(x), x.device, "elbo_discrete")
     even = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
     grid, _ = times(model, even)
@@ -276,12 +280,12 @@ def elbo_discrete(
     def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
         index = (u * steps).long().clamp(max=steps - 1)
         eps = normal_like(y, generator)
-        return steps * _transition_kl(model, path, grid[index], grid[index + 1], eps, cond)
+        return steps * _transition_kl(model, path, grid[index], grid[index + 1], eps, given)
 
-    return _bound(model, x, draw, samples, quantisation, generator, return_info, cond)
+    return _bound(model, x, draw, samples, quantisation, generator, return_info, given)
 
 
-def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Tensor:
+def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:
     r""":math:`KL(q(z_s \mid z_t, x) \,\|\, p(z_s \mid z_t))` at :math:`z_t = \alpha_t F + \sigma_t \epsilon`, ``(B,)``.
 
     Args:
@@ -295,7 +299,7 @@ def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, **co
     return _transition_kl(model, model.transform.along(x, **cond), s, t, eps, cond)
 
 
-def _transition_kl(model: NDM, path: Path, s: Tensor, t: Tensor, eps: Tensor, cond: dict[str, Any]) -> Tensor:
+def _transition_kl(model: NDM, path: Path, s: Tensor, t: Tensor, eps: Tensor, cond: Mapping[str, Any]) -> Tensor:
     process, transform = model.process, model.transform
     F_t, F_s = path(t), path(s)
     z = process.state(F_t, t, eps)
@@ -313,7 +317,7 @@ def _bound(
     quantisation: Quantisation | None,
     generator: Randomness,
     return_info: bool,
-    cond: dict[str, Any],
+    cond: Mapping[str, Any],
 ) -> Any:
     """The three terms; ``draw`` makes an estimate of the diffusion term of a uniform number (stratified)."""
     validate_count("samples", samples)
@@ -355,6 +359,7 @@ def _stratified(points: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
 def loss(
     model: NDM,
     x: Tensor,
+    /,
     *,
     sampler: TimeSampler | None = None,
     regressions: tuple[float, float] = (0.1, 0.1),
@@ -391,15 +396,15 @@ def loss(
     Raises:
         ValueError: a weight is negative or not finite.
     """
-    _validate(model, x, cond, loss, None)
+    given = _validate(model, x, cond, loss, None)
     weights = _pair(regressions)
     generator = as_randomness(generator, len(x), x.device, "loss")
     u = low_discrepancy(x.shape[0], generator, x.device)
     v, rarity = (u, torch.ones_like(u)) if sampler is None else sampler(u)
     t, weight = times(model, v)
-    y, log_weight = model.to_latent(x, generator=generator, **cond)
+    y, log_weight = model.to_latent(x, generator=generator, **given)
     eps = normal_like(y, generator)
-    path = model.transform.along(y, **cond)
+    path = model.transform.along(y, **given)
     F, dF = path.with_derivative(t)
     regress = model.prediction == "moments" and not isinstance(model.transform, Identity)
     split = regress and F.requires_grad  # one evaluation, but two gradients in its state
@@ -407,7 +412,7 @@ def loss(
     z = model.process.state(held[0], t, eps)
     if split:
         z.requires_grad_()
-    F_hat, dF_hat = _predicted(model, z, t, cond)
+    F_hat, dF_hat = _predicted(model, z, t, given)
     weight, rarity = weight.to(y.dtype), rarity.to(y.dtype)
     bound = weight * _integrand(model, F, dF, F_hat, dF_hat, t)
     integrand = bound + weight * _regressions(model, *held, F_hat, dF_hat, t, weights) if regress else bound
@@ -443,7 +448,7 @@ class Bound(nn.Module):
         super().__init__()
         self.sampler, self.regressions = sampler, _pair(regressions)
 
-    def forward(self, model: NDM, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
+    def forward(self, model: NDM, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
         """See :func:`loss`."""
         return loss(model, x, sampler=self.sampler, regressions=self.regressions, generator=generator, **cond)
 
@@ -486,9 +491,9 @@ def _regressions(
 
 
 def _validate(
-    model: NDM, x: Tensor, cond: dict[str, Any], caller: Callable[..., Any], quantisation: Quantisation | None
-) -> None:
-    model.validate(x, cond, caller)
+    model: NDM, x: Tensor, cond: Mapping[str, Any], caller: Callable[..., Any], quantisation: Quantisation | None
+) -> Conditioning:
+    given = model.validate(x, cond, caller)
     validate_quantisation(quantisation)
     if quantisation is not None:
         quantisation.validate_centres(x)
@@ -502,3 +507,4 @@ def _validate(
             "volatility=0.0 is a deterministic process, whose ELBO is minus infinity for every x; use a positive "
             "volatility to train, and method='ode' or 'ddim' to sample deterministically."
         )
+    return given

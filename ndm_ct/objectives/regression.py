@@ -72,7 +72,7 @@ class Regression:
     def __post_init__(self) -> None:
         choose("target", self.target, TARGETS)
 
-    def __call__(self, model: NDM, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
+    def __call__(self, model: NDM, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
         """One estimate per row, times of low discrepancy over the batch.
 
         Args:
@@ -88,7 +88,7 @@ class Regression:
             ValueError: the transform has parameters to train, which the regression does not determine.
             PredictorError: the prediction is NaN or infinite (with time and rows).
         """
-        model.validate(x, cond, type(self).__call__)
+        given = model.validate(x, cond, type(self).__call__)
         if any(parameter.requires_grad for parameter in model.transform.parameters()):
             raise ValueError(
                 f"a regression on {self.target!r} says nothing about F, but {type(model.transform).__name__} has "
@@ -96,11 +96,11 @@ class Regression:
             )
         generator = as_randomness(generator, len(x), x.device, "Regression")
         t = self.times(model.schedule, model.t_min, low_discrepancy(x.shape[0], generator, x.device))
-        y, _ = model.to_latent(x, generator=generator, **cond)
+        y, _ = model.to_latent(x, generator=generator, **given)
         eps = normal_like(y, generator)
-        return self.at(model, y, t, eps, **cond)
+        return self.at(model, y, t, eps, **given)
 
-    def at(self, model: NDM, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Tensor:
+    def at(self, model: NDM, x: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`w(t)\|y - \hat y\|^2` at times t, float64 ``(B,)``, and noise ``(B, *E)``; x may be latents."""
         c = model.schedule(t)
         F, dF = model.transform.with_derivative(x, t, **cond)

@@ -59,7 +59,7 @@ from torch import Tensor, nn
 
 from ndm_ct._core.autodiff import jvp
 from ndm_ct._core.checks import sum_event
-from ndm_ct._core.noise import GeneratorLike, as_randomness
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like
 from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.objectives import bound as objectives
@@ -97,7 +97,9 @@ def acceleration(flow: ProbabilityFlow, z: Tensor, t: Tensor) -> Tensor:
     return jvp(velocity, (z, t), (velocity(z, t), torch.ones_like(t)))[1]
 
 
-def curvature(model: NDM, x: Tensor, *, flow: Flow = "model", generator: GeneratorLike = None, **cond: Any) -> Tensor:
+def curvature(
+    model: NDM, x: Tensor, /, *, flow: Flow = "model", generator: GeneratorLike = None, **cond: Any
+) -> Tensor:
     r"""An unbiased estimate of C per row, of the flow of the model or of the batch, times of low discrepancy.
 
     Args:
@@ -121,18 +123,21 @@ def curvature(model: NDM, x: Tensor, *, flow: Flow = "model", generator: Generat
         >>> curvature(model, model.sample_data(5)).shape
         torch.Size([5])
     """
-    model.validate(x, cond, curvature)
+    generator = as_randomness(generator, len(x), x.device, "curvature")
+    return _curvature(model, x, flow, generator, model.validate(x, cond, curvature))
+
+
+def _curvature(model: NDM, x: Tensor, flow: Flow, generator: Randomness, cond: Mapping[str, Any]) -> Tensor:
     _validate_flow(flow)
     if flow == "batch":
         _validate_batch(x.shape[0], cond)
-    generator = as_randomness(generator, len(x), x.device, "curvature")
     length = 1.0 - model.t_min
     count = x.shape[0] if flow == "model" else min(TIMES, x.shape[0])
     times = model.t_min + length * _quantile(objectives.low_discrepancy(count, generator, x.device))
     place = torch.arange(x.shape[0], device=x.device) % max(count, 1)
     t = times[place]
     y, _ = model.to_latent(x, generator=generator, **cond)
-    z = model.process.sample(y, t, generator=generator, **cond)
+    z = model.process.state(model.transform(y, t, **cond), t, normal_like(y, generator))
     a = acceleration(model.flow(z.dtype, **cond) if flow == "model" else _flow_of(model.process, y, count), z, t)
     validate_prediction(a, t)
     return length**4 / 12.0 * sum_event(a**2)  # the weight tau (1 - tau)/2 is 1/12 of the density
@@ -213,7 +218,7 @@ class Straight(nn.Module):
             raise ValueError(f"strength must be a finite number >= 0, got {strength!r}.")
         self.strength, self.bound, self.flow = strength, bound, flow
 
-    def forward(self, model: NDM, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
+    def forward(self, model: NDM, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
         """One estimate per row.
 
         Args:
@@ -228,7 +233,8 @@ class Straight(nn.Module):
         generator = as_randomness(generator, len(x), x.device, "Straight")
         bound = objectives.loss if self.bound is None else self.bound
         nats: Tensor = bound(model, x, generator=generator, **cond)
-        return nats + self.strength * curvature(model, x, flow=self.flow, generator=generator, **cond)
+        given = model.validate(x, cond, type(self).forward)
+        return nats + self.strength * _curvature(model, x, self.flow, generator, given)
 
     def describe(self) -> str:
         """Its settings, the same in every process, for a checkpoint to compare."""

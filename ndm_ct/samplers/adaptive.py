@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import as_time, take_rows
+from ndm_ct._core.checks import as_time
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
 from ndm_ct.dynamics import ReverseSDE
 from ndm_ct.model import NDM
@@ -31,6 +32,7 @@ FIRST = 0.1
 def sample_rows(
     model: NDM,
     z: Tensor,
+    /,
     *,
     rtol: float = 1e-2,
     atol: float = 1e-2,
@@ -65,8 +67,9 @@ def sample_rows(
     """
     generator = as_randomness(generator, len(z), z.device, "sample_rows")
     with torch.no_grad():
-        z, start, frozen = finite_start(model, z, generator, cond)
-        transform, fields = model.transform, _Fields(model, cond, len(z), z.dtype)
+        given = model.conditioning(cond, z, sample_rows)
+        z, start, frozen = finite_start(model, z, generator, given)
+        transform, fields = model.transform, _Fields(model, given, z.dtype)
         first = FIRST * float(model.schedule(as_time(start, model.schedule.device)).inverse_dgamma)
         solution = sdeint_rows(
             lambda t, y, rows: fields(rows).drift(t, y), lambda t, y, rows: fields(rows).diffusion(t, y),
@@ -79,7 +82,7 @@ def sample_rows(
         )  # fmt: skip
 
 
-def finite_start(model: NDM, z: Tensor, generator: Randomness, cond: dict[str, Any]) -> tuple[Tensor, float, int]:
+def finite_start(model: NDM, z: Tensor, generator: Randomness, cond: Conditioning) -> tuple[Tensor, float, int]:
     r"""Step over the end where g may be infinite.
 
     Args:
@@ -102,13 +105,13 @@ def finite_start(model: NDM, z: Tensor, generator: Randomness, cond: dict[str, A
 class _Fields:
     """The reverse SDE of the rows still in the batch, made anew only when some have left."""
 
-    def __init__(self, model: NDM, cond: dict[str, Any], batch: int, dtype: torch.dtype) -> None:
-        self.model, self.cond, self.batch, self.dtype = model, cond, batch, dtype
+    def __init__(self, model: NDM, cond: Conditioning, dtype: torch.dtype) -> None:
+        self.model, self.cond, self.dtype = model, cond, dtype
         self.rows: Tensor | None = None
         self.sde: ReverseSDE
 
     def __call__(self, rows: Tensor) -> ReverseSDE:
         if self.rows is not rows:
-            self.rows, own = rows, take_rows(self.cond, rows, self.batch)
-            self.sde = self.model.reverse_sde(self.dtype, **own)
+            self.rows = rows
+            self.sde = self.model.reverse_sde(self.dtype, **self.cond.take(rows))
         return self.sde

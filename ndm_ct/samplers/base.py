@@ -137,7 +137,7 @@ class Sampler:
         # One operation for a number, and the faster one: torch.mul makes a tensor of it first.
         return torch.add(y, x, alpha=c) if isinstance(c, float) else y + self.model.transform.diagonal(c, x)
 
-    def estimate(self, z: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def estimate(self, z: Tensor, t: float | Tensor, /, **cond: Any) -> Tensor:
         r""":math:`\hat x` at state z ``(B, *E)`` and time t, for one network evaluation.
 
         Raises:
@@ -150,7 +150,7 @@ class Sampler:
         return x
 
     def step(
-        self, z: Tensor, t: float | Tensor, s: float | Tensor, *, generator: GeneratorLike = None, **cond: Any
+        self, z: Tensor, t: float | Tensor, s: float | Tensor, /, *, generator: GeneratorLike = None, **cond: Any
     ) -> Tensor:
         r"""Draw :math:`z_s` given :math:`z_t`.
 
@@ -197,6 +197,7 @@ def walk(
     sampler: Sampler,
     z: Tensor,
     grid: Tensor,
+    /,
     *,
     generator: GeneratorLike = None,
     callback: Callback | None = None,

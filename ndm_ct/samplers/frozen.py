@@ -77,6 +77,7 @@ class Residuals:
 def estimate_residuals(
     model: NDM,
     data: Tensor,
+    /,
     *,
     times: int | Tensor = 64,
     batch_size: int = 256,
@@ -110,7 +111,7 @@ def estimate_residuals(
         >>> ndm_ct.sample(model, 3, method="ddpm_analytic", steps=5).shape
         torch.Size([3, 2])
     """
-    model.validate(data, cond, estimate_residuals, name="data")
+    given = model.validate(data, cond, estimate_residuals, name="data")
     _shapes.validate_count("batch_size", batch_size)
     n = data.shape[0]
     if n == 0:
@@ -122,7 +123,7 @@ def estimate_residuals(
     with model.evaluating(), torch.no_grad():
         for start in range(0, n, batch_size):
             rows = torch.arange(start, min(n, start + batch_size), device=data.device)
-            own = _shapes.take_rows(cond, rows, n)
+            own = given.take(rows)
             source = rows_of(generator, rows)
             y, _ = model.to_latent(data[rows], generator=source, **own)
             path = model.transform.along(y, **own)

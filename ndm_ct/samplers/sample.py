@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ndm_ct._core import checks as _shapes
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, rows_of
 from ndm_ct.divergence import resolve
 from ndm_ct.guidance import evaluations_per_call, guided
@@ -86,6 +87,7 @@ class SampleInfo:
 def sample(
     model: NDM,
     n: int,
+    /,
     *,
     method: Method = "ode",
     steps: int | None = None,
@@ -142,7 +144,7 @@ def sample(
             None is "auto".
         return_info: also return a :class:`SampleInfo`; for adaptive methods of the flow this costs the divergence along
             the way.
-        cond: conditioning, tensors with n rows.
+        cond: conditioning, tensors with n rows or shared by all, as in :func:`ndm_ct.loglik`.
 
     Returns:
         Shape ``(n, *E)``, or that of the data behind an Encoder; with ``return_info`` a pair.
@@ -204,11 +206,12 @@ def sample(
         sampler, times = _sampler_on_grid(model, method, steps, nfe, grid, stochasticity, denoise)
         draw = _OnGrid(sampler, times, callback, trajectory, denoise)
     batches = torch.arange(n).split(batch_size or max(n, 1))
+    given = model.conditioning(cond, torch.empty(n, 0, dtype=dtype, device=device), sample)
     parts = []
     with model.evaluating(), torch.no_grad(), _bar(progress, draw.ticks * len(batches)) as tick:
         try:
             for rows in batches:
-                noise, own = rows_of(source, rows), _shapes.take_rows(cond, rows, n)
+                noise, own = rows_of(source, rows), given.take(rows)
                 z1 = model.sample_prior(len(rows), generator=noise, dtype=dtype, device=device)
                 model.validate_state(z1, own, sample, name="z1")
                 parts.append(_as_data(model, draw(z1, noise, tick, own), own))
@@ -272,7 +275,7 @@ class _Part:
     info: SampleInfo
 
 
-def _as_data(model: NDM, part: _Part, cond: dict[str, Any]) -> _Part:
+def _as_data(model: NDM, part: _Part, cond: Conditioning) -> _Part:
     """Data from the latents that were drawn, and the density of data."""
     if not model.transform.latent:
         return part
@@ -316,7 +319,7 @@ class _Adaptive:
 
     ticks = 100
 
-    def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: dict[str, Any]) -> _Part:
+    def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: Conditioning) -> _Part:
         problem = Problem(
             self.model, z1, (1.0, self.model.t_min), self.rtol, self.atol,
             self.method, "raise", False, cond,
@@ -343,7 +346,7 @@ class _AdaptiveSDE:
 
     ticks = 100
 
-    def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: dict[str, Any]) -> _Part:
+    def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: Conditioning) -> _Part:
         drawn = sample_rows(
             self.model, z1, rtol=self.rtol, atol=self.atol, generator=generator,
             callback=_percent(tick, self.ticks, self.model.t_min), **cond,
@@ -351,7 +354,7 @@ class _AdaptiveSDE:
         return _ended(self.model, drawn, z1, self.denoise, cond)
 
 
-def _ended(model: NDM, solved: Solution, z1: Tensor, denoise: bool, cond: dict[str, Any]) -> _Part:
+def _ended(model: NDM, solved: Solution, z1: Tensor, denoise: bool, cond: Conditioning) -> _Part:
     """What adaptive steps led to, or the estimate of x there; counts of predictions become those of evaluations."""
     z, (nfe, accepted, rejected) = solved.state[0], map(largest, (solved.nfe, solved.accepted, solved.rejected))
     if denoise:
@@ -391,7 +394,7 @@ class _OnGrid:
     def ticks(self) -> int:
         return len(self.grid) - 1
 
-    def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: dict[str, Any]) -> _Part:
+    def __call__(self, z1: Tensor, generator: Randomness, tick: Tick | None, cond: Conditioning) -> _Part:
         states: list[Tensor] = []
 
         def seen(t: float, z: Tensor) -> None:

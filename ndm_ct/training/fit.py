@@ -577,13 +577,13 @@ class _Training:
         own, others = derive_seeds(self.settings.seed, self.step, *((part, _PART) if part else ()), count=2)
         generator = torch.Generator(self.device).manual_seed(own)
         torch.manual_seed(others)  # dropout, and whatever else the networks draw
-        x, cond = self.data.batch(rows, generator)
-        cond = self._dropped(cond, len(x), generator)
+        x, given = self.data.batch(rows, generator)
+        cond = self._dropped(given, len(x), generator)
         minimised: Objective = self.objective or objectives.loss
         with networks_in(PRECISIONS[self.settings.precision]):
             return minimised(self.model, x, generator=generator, **cond).mean()
 
-    def _dropped(self, cond: dict[str, Tensor], rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def _dropped(self, cond: Mapping[str, Any], rows: int, generator: torch.Generator) -> Mapping[str, Any]:
         """The conditioning of a batch, null in some rows, the same ones for every name."""
         if self.settings.cond_dropout == 0.0:  # and nothing is drawn
             return cond
@@ -593,7 +593,7 @@ class _Training:
             for name, value in null_of(self.model.predictor).items()
             if name in cond
         }
-        return cond | {
+        return {**cond} | {
             name: torch.where(drop.to(value.device).reshape(-1, *(1,) * (value.ndim - 1)), value, cond[name])
             for name, value in null.items()
         }

@@ -13,7 +13,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from ndm_ct._core.checks import expand
 from ndm_ct._core.config import Configurable
 from ndm_ct._core.noise import GeneratorLike
 
-__all__ = ["Composed", "Identity", "Network", "Path", "Transform", "jvp_in_time", "named"]
+__all__ = ["Composed", "Identity", "Network", "Path", "Transform", "jvp_in_time"]
 
 
 class Network(Protocol):
@@ -88,22 +88,22 @@ class Transform(nn.Module, Configurable):
     data_shape: tuple[int, ...] | None = None
     """Shape of a data point; None: that of the latents."""
 
-    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""The latents y and their log-weight w, ``(B,)`` in nats, with :math:`\log p(x) \ge E[\log p(y) + w]`.
 
         An equality where ``bijective``. None means that y is x and the weight zero.
         """
         return x, None
 
-    def from_latent(self, y: Tensor, **cond: Any) -> Tensor:
+    def from_latent(self, y: Tensor, /, **cond: Any) -> Tensor:
         """Data from latents: the inverse where ``bijective``."""
         return y
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`F(x, t)`, shape of ``x``."""
         raise NotImplementedError
 
-    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         r""":math:`(F, \partial F/\partial t)`, both of the shape of ``x``, by one forward-mode product in t."""
         return jvp_in_time(lambda time: self(x, time, **cond), t)
 
@@ -115,7 +115,7 @@ class Transform(nn.Module, Configurable):
         """
         raise NotImplementedError
 
-    def along(self, x: Tensor, **cond: Any) -> Path:
+    def along(self, x: Tensor, /, **cond: Any) -> Path:
         """The curve of fixed data, for callers that need several times; may share work between them."""
         return _Evaluated(self, x, cond)
 
@@ -164,17 +164,11 @@ class Identity(Transform):
     def log_rate(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         return x
 
-    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         return x, torch.zeros_like(x)
-
-
-def named(cond: Mapping[str, Any], accepted: tuple[frozenset[str], bool]) -> dict[str, Any]:
-    """The conditioning that a network accepts (``keyword_names``)."""
-    names, anything = accepted
-    return {key: value for key, value in cond.items() if anything or key in names}
 
 
 class Composed(Transform):
@@ -198,20 +192,20 @@ class Composed(Transform):
         self.linear = outer.linear and inner.linear
         self.latent, self.bijective, self.data_shape = inner.latent, inner.bijective, inner.data_shape
 
-    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+    def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         return self.inner.to_latent(x, generator=generator, **cond)
 
-    def from_latent(self, y: Tensor, **cond: Any) -> Tensor:
+    def from_latent(self, y: Tensor, /, **cond: Any) -> Tensor:
         return self.inner.from_latent(y, **cond)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         outer, inner = self.outer.cond_names(), self.inner.cond_names()
         return outer[0] | inner[0], outer[1] or inner[1]
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         return self.outer(self.inner(x, t, **cond), t, **cond)
 
-    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         y, dy = self.inner.with_derivative(x, t, **cond)
         return jvp(lambda state, time: self.outer(state, time, **cond), (y, t), (dy, torch.ones_like(t)))
 

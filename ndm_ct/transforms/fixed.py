@@ -42,10 +42,10 @@ class TimeScaling(Transform):
         super().__init__()
         self.k = k
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         return expand(of_time(self.k, t), x) * x
 
-    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         k, dk = self._rates(t)
         return expand(k, x) * x, expand(dk, x) * x
 
@@ -94,10 +94,10 @@ class _Spectral(Transform):
         rows, columns = self._rows.to(y), self._columns.to(y)
         return rows.mT @ y @ columns
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         return self.from_basis(_per_frequency(self.attenuation(t)[0], x) * self.to_basis(x))
 
-    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         frequencies = self.to_basis(x)
         value, rate = self.attenuation(t)
         return (

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.checks import keyword_names, sum_event
+from ndm_ct._core.checks import sum_event
+from ndm_ct._core.keywords import accepted_by, keyword_names
 from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
 from ndm_ct._core.parallel import unwrapped
-from ndm_ct.transforms.base import Identity, named
+from ndm_ct.transforms.base import Identity
 
 __all__ = ["Encoder", "Flow"]
 
@@ -60,8 +61,8 @@ class Flow(Identity):
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._accepted
 
-    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
-        found = self.flow(x, **named(cond, self._accepted))
+    def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+        found = self.flow(x, **accepted_by(self._accepted, cond))
         if not (isinstance(found, tuple) and len(found) == 2):
             raise TypeError(
                 f"flow(x) returned {type(found).__name__}, expected a pair (y, log|det dy/dx|); wrap a flow of zuko in "
@@ -69,8 +70,8 @@ class Flow(Identity):
             )
         return found
 
-    def from_latent(self, y: Tensor, **cond: Any) -> Tensor:
-        return self.flow.inverse(y, **named(cond, self._accepted))  # type: ignore[operator]
+    def from_latent(self, y: Tensor, /, **cond: Any) -> Tensor:
+        return self.flow.inverse(y, **accepted_by(self._accepted, cond))  # type: ignore[operator]
 
 
 class Encoder(Identity):
@@ -95,15 +96,15 @@ class Encoder(Identity):
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._encodes[0] | self._decodes[0], self._encodes[1] or self._decodes[1]
 
-    def to_latent(self, x: Tensor, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
-        mean, log_std = self.encoder(x, **named(cond, self._encodes))
+    def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
+        mean, log_std = self.encoder(x, **accepted_by(self._encodes, cond))
         eps = normal_like(mean, as_randomness(generator, len(x), x.device, "to_latent"))
         y = mean + log_std.exp() * eps
         log_q = -sum_event(0.5 * eps**2 + log_std + 0.5 * math.log(2.0 * math.pi))
         return y, self._decoded(y, cond).log_prob(x) - log_q
 
-    def from_latent(self, y: Tensor, **cond: Any) -> Tensor:
+    def from_latent(self, y: Tensor, /, **cond: Any) -> Tensor:
         return self._decoded(y, cond).mean
 
     def _decoded(self, y: Tensor, cond: dict[str, Any]) -> torch.distributions.Distribution:
-        return self.decoder(y, **named(cond, self._decodes))
+        return self.decoder(y, **accepted_by(self._decodes, cond))

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.checks import expand, expand_time, keyword_names, validate_count
+from ndm_ct._core.checks import expand, expand_time, validate_count
 from ndm_ct._core.config import Configurable
+from ndm_ct._core.keywords import accepted_by, keyword_names
 from ndm_ct._core.parallel import unwrapped
 from ndm_ct._core.precision import run_network
-from ndm_ct.transforms.base import Network, Path, Transform, jvp_in_time, named
+from ndm_ct.transforms.base import Network, Path, Transform, jvp_in_time
 
 __all__ = ["LearnedScaling", "Neural", "PolynomialBasis", "Separable"]
 
@@ -52,16 +53,16 @@ class Neural(Transform):
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._accepted
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         return x + expand(t, x) * self._net(x, expand_time(t, x), cond)
 
-    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         net, dnet = jvp_in_time(lambda time: self._net(x, time, cond), expand_time(t, x))
         time = expand(t, x)
         return x + time * net, net + time * dnet
 
     def _net(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        return run_network(self.net, x, t, **named(cond, self._accepted))
+        return run_network(self.net, x, t, **accepted_by(self._accepted, cond))
 
 
 class PolynomialBasis(Configurable):
@@ -97,17 +98,17 @@ class Separable(Transform):
     def cond_names(self) -> tuple[frozenset[str], bool]:
         return self._accepted
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         return self.along(x, **cond)(t)
 
-    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         return self.along(x, **cond).with_derivative(t)
 
-    def along(self, x: Tensor, **cond: Any) -> Path:
+    def along(self, x: Tensor, /, **cond: Any) -> Path:
         return _SeparablePath(x, self._features(x, cond), self.basis)
 
     def _features(self, x: Tensor, cond: dict[str, Any]) -> Tensor:
-        features = run_network(self.features, x, **named(cond, self._accepted))
+        features = run_network(self.features, x, **accepted_by(self._accepted, cond))
         expected = (x.shape[0], self.basis.terms, *x.shape[1:])
         if tuple(features.shape) != expected:
             raise ValueError(
@@ -159,10 +160,10 @@ class LearnedScaling(Transform):
         self.terms, self._basis = terms, PolynomialBasis(terms)
         self.coefficients = nn.Parameter(torch.zeros(*self.event_shape, terms))
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         return torch.exp(self._logs(t)[0]).to(x.dtype) * x
 
-    def with_derivative(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         log, rate = self._logs(t)
         F = torch.exp(log).to(x.dtype) * x
         return F, rate.to(x.dtype) * F
