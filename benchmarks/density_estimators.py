@@ -29,16 +29,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import data
 from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KernelDensity
 
 from ndm_ct.estimator import NDMDensity
 from ndm_ct.storage import write_atomically
-
-try:
-    from benchmarks import data
-except ImportError:  # run as a script
-    import data
 
 RESULTS = Path(__file__).parent / "results"
 DATA = {"casp": data.casp, "ccpp": data.ccpp, "magic": data.magic, "breast-cancer": data.breast_cancer}

@@ -1,7 +1,7 @@
 r"""How raw outputs of a network become a prediction: the bound after a short training, for every way.
 
-    python benchmarks/heads.py --data casp --steps 2000 --out benchmarks/results/heads_casp       # 20 minutes
-    python benchmarks/heads.py --data digits --steps 1500 --out benchmarks/results/heads_digits   # 20 minutes
+    python benchmarks/heads.py --data casp --steps 2000 --out benchmarks/results/heads/casp       # 20 minutes
+    python benchmarks/heads.py --data digits --steps 1500 --out benchmarks/results/heads/digits   # 20 minutes
     python benchmarks/heads.py --data casp --steps 3                                             # a look
 
 With raw outputs n, :math:`n_1, n_2`, and :math:`c` the coefficients of :class:`ndm_ct.nn.Preconditioned`, for F the
@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paper_claims
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +45,6 @@ import ndm_ct
 from ndm_ct._core.checks import expand
 from ndm_ct.objectives.bound import Bound
 from ndm_ct.storage import write_atomically
-
-try:
-    from benchmarks import paper_claims
-except ImportError:  # run as a script
-    import paper_claims
 
 WAYS = {
     "diffusion": ("edm", "x", "eps", "v"),

@@ -30,19 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import networks
+from bench.peers import PEERS
 from torch import Tensor
 
 import ndm_ct
 from ndm_ct import divergence
 from ndm_ct.likelihood import budget, quadrature
 from ndm_ct.likelihood import path as trajectory
-
-try:
-    from benchmarks import networks
-    from benchmarks.peers import PEERS
-except ImportError:  # run as a script
-    import networks
-    from peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE_ROWS = 16
@@ -196,9 +191,9 @@ def _summary(
 
 def reference(name: str, model: ndm_ct.NDM, x: Tensor, nodes: int) -> Tensor:
     """The exact log-densities, kept beside the results because they take minutes."""
-    path = RESULTS / f"reference_{name}_{len(x)}_{nodes}.npy"
+    path = RESULTS / "likelihood_cost" / "all" / f"reference_{name}_{len(x)}_{nodes}.npy"
     if not path.exists():
-        RESULTS.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, exact(model, x, nodes).numpy())
     return torch.as_tensor(np.load(path))
 

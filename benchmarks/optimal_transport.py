@@ -51,6 +51,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import data
+from bench.metrics import energy_distance
 from torch import Tensor, nn
 
 import ndm_ct
@@ -60,13 +62,6 @@ from ndm_ct.objectives import straight as transport
 from ndm_ct.schedules.fixed import Schedule
 from ndm_ct.schedules.volatility import LearnedVolatility
 from ndm_ct.storage import write_atomically
-
-try:
-    from benchmarks import data
-    from benchmarks.metrics import energy_distance
-except ImportError:  # run as a script
-    import data
-    from metrics import energy_distance
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("diffusion", "rectified", "transport", "transport-batch", "transport-x", "late", "curved")

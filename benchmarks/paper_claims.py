@@ -7,13 +7,13 @@ r"""The claims of Neural Diffusion Models, put to the test: does a learned forwa
     python benchmarks/paper_claims.py --preset small --timing           # seconds per step, on a quiet machine
     python benchmarks/paper_claims.py --preset small --ablations --data digits,casp --out runs/ablations
     python benchmarks/paper_claims.py --preset small --data mnist-28 --models ndm-flow --seeds 0 --samples 0 --out \
-        benchmarks/results/mnist_28                                     # whole MNIST images, an hour and a half
+        benchmarks/results/paper_claims/mnist-28                        # whole MNIST images, an hour and a half
     python benchmarks/paper_claims.py --preset full --data mnist,path/to/cifar10.npz    # for a GPU, whole images
 
 A *cell* is a data set, a model and a seed: a training (``fit``, with checkpoints) and its evaluation on the test set.
 Cells are independent; two processes may work on different ``--data`` of one ``--out``. Run again, the same command
 continues where it was stopped and computes nothing twice; what ``results.json`` holds counts as finished, so the
-committed results are added to by ``--out benchmarks/results/paper_claims``. ``--on validation`` scores the same
+committed results are added to by ``--out benchmarks/results/paper_claims/all``. ``--on validation`` scores the same
 trainings on validation rows and keeps its results apart.
 
 ===============  ======================================================================================================
@@ -67,6 +67,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import data, features, metrics
+from sampling_cost import timed
+from steps_vs_fid import levels_of
 from torch import Tensor, nn
 
 import ndm_ct
@@ -77,17 +80,6 @@ from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.schedules.volatility import LearnedVolatility, Matched
 from ndm_ct.storage import write_atomically
-
-try:
-    from benchmarks import data, features, metrics
-    from benchmarks.sampling_cost import timed
-    from benchmarks.steps_vs_fid import levels_of
-except ImportError:  # run as a script
-    import data
-    import features
-    import metrics
-    from sampling_cost import timed
-    from steps_vs_fid import levels_of
 
 MODELS = ("diffusion", "matched", "ndm-x", "ndm-moments", "ndm-x-eta", "ndm-moments-eta", "ndm-flow")
 SCHEDULES = {"cosine": schedules.Cosine, "vp": schedules.VariancePreserving, "rectified": schedules.Rectified}

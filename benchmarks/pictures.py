@@ -18,6 +18,7 @@ import argparse
 import json
 from pathlib import Path
 
+import paper_claims
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,11 +26,6 @@ from torch import Tensor
 
 import ndm_ct
 from ndm_ct.storage import write_atomically
-
-try:
-    from benchmarks import paper_claims
-except ImportError:  # run as a script
-    import paper_claims
 
 RESULTS = Path(__file__).parent / "results"
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -24,17 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import networks
 from torch import Tensor
 
 import ndm_ct
 from ndm_ct import nn, schedules
 from ndm_ct.samplers import NAMES
 from ndm_ct.samplers.frozen import estimate_residuals
-
-try:
-    from benchmarks import networks
-except ImportError:  # run as a script
-    import networks
 
 RESULTS = Path(__file__).parent / "results"
 TORCHSDE = "torchsde's own loop"

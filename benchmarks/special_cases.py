@@ -28,16 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench.metrics import energy_distance
 from torch import Tensor, nn
 
 import ndm_ct
 from ndm_ct.presets import PRESETS, Preset
 from ndm_ct.storage import write_atomically
-
-try:
-    from benchmarks.metrics import energy_distance
-except ImportError:  # run as a script
-    from metrics import energy_distance
 
 RESULTS = Path(__file__).parent / "results"
 STEPS_OF_SAMPLER = {"ddpm": 250, "ddim": 50, "sde": 250, "pc": 250, "langevin": 250, "edm": 25, "euler": 50}

@@ -52,6 +52,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import data, features, metrics, networks, schedulers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,15 +60,6 @@ import ndm_ct
 from ndm_ct import nn, schedules, transforms
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.storage import clear_leftovers, lock_folder, write_atomically
-
-try:
-    from benchmarks import data, features, metrics, networks, schedulers
-except ImportError:  # run as a script
-    import data
-    import features
-    import metrics
-    import networks
-    import schedulers
 
 STEPS = "100,50,25,10,5"
 SAMPLERS = "ddpm,ddim,dpmpp_2m,unipc@karras+denoise"

@@ -24,17 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import networks
 from torch import Tensor
 
 import ndm_ct
 from ndm_ct import objectives
 from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory, TimeSampler
 from ndm_ct.storage import write_atomically
-
-try:
-    from benchmarks import networks
-except ImportError:  # run as a script
-    import networks
 
 RESULTS = Path(__file__).parent / "results"
 BUCKETS = 50

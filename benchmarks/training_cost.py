@@ -30,18 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paper_claims
 import torch
+from sampling_cost import timed
 from torch import Tensor, nn
 
 import ndm_ct
 from ndm_ct import transforms
-
-try:
-    from benchmarks import paper_claims
-    from benchmarks.sampling_cost import timed
-except ImportError:  # run as a script
-    import paper_claims
-    from sampling_cost import timed
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"casp": (10,), "checkers": (2,), "digits": (1, 8, 8), "fashion-mnist": (1, 14, 14)}

@@ -104,8 +104,8 @@ def made(script: Path) -> Path:
 
 def _digest(script: Path) -> str:
     """Of everything the result depends on, but the machine and the versions of packages."""
-    shared = [ROOT / "examples" / "common.py", *(ROOT / "benchmarks").glob("*.py")]
-    weights = sorted((ROOT / "benchmarks" / "networks").glob("*.safetensors"))
+    shared = [ROOT / "examples" / "common.py", *(ROOT / "benchmarks" / "bench").glob("*.py")]
+    weights = sorted((ROOT / "benchmarks" / "weights").glob("*.safetensors"))
     sources = [script, *sorted(shared), *weights, *sorted((ROOT / "ndm_ct").rglob("*.py"))]
     together = hashlib.sha256(ARGUMENTS.get(script.stem, "").encode())
     for path in sources:

@@ -46,7 +46,7 @@ import ndm_ct
 from ndm_ct import objectives
 from ndm_ct.quantisation import Quantisation
 
-NETWORK = Path(__file__).parents[1] / "benchmarks" / "networks" / "digits.safetensors"
+NETWORK = Path(__file__).parents[1] / "benchmarks" / "weights" / "digits.safetensors"
 BINS = Quantisation(17)
 SHOWN = 8
 

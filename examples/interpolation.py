@@ -42,7 +42,7 @@ from torch import Tensor
 import ndm_ct
 from ndm_ct.quantisation import Quantisation
 
-NETWORK = Path(__file__).parents[1] / "benchmarks" / "networks" / "digits.safetensors"
+NETWORK = Path(__file__).parents[1] / "benchmarks" / "weights" / "digits.safetensors"
 
 
 def digits() -> tuple[Tensor, Tensor]:

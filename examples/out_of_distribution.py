@@ -54,7 +54,7 @@ import ndm_ct
 from ndm_ct.divergence import Quadrature
 from ndm_ct.files.formats import idx
 
-NETWORKS = Path(__file__).parents[1] / "benchmarks" / "networks"
+NETWORKS = Path(__file__).parents[1] / "benchmarks" / "weights"
 
 TRACE = Quadrature(nodes=16, probes=1, sweeps=4)
 """The first four sweeps; images whose error is still too large get more."""

@@ -41,7 +41,7 @@ import ndm_ct
 from ndm_ct import schedules
 from ndm_ct.reference import GaussianMixture
 
-NETWORK = Path(__file__).parents[1] / "benchmarks" / "networks" / "digits.safetensors"
+NETWORK = Path(__file__).parents[1] / "benchmarks" / "weights" / "digits.safetensors"
 ORDERS = {
     "euler": 1, "ddim": 1,
     "midpoint": 2, "heun": 2, "edm": 2, "deis1": 2, "dpmpp_2s": 2, "dpmpp_2m": 2, "pndm": 2, "ipndm": 2,

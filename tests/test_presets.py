@@ -438,7 +438,7 @@ def test_heads_survive_a_file(tmp_path):
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_learns_eight_gaussians(name):
     """A tenth of the steps of ``benchmarks/special_cases.py``; samples by the preset's own method."""
-    special_cases = pytest.importorskip("benchmarks.special_cases")
+    special_cases = pytest.importorskip("special_cases")
     if name == "indm":
         pytest.importorskip("zuko")
     row, _ = special_cases.measure(name, 1000, special_cases.mixture(), 1000)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-density_estimators = pytest.importorskip("benchmarks.density_estimators")
+density_estimators = pytest.importorskip("density_estimators")
 
 
 @pytest.fixture

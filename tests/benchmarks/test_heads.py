@@ -8,7 +8,7 @@ import torch
 from ndm_ct import schedules
 from ndm_ct.nn import Preconditioned
 
-heads = pytest.importorskip("benchmarks.heads")
+heads = pytest.importorskip("heads")
 
 
 class Fixed(torch.nn.Module):

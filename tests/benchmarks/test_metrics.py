@@ -6,10 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from paths import ROOT
 
-sys.path.append(str(ROOT))
-metrics = pytest.importorskip("benchmarks.metrics", reason="needs ndm-ct[bench]")
+metrics = pytest.importorskip("bench.metrics", reason="needs ndm-ct[bench]")
 
 
 def correlated(n, d, generator, *, shift=0.0):

@@ -9,7 +9,7 @@ import torch
 import ndm_ct
 from ndm_ct import schedules, transforms
 
-optimal_transport = pytest.importorskip("benchmarks.optimal_transport")
+optimal_transport = pytest.importorskip("optimal_transport")
 
 
 def normal(tau, schedule, k=None, t_min=None):

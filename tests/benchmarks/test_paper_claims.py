@@ -12,7 +12,7 @@ import torch
 
 import ndm_ct
 
-paper_claims = pytest.importorskip("benchmarks.paper_claims")
+paper_claims = pytest.importorskip("paper_claims")
 
 
 @pytest.fixture

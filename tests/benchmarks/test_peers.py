@@ -4,12 +4,10 @@ import sys
 
 import pytest
 import torch
-from paths import ROOT
 
 import ndm_ct
 
-sys.path.append(str(ROOT))
-peers = pytest.importorskip("benchmarks.peers", reason="needs ndm-ct[bench]")
+peers = pytest.importorskip("bench.peers", reason="needs ndm-ct[bench]")
 
 NEEDS = {
     "score_sde": "scipy.integrate",

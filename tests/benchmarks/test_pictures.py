@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-paper_claims = pytest.importorskip("benchmarks.paper_claims")
-pictures = pytest.importorskip("benchmarks.pictures")
+paper_claims = pytest.importorskip("paper_claims")
+pictures = pytest.importorskip("pictures")
 
 
 def test_pictures_of_two_cells(tmp_path, monkeypatch, capsys):

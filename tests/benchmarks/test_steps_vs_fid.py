@@ -11,16 +11,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from paths import ROOT
 
 import ndm_ct
 from ndm_ct import nn, schedules
 from ndm_ct.quantisation import Quantisation
 
-sys.path.append(str(ROOT))
-benchmark = pytest.importorskip("benchmarks.steps_vs_fid", reason="needs ndm-ct[bench]")
+benchmark = pytest.importorskip("steps_vs_fid", reason="needs ndm-ct[bench]")
 pytest.importorskip("sklearn")
-from benchmarks import data, features, metrics, schedulers  # noqa: E402
+from bench import data, features, metrics, schedulers  # noqa: E402
 
 DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 NEIGHBOURS = 3 if importlib.util.find_spec("prdc") is not None else 0

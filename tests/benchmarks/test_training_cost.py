@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-training_cost = pytest.importorskip("benchmarks.training_cost")
+training_cost = pytest.importorskip("training_cost")
 SHAPE = (1, 8, 8)
 
 

@@ -2,12 +2,10 @@
 
 import itertools
 import math
-import sys
 
 import pytest
 import torch
 from oracles import ALL_SCHEDULES, SCHEDULES, TRANSFORMS, ThreePoints, Wiggle, gaussian, mixture
-from paths import ROOT
 from scipy.stats import kstest
 
 import ndm_ct
@@ -508,11 +506,7 @@ def test_stderr_on_demand_of_a_mixture(generator):
 @pytest.mark.slow
 def test_trained_network_agrees_with_its_exact_trace(generator):
     """On digits, the rows of a real network: scores of 25 repeats of 8 rows."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        networks = pytest.importorskip("benchmarks.networks", reason="needs ndm-ct[bench]")
-    finally:
-        sys.path.pop(0)
+    networks = pytest.importorskip("bench.networks", reason="needs ndm-ct[bench]")
     model = networks.load("digits").double()
     x = networks.NETWORKS["digits"].test_rows(8).double()
     exact = ndm_ct.loglik(model, x, trace="exact", rtol=1e-7, atol=1e-7)

@@ -175,7 +175,7 @@ def loglik(place, out):
 
 
 def benchmark(place, out):
-    steps_vs_fid = pytest.importorskip("benchmarks.steps_vs_fid")
+    steps_vs_fid = pytest.importorskip("steps_vs_fid")
     pytest.importorskip("sklearn")
     steps_vs_fid.main([
         "--samples", "40", "--batch", "20", "--steps", "4,8", "--samplers", "ddim", "--classifier-steps", "4",

@@ -32,7 +32,7 @@ from ndm_ct.cli import commands as cli
 from ndm_ct.storage import tensors as checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that work are forked")
-sys.path += [str(ROOT), str(TESTS)]
+sys.path += [str(ROOT / "benchmarks"), str(TESTS)]
 
 QUICK, ALL = 3, 30
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")
@@ -76,7 +76,7 @@ def loglik(folder):
 
 
 def benchmark(folder):
-    from benchmarks import steps_vs_fid
+    import steps_vs_fid
 
     images = folder.parent / "images.safetensors"
     steps_vs_fid.main([
@@ -94,7 +94,7 @@ HALF_WAY = {
 """What is there when a part of the work is done."""
 
 IMPORTS = {
-    "benchmark": ["sklearn.datasets", "matplotlib.backends.backend_agg", "benchmarks.steps_vs_fid"],
+    "benchmark": ["sklearn.datasets", "matplotlib.backends.backend_agg", "steps_vs_fid"],
 }
 """What else the work would import on its way."""
 
@@ -155,7 +155,9 @@ class Killer:
     def __init__(self, errors):
         self.errors = errors
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT / "benchmarks"), str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]
+            )
         }
         with errors.open("w") as file:
             self.process = subprocess.Popen(

@@ -29,10 +29,7 @@ from torch.nn import functional
 
 from ndm_ct.storage import write_atomically
 
-try:
-    from benchmarks.data import Split, fingerprint
-except ImportError:  # run as a script
-    from data import Split, fingerprint
+from .data import Split, fingerprint
 
 __all__ = ["NETWORKS", "FeatureNetwork", "extract", "load"]
 

@@ -1,7 +1,7 @@
 """The trained networks the benchmarks measure on, and the recipe they come from.
 
-    python benchmarks/networks.py                # train all five, about 2 hours on one CPU core
-    python benchmarks/networks.py fashion        # or one
+    python benchmarks/train_networks.py                # train all five, about 2 hours on one CPU core
+    python benchmarks/train_networks.py fashion        # or one
 
 Writes ``benchmarks/networks/NAME.safetensors`` (each below 1 MB), which :func:`load` reads. The networks are ordinary
 diffusion models (F the identity), because that is what the peers can evaluate; small, and trained until their
@@ -20,14 +20,11 @@ import ndm_ct
 from ndm_ct import nn, schedules
 from ndm_ct.quantisation import Quantisation
 
-try:
-    from benchmarks import data
-except ImportError:  # run as a script
-    import data
+from . import data
 
 __all__ = ["NETWORKS", "Network", "load"]
 
-FOLDER = Path(__file__).parent / "networks"
+FOLDER = Path(__file__).parents[1] / "weights"
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def load(name: str) -> ndm_ct.NDM:
     """A trained network."""
     path = FOLDER / f"{name}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; train it with: python benchmarks/networks.py {name}")
+        raise FileNotFoundError(f"{path} is missing; train it with: python benchmarks/train_networks.py {name}")
     return ndm_ct.load(path)
 
 

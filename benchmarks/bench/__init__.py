@@ -1,0 +1,1 @@
+"""What the benchmarks share: data, networks, metrics, other packages' protocols, pictures, timing and run folders."""
