@@ -1,30 +1,21 @@
-r"""What a sampler costs besides its network evaluations.
+r"""What does a sampler cost besides its network evaluations?
 
     python benchmarks/sampling_cost.py                # about 5 minutes on one CPU core
     python benchmarks/sampling_cost.py --repeats 3    # a look
 
-Every sampler walks the same grid on two models: the trained U-Net of the digits (``benchmarks/networks.py``) and a tiny
-perceptron, whose evaluation takes a fraction of a millisecond. Three things are timed, in turn, in seconds of the
-processor (one thread): the walk; the predictor alone, called as often on inputs of the same shape; and the walk of the
-same model with a predictor that returns its input. The last is all that the sampler itself does, the *overhead*, free
-of the scatter of the network's own time, of which it is a few percent. The first minus the second is larger, on the
-perceptron about twice: presumably the network finds less of its own in the caches between the operations of a sampler.
-torchsde's own ``sdeint`` on the same reverse SDE is measured the same way. Writes
-``sampling_cost.json``, ``sampling_cost.md`` and ``sampling_cost.png`` into ``benchmarks/results``.
+``benchmarks/README.md`` says how it is measured.
 """
 
 import argparse
-import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from bench import networks
+from bench import networks, runs
+from bench.timing import fastest
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import ndm_ct
@@ -32,7 +23,6 @@ from ndm_ct import nn, schedules
 from ndm_ct.samplers import NAMES
 from ndm_ct.samplers.frozen import estimate_residuals
 
-RESULTS = Path(__file__).parent / "results"
 TORCHSDE = "torchsde's own loop"
 
 
@@ -87,25 +77,6 @@ def torchsde_loop(model: ndm_ct.NDM, rows: int, steps: int) -> Callable[[], None
     return run
 
 
-def timed(
-    calls: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.process_time
-) -> dict[str, np.ndarray]:
-    """Seconds of each in every round, called in turn, after one call each that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if turn:
-                seconds[name].append(clock() - start)
-    return {name: np.array(own) for name, own in seconds.items()}
-
-
-def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Least processor seconds of each; what other processes do to a run only ever adds to it."""
-    return {name: float(own.min()) for name, own in timed(calls, repeats).items()}
-
-
 class _Nothing(torch.nn.Module):
     """A predictor that costs nothing."""
 
@@ -137,57 +108,54 @@ def measure(model: ndm_ct.NDM, rows: int, steps: int, repeats: int) -> list[dict
     return results
 
 
-def table(name: str, rows: list[dict[str, Any]]) -> str:
-    """A Markdown table."""
-    columns = "sampler | evaluations | walk, ms | network, ms | overhead, ms | of the network | walk - network, ms"
-    lines = [f"### {name}", "", f"| {columns} |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    lines += [
-        f"| {row['sampler']} | {row['evaluations']} | {row['walk_ms']:.3f} | {row['network_ms']:.3f} | "
-        f"{row['overhead_ms']:.3f} | {row['overhead_share']:.1%} | {row['difference_ms']:.3f} |"
-        for row in rows
-    ]
-    return "\n".join([*lines, ""])
+def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A table per model."""
+    head = ["sampler", "evaluations", "walk, ms", "network, ms", "overhead, ms", "of the network", "walk - network, ms"]
+    lines = ["# What a sampler costs besides its network", ""]
+    for name, rows in results.items():
+        cells = [
+            (row["sampler"], row["evaluations"], *(f"{row[key]:.3f}" for key in ("walk_ms", "network_ms")),
+             f"{row['overhead_ms']:.3f}", f"{row['overhead_share']:.1%}", f"{row['difference_ms']:.3f}")
+            for row in rows
+        ]  # fmt: skip
+        lines += [f"### {name}", "", *runs.table(head, cells), ""]
+    return "\n".join(lines)
 
 
-def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Overheads as bars, beside the network's time."""
-    from matplotlib.figure import Figure
-
+def plot(results: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Overheads as bars, and the network's time as a line."""
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     for axis, (name, rows) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
-        upwards = rows[::-1]
-        axis.barh([row["sampler"] for row in upwards], [row["overhead_ms"] for row in upwards])
+        axis.barh([row["sampler"] for row in rows[::-1]], [row["overhead_ms"] for row in rows[::-1]])
         network = statistics.median(row["network_ms"] for row in rows)
         axis.axvline(network, color="black", label=f"the network, {network:.2g} ms")
         axis.set(xscale="log", xlabel="ms per evaluation besides the network", title=name)
         axis.legend(loc="lower right")
         axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=64, help="batch size on the U-Net; the perceptron takes 16")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = runs.Parser(__doc__, runs.RESULTS / "sampling_cost" / "all")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the fastest counts (7)")
+    parser.add_argument("--steps", type=int, default=20, help="steps on the U-Net (20); the perceptron takes 5 times")
+    parser.add_argument("--rows", type=int, default=64, help="batch size on the U-Net (64); the perceptron takes 16")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print and write; returns the report."""
+    options = parse(arguments)
     torch.set_num_threads(1)
     results = {
-        "U-Net, digits": measure(networks.load("digits"), arguments.rows, arguments.steps, arguments.repeats),
-        "perceptron": measure(tiny(), 16, 5 * arguments.steps, arguments.repeats),
+        "U-Net, digits": measure(networks.load("digits"), options.rows, options.steps, options.repeats),
+        "perceptron": measure(tiny(), 16, 5 * options.steps, options.repeats),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    settings = {"repeats": arguments.repeats, "steps": arguments.steps, "rows": arguments.rows, "threads": 1}
-    (arguments.out / "sampling_cost.json").write_text(
-        json.dumps({"settings": settings, "torch": torch.__version__, "results": results}, indent=1) + "\n"
-    )
-    text = "\n".join(table(name, rows) for name, rows in results.items())
-    (arguments.out / "sampling_cost.md").write_text("# What a sampler costs besides its network\n\n" + text)
-    plot(results, arguments.out / "sampling_cost.png")
-    print(text)
+    settings = {"repeats": options.repeats, "steps": options.steps, "rows": options.rows, "threads": 1}
+    print(markdown(results))
+    report = {"settings": settings, "results": results}
+    return runs.write_report(options.out, report, markdown(results), {"plot": plot(results)})
 
 
 if __name__ == "__main__":

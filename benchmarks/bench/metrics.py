@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .runs import generator
+
 __all__ = [
     "Distance", "Reference", "Scores", "energy_distance", "energy_score", "frechet", "frechet_infinity", "kid",
     "neighbourhoods", "score", "too_small",
@@ -123,18 +125,13 @@ class Reference:
     @cached_property
     def parts(self) -> list[list[Part]]:
         """The set in k disjoint random parts, k = 1 ... 4."""
-        return _parts(self.features, _generator(self.seed, 0), factor=True)
+        return _parts(self.features, generator(self.seed, 0), factor=True)
 
     @cached_property
     def kernel_sums(self) -> tuple[list[Tensor], Tensor]:
         """The set in random blocks, and the kernel's sums over pairs of blocks."""
-        blocks = _blocks(self.features, _generator(self.seed, 4))
+        blocks = _blocks(self.features, generator(self.seed, 4))
         return blocks, _kernel_sums(blocks, blocks)
-
-
-def _generator(*words: int) -> torch.Generator:
-    """Randomness of its own for each use of a seed."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
 
 def _parts(features: Tensor, generator: torch.Generator, factor: bool = False) -> list[list[Part]]:
@@ -164,7 +161,7 @@ def frechet_infinity(x: Tensor, reference: Reference | Tensor, seed: int = 0) ->
 
 def _by_parts(x: Tensor, reference: Reference, seed: int) -> list[Tensor]:
     """For each k the k distances of the parts."""
-    pairs = zip(_parts(x, _generator(seed, 1)), reference.parts, strict=True)
+    pairs = zip(_parts(x, generator(seed, 1)), reference.parts, strict=True)
     return [
         torch.tensor([a.frechet(b) for a, b in zip(ours, theirs, strict=True)], dtype=torch.float64)
         for ours, theirs in pairs
@@ -189,7 +186,7 @@ def kid(x: Tensor, reference: Reference | Tensor, seed: int = 0) -> Distance:
     """
     reference = reference if isinstance(reference, Reference) else Reference(reference)
     theirs, theirs_sums = reference.kernel_sums
-    ours = _blocks(x.double(), _generator(seed, 2))
+    ours = _blocks(x.double(), generator(seed, 2))
     counts = torch.tensor([[len(block) for block in blocks] for blocks in (ours, theirs)], dtype=torch.float64)
     sums = _kernel_sums(ours, ours), theirs_sums, _kernel_sums(ours, theirs)
     # A block's kernel with itself holds each row's kernel with itself, which no pair of rows is.
@@ -241,9 +238,9 @@ def neighbourhoods(x: Tensor, reference: Tensor, k: int = 5, seed: int = 0) -> d
     rows = min(len(x), len(reference), NEIGHBOUR_ROWS)
     if rows <= k + 1:
         raise ValueError(f"the neighbourhoods of {k} neighbours need more than {k + 1} rows, got {rows}.")
-    generator = _generator(seed, 3)
+    random = generator(seed, 3)
     theirs, ours = (
-        values[torch.randperm(len(values), generator=generator)[:rows]].float().numpy() for values in (reference, x)
+        values[torch.randperm(len(values), generator=random)[:rows]].float().numpy() for values in (reference, x)
     )
     # It prints the sizes, and starts eight threads, which are slower than one on a small machine.
     with contextlib.redirect_stdout(io.StringIO()), joblib.parallel_config(backend="sequential"):

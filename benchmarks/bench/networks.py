@@ -1,14 +1,9 @@
-"""The trained networks the benchmarks measure on, and the recipe they come from.
+"""The trained networks the benchmarks measure on, in ``benchmarks/weights``, and the recipe they come from.
 
-    python benchmarks/train_networks.py                # train all five, about 2 hours on one CPU core
-    python benchmarks/train_networks.py fashion        # or one
-
-Writes ``benchmarks/networks/NAME.safetensors`` (each below 1 MB), which :func:`load` reads. The networks are ordinary
-diffusion models (F the identity), because that is what the peers can evaluate; small, and trained until their
-likelihood is that of a serious model rather than of noise.
+They are ordinary diffusion models (F the identity), because that is what the peers can evaluate. Each file is smaller
+than 1 MB. ``benchmarks/train_networks.py`` trains them.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +17,7 @@ from ndm_ct.quantisation import Quantisation
 
 from . import data
 
-__all__ = ["NETWORKS", "Network", "load"]
+__all__ = ["FOLDER", "NETWORKS", "Network", "load", "train"]
 
 FOLDER = Path(__file__).parents[1] / "weights"
 
@@ -98,12 +93,3 @@ def train(name: str, run_dir: Path) -> None:
     FOLDER.mkdir(exist_ok=True)
     ndm_ct.save(model, FOLDER / f"{name}.safetensors")
     print(name, result.validation[-1])
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=list(NETWORKS), choices=[[], *NETWORKS])
-    parser.add_argument("--runs", type=Path, default=Path("runs/networks"), help="folder of logs and checkpoints")
-    arguments = parser.parse_args()
-    for each in arguments.names:
-        train(each, arguments.runs)

@@ -46,8 +46,8 @@ def test_held_out_rows_choose_and_gaps_are_paired(table, tmp_path):
     assert models["ndm"]["gap"] == 0.0
     assert models["nsf"]["gap"] == pytest.approx(-9.0 - (0.195 - 2.0))
     assert models["nsf"]["gap_stderr"] == pytest.approx(np.std(np.arange(40) * 0.01, ddof=1) / 40**0.5)
-    for suffix in ("json", "md", "png"):
-        assert (tmp_path / "out" / f"density_estimators.{suffix}").stat().st_size > 200
+    for name in ("results.json", "results.md", "plot.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 200
 
 
 def test_finished_tables_are_kept_for_the_same_settings(table, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def test_edm_is_preconditioned_up_to_the_second_scale(way):
 
 @pytest.mark.parametrize(("name", "way"), [(name, way) for name, ways in heads.WAYS.items() for way in ways])
 def test_every_way_can_be_built_and_evaluated(name, way):
-    recipe = heads.paper_claims.RECIPES["moons"]
+    recipe = heads.RECIPES["moons"]
     model = heads.build(name, way, recipe, (2,), 1.0, 0)
     F, dF = model.moments(torch.randn(3, 2), torch.full((3,), 0.5, dtype=torch.float64))
     assert F.shape == dF.shape == (3, 2)
@@ -55,11 +55,11 @@ def test_every_way_can_be_built_and_evaluated(name, way):
 def test_smoke(tmp_path):
     arguments = ["--data", "moons", "--models", "diffusion", "--steps", "2", "--out", str(tmp_path)]
     report = heads.main(arguments)
-    assert json.loads((tmp_path / "heads.json").read_text()) == report
+    assert json.loads((tmp_path / "results.json").read_text()) == report
     values = report["results"]["moons"]["diffusion"]
     gaps = [x - edm for x, edm in zip(values["x"], values["edm"], strict=True)]
     row = f"{sum(gaps) / 2:+.4f} ± {abs(gaps[0] - gaps[1]) / 2:.4f} |"
-    assert row in (tmp_path / "heads.md").read_text()
+    assert row in (tmp_path / "results.md").read_text()
 
 
 def test_continues_after_the_last_training_and_refuses_results_of_other_settings(tmp_path, monkeypatch):
@@ -79,5 +79,5 @@ def test_continues_after_the_last_training_and_refuses_results_of_other_settings
     ways = heads.main([*arguments, "--seeds", "2"])["results"]["moons"]["diffusion"]
     assert ways == {"edm": [0.0, 9.0], "x": [1.0, 9.0], "eps": [9.0, 9.0], "v": [9.0, 9.0]}
     arguments[5] = "3"
-    with pytest.raises(SystemExit, match=r"holds results of .*'steps': 2.* not of .*'steps': 3.*another --out"):
+    with pytest.raises(ValueError, match="--out .* holds work of other settings: steps was 2, now 3.*choose another"):
         heads.main(arguments)

@@ -13,16 +13,17 @@ import torch
 import ndm_ct
 
 paper_claims = pytest.importorskip("paper_claims")
+from bench import claims, data, models, recipes, timing  # noqa: E402
 
 
 @pytest.fixture
 def small(monkeypatch):
-    paper_claims.truth.cache_clear()
+    recipes.truth.cache_clear()
     recipe = replace(
-        paper_claims.RECIPES["moons"], load=lambda: paper_claims.data.moons(400), width=8, transform_width=8, steps=400,
+        recipes.RECIPES["moons"], load=lambda: data.moons(400), width=8, transform_width=8, steps=400,
         batch_size=32, flow=None,
     )  # fmt: skip
-    monkeypatch.setattr(paper_claims, "RECIPES", {"moons": recipe})
+    monkeypatch.setattr(recipes, "RECIPES", {"moons": recipe})
     monkeypatch.setitem(paper_claims.PRESETS, "smoke", {"steps": 0.05, "rows": 16, "seeds": [0]})
 
 
@@ -54,7 +55,7 @@ def test_cells_are_computed_once_and_differences_paired(tmp_path, small, monkeyp
     monkeypatch.setattr(ndm_ct, "fit", None)
     assert paper_claims.main(options(tmp_path)) == entries
     assert json.loads((tmp_path / "results.json").read_text())["cells"] == entries
-    gap, error = paper_claims.paired(entries, "nelbo")["moons", "ndm-x"]
+    gap, error = claims.paired(entries, "nelbo")["moons", "ndm-x"]
     first, second = (entries[2 + k]["nelbo"][0] - entries[k]["nelbo"][0] for k in range(2))
     assert gap == pytest.approx(0.5 * (first + second))
     assert error == pytest.approx(0.5 * abs(first - second))
@@ -62,18 +63,18 @@ def test_cells_are_computed_once_and_differences_paired(tmp_path, small, monkeyp
     assert f"| moons | ndm-x | {gap:+.4f} ± {error:.4f} |" in table
     for name in ("curves", "differences"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000, name
-    recipe = paper_claims.RECIPES["moons"]
-    monkeypatch.setattr(paper_claims, "RECIPES", {"moons": replace(recipe, lr=1e-4)})
+    recipe = recipes.RECIPES["moons"]
+    monkeypatch.setattr(recipes, "RECIPES", {"moons": replace(recipe, lr=1e-4)})
     with pytest.raises(RuntimeError, match="made by another recipe"):
         paper_claims.main(options(tmp_path))
 
 
 def test_recipes_can_be_chosen_without_the_test_rows(tmp_path, small, monkeypatch):
     scored, evaluate = [], ndm_ct.evaluate
-    monkeypatch.setattr(ndm_ct, "evaluate", lambda model, data, **k: scored.append(data) or evaluate(model, data, **k))
-    recipe = paper_claims.RECIPES["moons"]
+    monkeypatch.setattr(ndm_ct, "evaluate", lambda model, x, **k: scored.append(x) or evaluate(model, x, **k))
+    recipe = recipes.RECIPES["moons"]
     paper_claims.main(options(tmp_path, models="diffusion", seeds="0", on="validation"))
-    assert all(torch.equal(data, paper_claims.rows_of(recipe).validation) for data in scored)
+    assert all(torch.equal(x, recipes.rows_of(recipe).validation) for x in scored)
     weights = (tmp_path / "cells" / "moons-diffusion-0" / "model.safetensors").read_bytes()
     (entry,) = paper_claims.main(options(tmp_path, models="diffusion", seeds="0"))
     assert torch.equal(scored[-1], recipe.load().test)
@@ -89,12 +90,12 @@ def test_equal_time_is_read_off_the_curve(tmp_path, small):
         return {"data": "moons", "model": model, "seed": 0, "recipe": {"steps": 20}, "curve": curve}
 
     base, slow = entry("matched", [[10, 5.0], [20, 4.0]]), entry("ndm-x", [[0, 6.0], [10, 4.5], [20, 3.0]])
-    timed = paper_claims.at_equal_time([base, slow], {"moons": {"matched": 1.0, "ndm-x": 1.6}})
+    timed = claims.at_equal_time([base, slow], {"moons": {"matched": 1.0, "ndm-x": 1.6}})
     assert [e["at_time"][0] for e in timed] == pytest.approx([4.0, 4.5 - 1.5 * 0.25])
-    gap, error = paper_claims.paired(timed, "at_time")["moons", "ndm-x"]
+    gap, error = claims.paired(timed, "at_time")["moons", "ndm-x"]
     assert gap == pytest.approx(0.125)
     assert math.isnan(error)
-    assert paper_claims.at_equal_time([base, slow], {}) == []
+    assert claims.at_equal_time([base, slow], {}) == []
 
 
 def test_steps_are_timed_apart_from_the_trainings(tmp_path, small, monkeypatch):
@@ -112,27 +113,25 @@ def test_steps_are_timed_apart_from_the_trainings(tmp_path, small, monkeypatch):
 @pytest.mark.parametrize("name", ["digits", "casp"])
 def test_models_have_the_sizes_they_claim(name):
     """The matched diffusion has at least as many parameters as every NDM, and not many more."""
-    recipe = paper_claims.RECIPES[name]
+    recipe = recipes.RECIPES[name]
     if recipe.flow is not None:
         pytest.importorskip("zuko")
     shape = (1, 8, 8) if recipe.levels else (10,)
-    sizes = {
-        model: paper_claims.parameters(paper_claims.build(model, recipe, shape, 1.0, 0)) for model in recipe.models
-    }
+    sizes = {model: models.parameters(models.build(model, recipe, shape, 1.0, 0)) for model in models.models_of(recipe)}
     largest = max(size for model, size in sizes.items() if model.startswith("ndm"))
     assert largest <= sizes["matched"] < 1.05 * largest
     assert sizes["diffusion"] < sizes["ndm-x"]
 
 
 def test_unknown_names_are_refused(tmp_path, small, capsys):
-    for models, message in (
+    for names, message in (
         ("ndm-y", "--models: ndm-y: 'ndm-y' is none of diffusion, matched"),
         ("ndm-x+wide", "--models: ndm-x+wide: 'wide' changes nothing in 'ndm-x'"),
         ("matched+neural", "'neural' changes nothing in 'matched'"),
         ("ndm-flow+F8", "'F8' changes nothing in 'ndm-flow'"),
     ):
         with pytest.raises(SystemExit):
-            paper_claims.main(options(tmp_path, models=models))
+            paper_claims.main(options(tmp_path, models=names))
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         paper_claims.main(options(tmp_path, data="moon"))
@@ -141,10 +140,10 @@ def test_unknown_names_are_refused(tmp_path, small, capsys):
 
 def test_ablations_change_what_they_name():
     """One part of the model each; all begin at the same noise."""
-    recipe = replace(paper_claims.RECIPES["casp"], flow=None)
+    recipe = replace(recipes.RECIPES["casp"], flow=None)
 
     def built(name):
-        return paper_claims.build(name, recipe, (10,), 1.0, 0)
+        return models.build(name, recipe, (10,), 1.0, 0)
 
     parts = {"cosine": "Cosine", "vp": "VariancePreserving", "rectified": "Rectified", "learned": "LearnedLogSNR"}
     for name, kind in parts.items():
@@ -159,43 +158,41 @@ def test_ablations_change_what_they_name():
     ]  # fmt: skip
     assert built("ndm-x+F16").transform.features.width == 16
     assert type(built("ndm-moments-eta").process.volatility).__name__ == "LearnedVolatility"
-    assert paper_claims.Variant.parse("ndm-x+vp+neural+F8+buckets") == paper_claims.Variant(
-        "ndm-x", "vp", "neural", 8, "buckets"
-    )
-    assert type(paper_claims.Variant.parse("diffusion+history").objective.sampler).__name__ == "LossHistory"
-    assert paper_claims.Variant.parse("ndm-moments").objective.describe() == "Bound(regressions=(0.1, 0.1))"
-    both = paper_claims.Variant.parse("ndm-moments+history+R3").objective
+    assert models.Variant.parse("ndm-x+vp+neural+F8+buckets") == models.Variant("ndm-x", "vp", "neural", 8, "buckets")
+    assert type(models.Variant.parse("diffusion+history").objective.sampler).__name__ == "LossHistory"
+    assert models.Variant.parse("ndm-moments").objective.describe() == "Bound(regressions=(0.1, 0.1))"
+    both = models.Variant.parse("ndm-moments+history+R3").objective
     assert both.regressions == (3.0, 3.0)
     assert type(both.sampler).__name__ == "LossHistory"
     with pytest.raises(ValueError, match=r"changes nothing"):
-        paper_claims.Variant.parse("ndm-x+R0.1")
-    assert paper_claims.Variant.parse("diffusion").objective is None
-    for name in (*recipe.models, *paper_claims.ABLATIONS):
+        models.Variant.parse("ndm-x+R0.1")
+    assert models.Variant.parse("diffusion").objective is None
+    for name in (*models.models_of(recipe), *models.ABLATIONS):
         built(name)
 
 
 def test_the_claims_are_about_seven_sets():
     """Whole MNIST images are computed only when they are asked for."""
-    assert paper_claims.LONG == ("mnist-28",)
-    assert len([name for name in paper_claims.RECIPES if name not in paper_claims.LONG]) == 7
+    assert recipes.LONG == ("mnist-28",)
+    assert len([name for name in recipes.RECIPES if name not in recipes.LONG]) == 7
 
 
 def test_bits_of_dequantised_integers():
     """A density that is uniform over the interval of the bins costs log2 of their number."""
-    rows = paper_claims.rows_of(paper_claims.RECIPES["digits"])
+    rows = recipes.rows_of(recipes.RECIPES["digits"])
     flat = SimpleNamespace(nll=64 * math.log(2.0), stderr=64 * math.log(2.0))
-    bits, error = paper_claims.unit(flat, rows)
+    bits, error = recipes.unit(flat, rows)
     assert bits == pytest.approx(math.log2(17))
     assert error == pytest.approx(1.0)
 
 
 def test_images_are_scored_as_their_quantisation_scores_them(tmp_path, monkeypatch):
     """The flow's bits are those of ndm_ct.evaluate on the integers, up to its own dequantisation noise."""
-    recipe = replace(paper_claims.RECIPES["digits"], width=4, transform_width=2, steps=600, test_rows=64, flow=None)
-    monkeypatch.setattr(paper_claims, "RECIPES", {"digits": recipe})
+    recipe = replace(recipes.RECIPES["digits"], width=4, transform_width=2, steps=600, test_rows=64, flow=None)
+    monkeypatch.setattr(recipes, "RECIPES", {"digits": recipe})
     (entry,) = paper_claims.main(options(tmp_path, data="digits", models="diffusion", seeds="0", samples=0))
     (path,) = (tmp_path / "cells").glob("*/model.safetensors")
-    rows = paper_claims.rows_of(recipe)
+    rows = recipes.rows_of(recipe)
     direct = ndm_ct.evaluate(
         ndm_ct.load(path), rows.split.test, quantisation=rows.bins, max_rows=16, progress=False, seed=0
     )
@@ -206,11 +203,10 @@ def test_images_are_given_by_path(tmp_path, monkeypatch, capsys):
     """Colour images of a file, without classes: likelihoods, samples, no Frechet distance."""
     pixels = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "colour.npz", images=pixels)
-    assert paper_claims.recipe_of("mnist", "full").width > paper_claims.recipe_of("mnist", "small").width
-    assert paper_claims.recipe_of("casp", "full") == paper_claims.RECIPES["casp"]
-    large = paper_claims.large_images
-    monkeypatch.setattr(
-        paper_claims, "large_images",
+    assert recipes.recipe_of("mnist", "full").width > recipes.recipe_of("mnist", "small").width
+    assert recipes.recipe_of("casp", "full") == recipes.RECIPES["casp"]
+    large = recipes.large_images
+    monkeypatch.setattr(recipes, "large_images",
         lambda source: replace(large(source), width=4, levels=2, steps=3, batch_size=8, test_rows=4, flow=None),
     )  # fmt: skip
     (entry,) = paper_claims.main(
@@ -228,27 +224,27 @@ def test_a_gpu_is_timed_by_the_wall_after_its_work(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     device = torch.device("cuda", 1)
-    clock = paper_claims.clock_of(device)
+    clock = timing.clock_of(device)
     assert clock() <= clock()
     assert waited == [device, device]
-    assert paper_claims.clock_of(torch.device("cpu")) is time.process_time
+    assert timing.clock_of(torch.device("cpu")) is time.process_time
 
 
 @pytest.mark.parametrize("name", ["moons", "digits"])
 def test_a_model_with_a_flow_has_an_invertible_transform(tmp_path, monkeypatch, name):
-    recipe = replace(paper_claims.RECIPES[name], width=8, steps=400, batch_size=32, flow=None)
-    assert "ndm-flow" not in recipe.models
+    recipe = replace(recipes.RECIPES[name], width=8, steps=400, batch_size=32, flow=None)
+    assert "ndm-flow" not in models.models_of(recipe)
     with pytest.raises(ValueError, match="ndm-flow needs a recipe with a flow"):
-        paper_claims.build("ndm-flow", recipe, (2,), 1.0, 0)
+        models.build("ndm-flow", recipe, (2,), 1.0, 0)
     pytest.importorskip("zuko")
     recipe = replace(recipe, flow=(1, 8, 4))
     assert recipe.flow_scale == (2.5 if name == "moons" else 4.0)
-    monkeypatch.setattr(paper_claims, "RECIPES", {name: recipe})
-    assert "ndm-flow" in recipe.models
+    monkeypatch.setattr(recipes, "RECIPES", {name: recipe})
+    assert "ndm-flow" in models.models_of(recipe)
     paper_claims.main(options(tmp_path, data=name, models="ndm-flow", seeds="0", samples=0))
     (path,) = (tmp_path / "cells").glob("*/model.safetensors")
     shape = (2,) if name == "moons" else (1, 8, 8)
-    model = ndm_ct.load(path, transform=paper_claims.build("ndm-flow", recipe, shape, 1.0, 1).transform)
+    model = ndm_ct.load(path, transform=models.build("ndm-flow", recipe, shape, 1.0, 1).transform)
     x = torch.randn(3, *shape)
     y, logdet = model.transform.to_latent(x)
     torch.testing.assert_close(model.transform.from_latent(y), x, atol=1e-4, rtol=0.0)
@@ -262,7 +258,7 @@ def test_a_model_with_a_flow_has_an_invertible_transform(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("name", ["moons", "checkers"])
 def test_drawn_sets_know_their_density(name):
     """It is one in all, and in every quarter of the plane as much as the share of the rows there."""
-    split = getattr(paper_claims.data, name)()
+    split = getattr(data, name)()
     axis = torch.linspace(-2.5, 2.5, 500, dtype=torch.float64)
     axis = axis[:-1] + 0.5 * (axis[1] - axis[0])
     grid = torch.cartesian_prod(axis, axis)
@@ -278,9 +274,9 @@ def test_drawn_sets_know_their_density(name):
 def test_the_true_density_stands_in_the_table(tmp_path, small):
     """As the mean over the rows scored; no model is better but by chance."""
     (entry,) = paper_claims.main(options(tmp_path, models="diffusion", seeds="0", samples=0))
-    value, error = paper_claims.truth("moons", "test")
-    rows = paper_claims.RECIPES["moons"].load()
+    value, error = recipes.truth("moons", "test")
+    rows = recipes.RECIPES["moons"].load()
     assert value == pytest.approx(-float(rows.log_density(rows.test).mean()))
     assert entry["nll"][0] > value - 4 * (error + entry["nll"][1])
     assert f"The true density of moons has {value:.4f} ± {error:.4f}" in (tmp_path / "results.md").read_text()
-    assert paper_claims.truth("digits", "test") is None
+    assert recipes.truth("digits", "test") is None

@@ -7,11 +7,12 @@ import torch
 
 paper_claims = pytest.importorskip("paper_claims")
 pictures = pytest.importorskip("pictures")
+from bench import recipes  # noqa: E402
 
 
 def test_pictures_of_two_cells(tmp_path, monkeypatch, capsys):
-    recipe = replace(paper_claims.RECIPES["digits"], width=8, transform_width=8, steps=40, batch_size=8, samples=2)
-    monkeypatch.setattr(paper_claims, "RECIPES", {"digits": recipe})
+    recipe = replace(recipes.RECIPES["digits"], width=8, transform_width=8, steps=40, batch_size=8, samples=2)
+    monkeypatch.setattr(recipes, "RECIPES", {"digits": recipe})
     monkeypatch.setitem(paper_claims.PRESETS, "smoke", {"steps": 1.0, "rows": 2, "seeds": [0]})
     arguments = ["--cells", str(tmp_path / "cells"), "--out", str(tmp_path / "pictures")]
     with pytest.raises(SystemExit):
@@ -23,7 +24,7 @@ def test_pictures_of_two_cells(tmp_path, monkeypatch, capsys):
     spreads = pictures.main(arguments)
     assert set(spreads) == {"diffusion", "ndm-x"}
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
-        "transform_digits.png", "first_step_digits.png", "first_step_digits.json"
+        "transform.png", "first_step.png", "results.json"
     }  # fmt: skip
 
 

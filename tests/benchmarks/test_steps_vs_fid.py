@@ -18,7 +18,7 @@ from ndm_ct.quantisation import Quantisation
 
 benchmark = pytest.importorskip("steps_vs_fid", reason="needs ndm-ct[bench]")
 pytest.importorskip("sklearn")
-from bench import data, features, metrics, schedulers  # noqa: E402
+from bench import data, draws, features, metrics, networks, schedulers  # noqa: E402
 
 DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 NEIGHBOURS = 3 if importlib.util.find_spec("prdc") is not None else 0
@@ -91,14 +91,14 @@ def test_initial_noise_is_common_to_all_methods(finished):
     noise = {seed: {cell["noise"] for cell in finished[1]["cells"] if cell["seed"] == seed} for seed in (0, 1)}
     assert len(noise[0]) == len(noise[1]) == 1
     assert noise[0] != noise[1]
-    model = benchmark.networks.load("digits")
+    model = networks.load("digits")
     draws = []
     for name in SAMPLERS:
-        ((size, generator),) = benchmark.generators(0, 6, 40)
-        draws.append(benchmark.draw(model, benchmark.parse_sampler(name), size, 4, generator)[2])
+        ((size, generator),) = draws.generators(0, 6, 40)
+        draws.append(draws.draw(model, draws.parse_sampler(name), size, 4, generator)[2])
     assert all(torch.equal(draw, draws[0]) for draw in draws)
     # Batches of one draw have noise of their own.
-    first, second = (generator for _, generator in benchmark.generators(0, 80, 40))
+    first, second = (generator for _, generator in draws.generators(0, 80, 40))
     assert not torch.equal(torch.randn(5, generator=first), torch.randn(5, generator=second))
 
 
@@ -223,10 +223,10 @@ def test_a_cell_killed_half_way_is_done_again(interrupted, finished, calls):
 
 def test_levels_are_the_bins_of_the_samples():
     bins, levels = Quantisation(17), torch.arange(17, dtype=torch.uint8)
-    assert torch.equal(benchmark.levels_of(bins.centres(levels, torch.float32), bins), levels)
+    assert torch.equal(draws.levels_of(bins.centres(levels, torch.float32), bins), levels)
     drawn = bins.uniform(levels.repeat(500), torch.float64, torch.Generator().manual_seed(0))
-    assert torch.equal(benchmark.levels_of(drawn, bins), levels.repeat(500))
-    assert benchmark.levels_of(torch.tensor([-7.0, -1.01, 1.0, 9.0]), bins).tolist() == [0, 0, 16, 16]
+    assert torch.equal(draws.levels_of(drawn, bins), levels.repeat(500))
+    assert draws.levels_of(torch.tensor([-7.0, -1.01, 1.0, 9.0]), bins).tolist() == [0, 0, 16, 16]
 
 
 def test_trained_models_are_the_three_and_are_kept(tmp_path, finished, monkeypatch):
@@ -251,7 +251,7 @@ def test_trained_models_are_the_three_and_are_kept(tmp_path, finished, monkeypat
 
 def test_a_checkpoint_is_measured_under_its_label(tmp_path, finished):
     path = tmp_path / "mine.safetensors"
-    ndm_ct.save(benchmark.networks.load("digits"), path)
+    ndm_ct.save(networks.load("digits"), path)
     options = benchmark.parse(["--models", f"{path},again={path},digits", "--out", str(tmp_path)])
     models = benchmark.load_models(options, data.digits(), Quantisation(17))
     assert [model.label for model in models] == ["mine", "again", "DDPM"]
@@ -261,7 +261,7 @@ def test_a_checkpoint_is_measured_under_its_label(tmp_path, finished):
     options.models = ["nothing"]
     with pytest.raises(FileNotFoundError, match="'nothing' is neither a file, nor 'train'"):
         benchmark.load_models(options, data.digits(), Quantisation(17))
-    ndm_ct.save(benchmark.untrained("DDPM", (1, 4, 4), 1.0), path)
+    ndm_ct.save(draws.untrained("DDPM", (1, 4, 4), 1.0), path)
     options.models = [str(path)]
     with pytest.raises(ValueError, match=r"images of shape \(1, 4, 4\), the data have \(1, 8, 8\)"):
         benchmark.load_models(options, data.digits(), Quantisation(17))
@@ -497,7 +497,7 @@ class TestSchedulers:
         assert not torch.equal(again, other)
 
     def test_evaluations_are_those_of_the_network(self, calls):
-        model = benchmark.networks.load("digits")
+        model = networks.load("digits")
         expected = {"HeunDiscrete": (5, 9), "PNDM": (5, 10), "UniPCMultistep": (5, 10), "HeunDiscrete+karras": (5, 9)}
         for name, counts in expected.items():
             for budget, count in zip((5, 10), counts, strict=True):
@@ -520,7 +520,7 @@ class TestSchedulers:
         for model, message in (
             (ndm_ct.NDM(nn.Preconditioned(net), (2,), schedule=schedules.Rectified()), r"alpha\^2 \+ sigma\^2 = 1"),
             (ndm_ct.NDM(nn.Preconditioned(nn.MLP(2)), (2,), schedule=schedules.Cosine()), r"alpha\(1\) > 0"),
-            (benchmark.untrained("NDM-x", (1, 8, 8), 1.0), "transform Separable"),
+            (draws.untrained("NDM-x", (1, 8, 8), 1.0), "transform Separable"),
             (
                 ndm_ct.NDM(nn.Preconditioned(nn.MLP(2, outputs=2), head="moments"), (2,), prediction="moments"),
                 "prediction='moments'",
@@ -541,12 +541,10 @@ class TestSchedulers:
         assert settings["solver_order"] == 3
         assert settings["algorithm_type"] == "sde-dpmsolver++"
         with pytest.raises(ValueError, match=r"PNDM\+prk has no setting that takes at most 5"):
-            schedulers.parse("diffusers:PNDM+prk").draw(
-                benchmark.networks.load("digits"), 1, 5, torch.Generator().manual_seed(0)
-            )
+            schedulers.parse("diffusers:PNDM+prk").draw(networks.load("digits"), 1, 5, torch.Generator().manual_seed(0))
 
 
 def test_missing_diffusers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match="diffusers:DDIM needs diffusers: pip install diffusers"):
-        benchmark.parse_sampler("diffusers:DDIM")
+        draws.parse_sampler("diffusers:DDIM")

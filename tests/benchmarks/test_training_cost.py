@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 training_cost = pytest.importorskip("training_cost")
+from bench import derivatives  # noqa: E402
+
 SHAPE = (1, 8, 8)
 
 
 @pytest.fixture(name="recipe")
 def _recipe():
-    return training_cost.paper_claims.RECIPES["digits"]
+    return training_cost.RECIPES["digits"]
 
 
 def test_ratio_is_paired_by_round():
@@ -39,7 +41,7 @@ def test_models_are_what_their_names_say(name, recipe):
 
 
 def test_plain_normalisation_is_the_native_one():
-    native, plain = nn.GroupNorm(4, 8), training_cost.PlainGroupNorm(4, 8)
+    native, plain = nn.GroupNorm(4, 8), derivatives.PlainGroupNorm(4, 8)
     for parameter in native.parameters():
         nn.init.normal_(parameter)
     plain.load_state_dict(native.state_dict())
@@ -49,7 +51,7 @@ def test_plain_normalisation_is_the_native_one():
 
 def test_ways_to_two_gradients_agree_in_scale(recipe):
     """All but the single loss want the same two gradients, in the weights and in the gain of the state."""
-    calls = training_cost.gradients(recipe, SHAPE, 4)
+    calls = derivatives.gradients(recipe, SHAPE, 4)
     first, *others = (calls[name]() for name in ("two evaluations", "twice the rows", "two backward passes"))
     for other in others:
         for one, two in zip(first, other, strict=True):
@@ -57,20 +59,20 @@ def test_ways_to_two_gradients_agree_in_scale(recipe):
 
 
 def test_central_difference_is_the_derivative_but_inexact(recipe):
-    assert 1e-5 < training_cost.difference_error(recipe, SHAPE) < 1e-2
+    assert 1e-5 < derivatives.difference_error(recipe, SHAPE) < 1e-2
 
 
 def test_smoke(tmp_path, capsys):
     results = training_cost.main(
         ["--preset", "smoke", "--data", "casp", "--models", "diffusion,ndm-moments", "--out", str(tmp_path)]
     )
-    assert json.loads((tmp_path / "training_cost.json").read_text())["results"] == results
+    assert json.loads((tmp_path / "results.json").read_text())["results"] == results
     assert results["casp"]["training"]["diffusion"]["ratio"] == 1.0
     assert results["casp"]["training"]["ndm-moments"]["ratio"] > 0.0
-    table = (tmp_path / "training_cost.md").read_text()
+    table = (tmp_path / "results.md").read_text()
     assert "| ndm-moments |" in table
     assert table in capsys.readouterr().out
-    assert (tmp_path / "training_cost.png").stat().st_size > 5_000
+    assert (tmp_path / "plot.png").stat().st_size > 5_000
     for wrong in (["--models", "ndm-x"], ["--models", "diffusion,ndm-y"]):
         with pytest.raises(SystemExit):
             training_cost.main([*wrong, "--out", str(tmp_path)])
