@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from bench import networks, runs
-from bench.estimates import Estimate, exact, methods, solve
+from bench.estimates import Estimate, methods, reference, solve
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import ndm_ct
 from ndm_ct import divergence
 
-RESULTS = runs.RESULTS / "likelihood_cost" / "all"
 REFERENCE_ROWS = 16
 
 
@@ -95,14 +94,6 @@ def summary(
         float(error.mean()) / spread, seconds / len(truth), estimates[0].forward, estimates[0].vjps, len(estimates),
         scores,
     )  # fmt: skip
-
-
-def reference(name: str, model: ndm_ct.NDM, x: Tensor, nodes: int) -> Tensor:
-    """The exact log-densities, kept with the results because they take minutes."""
-    path = RESULTS / f"reference_{name}_{len(x)}_{nodes}.npy"
-    if not path.exists():
-        np.save(path, exact(model, x, nodes).numpy())
-    return torch.as_tensor(np.load(path))
 
 
 def dataset_mean(name: str, rows: int) -> dict[str, float]:
@@ -222,7 +213,7 @@ def markdown(tables: dict[str, list[Measurement]], extra: dict[str, Any]) -> str
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = runs.Parser(__doc__, RESULTS)
+    parser = runs.Parser(__doc__, runs.RESULTS / "likelihood_cost" / "all")
     add = parser.add_argument
     add("--networks", nargs="*", default=["digits", "fashion", "casp"], choices=list(networks.NETWORKS))
     add("--rows", type=int, default=8, choices=range(1, REFERENCE_ROWS + 1), metavar="1..16", help="test rows (8)")
@@ -243,7 +234,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Measurement]]:
     for name in options.networks:
         tables[name], extra["reference"][name] = measure(name, options, tables.get(name, []))
         if name != "casp" and name not in extra["steppers"]:
-            extra["steppers"][name] = steppers(name, 64)
+            extra["steppers"][name] = steppers(name, 8 * options.rows)
         if options.mean_rows and name == "fashion" and name not in extra["dataset_mean"]:
             extra["dataset_mean"][name] = dataset_mean(name, options.mean_rows)
         report = {"tables": {key: [asdict(m) for m in table] for key, table in tables.items()}, **extra}

@@ -5,8 +5,7 @@ r"""How straight can a learned forward process make the paths of the flow, and a
     python benchmarks/optimal_transport.py --data mixture --seeds 0,1
 
 ``benchmarks/README.md`` describes the models and the measures. Cells that are finished are not computed again.
-
-Reference: Bartosh, Vetrov and Naesseth, Neural Diffusion Models, appendix E, https://arxiv.org/abs/2310.08337
+(Bartosh, Vetrov and Naesseth, Neural Diffusion Models, appendix E, https://arxiv.org/abs/2310.08337.)
 """
 
 import argparse
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import data, runs
+from bench import data, pictures, runs
 from bench.transport import (
     BATCH_ROWS,
     BATCH_SHARE,
@@ -39,28 +38,14 @@ import ndm_ct
 from ndm_ct import objectives
 from ndm_ct.objectives.straight import Straight
 
-RESULTS = runs.RESULTS / "optimal_transport" / "all"
-EULER_STEPS, REFERENCE_STEPS = 4, 100
-STRENGTH = 1.0
+EULER_STEPS, REFERENCE_STEPS, STRENGTH = 4, 100, 1.0
 RAMP = (0.01, 0.03, 0.1, 0.3)
 """Shares of the penalty's strength in the first half of a training: at full strength from the start nothing moves."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much to compute.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: rows per step.
-        rows: test rows for paths and likelihoods.
-        parts: independent parts of the samples.
-        part: samples in each part.
-        path_steps: Runge-Kutta steps of a path.
-        points: points and times of the least straightness error.
-        iterations: iterations of its descent.
-        seeds: seeds of the trainings.
-    """
+    """How much to compute: training, test rows, parts of samples, steps of a path, least straightness error."""
 
     steps: int
     batch_size: int
@@ -78,10 +63,8 @@ PRESETS = {
     "full": Size(6000, 512, 2000, 10, 1000, 100, (64, 24), 100, (0,)),
 }
 
-SETS: dict[str, tuple[Callable[[], data.Split], Line | None]] = {
-    "mixture": (Line().split, Line()),
-    "moons": (lambda: data.moons(60_000), None),
-}
+SETS: dict[str, tuple[Callable[[], data.Split], Line | None]]
+SETS = {"mixture": (Line().split, Line()), "moons": (lambda: data.moons(60_000), None)}
 """Training and test rows, and the law where it is known."""
 
 
@@ -93,8 +76,8 @@ def fitted(name: str, kind: str, seed: int, options: argparse.Namespace, folder:
     bound, rows = objectives.Bound(), size.batch_size
     if kind == "transport-batch":
         rows *= BATCH_ROWS
-        objective = Straight(BATCH_SHARE * strength, bound, "batch")
-        stages = [(size.steps // 2, objective), (size.steps - size.steps // 2, objective)]  # a warm restart
+        objective, half = Straight(BATCH_SHARE * strength, bound, "batch"), size.steps // 2
+        stages = [(half, objective), (size.steps - half, objective)]  # a warm restart
     elif kind.startswith("transport"):
         early = size.steps // (2 * len(RAMP))
         stages = [(early, Straight(strength * share, bound)) for share in RAMP]
@@ -172,7 +155,7 @@ def markdown(rows: list[dict[str, Any]], least: dict[str, dict[str, float]], com
     columns = [("straightness", 4), ("straightness_ratio", 3), ("deviation_rms", 3), ("deviation_max", 3), ("nll", 4)]
     columns += [("nll_gap", 4, True), ("excess", 4, True), ("nelbo", 4), ("energy_few", 5, True)]
     columns += [("energy_gap", 5, True)]
-    keys = [(row["data"], row["model"], row["seed"]) for row in rows]
+    keys = [[row[key] for key in ("data", "model", "seed")] for row in rows]
     lines += runs.table(head, [(*key, *(cell(row, *c) for c in columns)) for key, row in zip(keys, rows, strict=True)])
     lines += [
         "",
@@ -183,8 +166,7 @@ def markdown(rows: list[dict[str, Any]], least: dict[str, dict[str, float]], com
     head += ["1/π², even times", "1/π², the ELBO's times"]
     kinds = ("legendre, own", "legendre, bound", "even, own", "even, bound")
     bounds = [[f"{row['bounds'][k]['mean']:.4f} ({row['bounds'][k]['scatter']:.1f})" for k in kinds] for row in rows]
-    distances = [f"{row['distance']:.4f}" for row in rows]
-    cells = [(*key, own, *four) for key, own, four in zip(keys, distances, bounds, strict=True)]
+    cells = [(*k, f"{row['distance']:.4f}", *four) for k, row, four in zip(keys, rows, bounds, strict=True)]
     return "\n".join([*lines, "", *runs.table(head, cells), ""])
 
 
@@ -201,28 +183,9 @@ def plot(entries: list[dict[str, Any]], work: Path) -> Figure:
                 axis.set_axis_off()
                 continue
             states = np.load(work / f"{name}-{kind}-{cells[0]['seed']}" / "paths.npy")
-            (_on_the_line if states.shape[2] == 1 else _in_the_plane)(axis, states)
+            pictures.draw_paths(axis, states)
             axis.set_title(f"{name}, {kind}: straightness error {cells[0]['straightness']:.3g}", fontsize=9)
     return figure
-
-
-def _on_the_line(axis: Any, states: np.ndarray) -> None:
-    """Histograms over time in the background, paths of even ranks in front."""
-    edges = np.linspace(-3.0, 3.0, 81)
-    density = np.stack([np.histogram(z, edges, density=True)[0] for z in states[..., 0]], 1)
-    axis.imshow(density, origin="lower", extent=(0, 1, -3, 3), aspect="auto", cmap="Blues", vmax=0.8)
-    order = states[0, :, 0].argsort()
-    chosen = order[(np.linspace(0.01, 0.99, 25) * (len(order) - 1)).astype(int)]
-    axis.plot(np.linspace(0.0, 1.0, len(states)), states[:, chosen, 0], color="black", linewidth=0.6)
-    axis.set(xlabel="time, from data to prior", ylabel="z", ylim=(-3, 3))
-
-
-def _in_the_plane(axis: Any, states: np.ndarray) -> None:
-    """Ends and paths."""
-    axis.scatter(*states[-1, :1000].T, s=1.5, color="lightgrey")
-    axis.scatter(*states[0, :1000].T, s=1.5, color="tab:blue")
-    axis.plot(states[:, :60, 0], states[:, :60, 1], color="black", linewidth=0.6)
-    axis.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
 
 
 def least_errors(size: Size) -> dict[str, dict[str, float]]:
@@ -237,12 +200,11 @@ def least_errors(size: Size) -> dict[str, dict[str, float]]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = runs.Parser(__doc__, RESULTS)
+    parser = runs.Parser(__doc__, runs.RESULTS / "optimal_transport" / "all")
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full")
     add("--data", type=runs.names(SETS), default=list(SETS), help=f"of {', '.join(SETS)}; several by commas")
-    several = f"of {', '.join(MODELS)}; default: the first four"
-    add("--models", type=runs.names(MODELS), default=list(MODELS[:4]), help=several)
+    add("--models", type=runs.names(MODELS), default=list(MODELS[:4]), help=f"of {', '.join(MODELS)} (the first four)")
     add("--seeds", type=runs.numbers, help="default: those of the preset")
     add("--strength", type=float, default=STRENGTH, help=f"of the penalty ({STRENGTH:g})")
     add("--work", type=Path, help="trainings; default: runs/optimal_transport/PRESET")
@@ -272,15 +234,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     least: dict[str, dict[str, float]] = {}
     if "mixture" in options.data:
         least = runs.kept(options.work / "least.json", asdict(size), lambda: least_errors(size))
-    choices = {"preset": options.preset, "data": ",".join(options.data), "models": ",".join(options.models)}
-    choices |= {"seeds": ",".join(map(str, options.seeds)), "strength": f"{options.strength:g}"}
-    command = " ".join(f"--{name} {value}" for name, value in choices.items())
+    chosen = {name: ",".join(map(str, getattr(options, name))) for name in ("data", "models", "seeds")}
+    chosen = {"preset": options.preset, **chosen, "strength": f"{options.strength:g}"}
+    command = " ".join(f"--{name} {value}" for name, value in chosen.items())
     order = {name: place for place, name in enumerate([*SETS, *MODELS])}
     entries.sort(key=lambda e: (order[e["data"]], order[e["model"]], e["seed"]))
-    rows = [summary(entry, entries) for entry in entries]
+    rows, figure = [summary(entry, entries) for entry in entries], plot(entries, options.work)
     report = {"size": asdict(size), "command": command, "least": least, "cells": rows}
-    figures = {"plot": plot(entries, options.work)}
-    return runs.write_report(options.out, report, markdown(rows, least, command), figures)
+    return runs.write_report(options.out, report, markdown(rows, least, command), {"plot": figure})
 
 
 if __name__ == "__main__":

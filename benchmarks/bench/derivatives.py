@@ -13,8 +13,6 @@ from ndm_ct import transforms
 from .models import TERMS, network
 from .recipes import Recipe
 
-__all__ = ["PlainGroupNorm", "derivatives", "difference_error", "gradients"]
-
 DIFFERENCE = 3e-4
 """Step of the central difference in time; of 1e-2, 3e-3, 1e-3, 3e-4 and 1e-4 the one with the least error."""
 

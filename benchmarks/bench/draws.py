@@ -21,11 +21,6 @@ from ndm_ct.storage import write_atomically
 from . import data, features, metrics, networks, schedulers
 from .runs import generator, read_json, write_json
 
-__all__ = [
-    "Cell", "Drawn", "Model", "Sampler", "Store", "Yardstick", "draw", "generators", "levels_of", "load_model", "make",
-    "parse_sampler", "trained", "untrained",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Sampler:
@@ -118,9 +113,7 @@ def levels_of(x: Tensor, bins: Quantisation) -> Tensor:
 class Store:
     """Files of a run: one per draw and one per comparison, named by everything that determines them.
 
-    Args:
-        folder: the output folder.
-        shared: settings that determine every draw: number of samples, batches, levels, versions.
+    ``shared`` are the settings that determine every draw: number of samples, batches, levels, versions.
     """
 
     def __init__(self, folder: Path, shared: dict[str, Any]) -> None:
@@ -234,14 +227,7 @@ def _loaded(label: str, path: Path, source: str) -> Model:
 
 
 def untrained(kind: str, shape: tuple[int, ...], std: float, seed: int = 0) -> ndm_ct.NDM:
-    """A network to train: "DDPM", "NDM-x" or "NDM-moments", of about the same size.
-
-    Args:
-        kind: one of the three.
-        shape: shape of the images.
-        std: standard deviation of the data.
-        seed: seed of the initial weights.
-    """
+    """A network to train: "DDPM", "NDM-x" or "NDM-moments", of about the same size, for data of deviation ``std``."""
     channels, side = shape[0], shape[-1]
     levels, width = 1, 16 if side <= 16 else 12
     while levels < 3 and side % 2 == 0 and side > 4:

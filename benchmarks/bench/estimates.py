@@ -15,8 +15,7 @@ from ndm_ct.likelihood import budget, quadrature
 from ndm_ct.likelihood import path as trajectory
 
 from .peers import PEERS
-
-__all__ = ["Estimate", "Estimator", "exact", "methods", "solve"]
+from .runs import RESULTS
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,14 @@ def exact(model: ndm_ct.NDM, x: Tensor, nodes: int) -> Tensor:
         ]
         integral = (torch.tensor(0.5 * weights)[:, None] * slope[:, None] * torch.stack(traces)).sum(0)
         return double.log_prior(solved.state[0]) + quadrature.linear_logdet(double, x.device) + integral
+
+
+def reference(name: str, model: ndm_ct.NDM, x: Tensor, nodes: int) -> Tensor:
+    """The exact log-densities, kept with the results because they take minutes."""
+    path = RESULTS / "likelihood_cost" / "all" / f"reference_{name}_{len(x)}_{nodes}.npy"
+    if not path.exists():
+        np.save(path, exact(model, x, nodes).numpy())
+    return torch.as_tensor(np.load(path))
 
 
 def ours(trace: Any, tolerance: float | None = None, method: str = "ode") -> Estimator:

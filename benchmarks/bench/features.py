@@ -31,23 +31,13 @@ from ndm_ct.storage import write_atomically
 
 from .data import Split, fingerprint
 
-__all__ = ["NETWORKS", "FeatureNetwork", "extract", "load"]
-
 BATCH = 250
 CLASSIFIER_BATCH = 64
 
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """Images to features.
-
-    Args:
-        name: "cnn", "efficientnet-lite0" or "inception".
-        function: levels ``(B, C, H, W)`` to features ``(B, D)``.
-        dimension: D.
-        fingerprint: SHA-256 of everything that determines the features.
-        info: what a report should say about it.
-    """
+    """A function of levels ``(B, C, H, W)`` to features ``(B, D)``, and the SHA-256 of all that determines them."""
 
     name: str
     function: Callable[[Tensor], Tensor]
@@ -112,14 +102,7 @@ NETWORKS = ("cnn", "efficientnet-lite0", "inception")
 
 
 class Classifier(nn.Module):
-    """Two convolutions, 64 features, one linear layer to the classes.
-
-    Args:
-        channels: C of the images.
-        side: height and width.
-        classes: number of classes.
-        levels: number of grey levels.
-    """
+    """Two convolutions, 64 features, one linear layer to the classes, for square images of grey levels."""
 
     FEATURES = 64
 

@@ -4,18 +4,14 @@ r"""Distances between two sets of features: Frechet, its value for infinitely ma
     FD = \|\mu_1 - \mu_2\|^2 + \operatorname{tr}\bigl(\Sigma_1 + \Sigma_2 - 2 (R_2 \Sigma_1 R_2^T)^{1/2}\bigr), \qquad
     R_2^T R_2 = \Sigma_2,
 
-in float64, by eigenvalues of a symmetric matrix. R is the triangular factor of the centred rows, which exists for any
-number of rows; the eigenvectors that :math:`\Sigma_2^{1/2}` would need are not always found where features are
-constant or rows few. From finite sets it is too large, by about a constant times 1/n. So
-both sets are split at random into k disjoint parts, k = 1 ... 4, and a line is drawn through the mean distances of the
-parts against k; its value at k = 0 is :math:`FD_\infty`. What remains is of order :math:`1/n^2`: where a quarter of the
-samples does not exceed the number of features, expect up to a tenth of the bias.
+in float64, by eigenvalues of a symmetric matrix; R is the triangular factor of the centred rows, which exists for any
+number of rows. From finite sets the distance is too large by about a constant times 1/n. Both sets are therefore split
+at random into k disjoint parts, k = 1 ... 4; a line through the mean distances against k gives :math:`FD_\infty` at
+k = 0. An error of order :math:`1/n^2` remains.
 
-KID is the squared maximum mean discrepancy of the kernel :math:`(x \cdot y / d + 1)^3`, unbiased at any size, from all
-pairs of rows. Its standard error is the jackknife's over ten random blocks of both sets, each left out once.
-
-Rows themselves are compared by the energy distance :math:`2 E|X - Y| - E|X - X'| - E|Y - Y'|`, unbiased, whose scatter
-where both sets have one law is that over random exchanges of their rows.
+KID is the squared maximum mean discrepancy of the kernel :math:`(x \cdot y / d + 1)^3`, unbiased at any size. Its
+standard error is the jackknife's over ten random blocks of both sets. Rows themselves are compared by the energy
+distance :math:`2 E|X - Y| - E|X - X'| - E|Y - Y'|`, unbiased, with its scatter over random exchanges of rows.
 
 References:
     Chong and Forsyth, Effectively Unbiased FID and Inception Score, https://arxiv.org/abs/1911.07023
@@ -37,11 +33,6 @@ from torch import Tensor
 
 from .runs import generator
 
-__all__ = [
-    "Distance", "Reference", "Scores", "energy_distance", "energy_score", "frechet", "frechet_infinity", "kid",
-    "neighbourhoods", "score", "too_small",
-]  # fmt: skip
-
 PARTS = 4
 """Largest number of parts of the extrapolation: 1 + 2 + 3 + 4 = 10 distances."""
 
@@ -62,18 +53,13 @@ class Distance:
 
 @dataclass(frozen=True)
 class Scores:
-    """One set of samples against the reference; precision and the rest are None where not asked for.
+    """One set of samples against the reference: Frechet distances, KID, their standard errors, and neighbourhoods.
 
-    Args:
-        fd: Frechet distance, as it comes, biased by the number of samples.
-        fd_inf: extrapolated to infinitely many samples and reference rows.
-        fd_inf_se: its standard error.
-        kid: squared maximum mean discrepancy.
-        kid_se: its standard error.
-        precision: share of samples within the reference's neighbourhoods.
-        recall: share of the reference within the samples' neighbourhoods.
-        density: how many of the reference's neighbourhoods hold a sample, in units of the number expected.
-        coverage: share of the reference's neighbourhoods that hold a sample.
+    ``fd`` is biased by the number of samples, ``fd_inf`` extrapolated to infinitely many. ``precision`` is the share of
+    samples within the reference's neighbourhoods, ``recall`` the share of the reference within the samples';
+    ``density`` is the mean number of reference neighbourhoods that hold a sample in units of the number expected,
+    ``coverage`` the share of the reference's neighbourhoods that hold one. These
+    four are None where they were not asked for.
     """
 
     fd: float

@@ -18,8 +18,6 @@ from ndm_ct.schedules.volatility import LearnedVolatility, Matched
 
 from .recipes import Recipe, Rows
 
-__all__ = ["ABLATIONS", "MODELS", "TERMS", "Variant", "build", "fit", "models_of", "network", "parameters"]
-
 MODELS = ("diffusion", "matched", "ndm-x", "ndm-moments", "ndm-x-eta", "ndm-moments-eta", "ndm-flow")
 SCHEDULES = {"cosine": schedules.Cosine, "vp": schedules.VariancePreserving, "rectified": schedules.Rectified}
 TIMES = {"history": LossHistory, "buckets": LearnedBuckets}
@@ -90,15 +88,7 @@ class Variant:
 
 
 def build(name: str, recipe: Recipe, shape: tuple[int, ...], std: float, seed: int) -> ndm_ct.NDM:
-    """An untrained model, one of ``MODELS`` or a variant.
-
-    Args:
-        name: the name, such as "ndm-x+neural".
-        recipe: widths and schedule.
-        shape: shape of one row.
-        std: standard deviation of the data, for the scales of the predictor.
-        seed: seed of the initial weights.
-    """
+    """An untrained model, one of ``MODELS`` or a variant, on rows of a shape and a standard deviation."""
     variant = Variant.parse(name)
     schedule, t_min = _schedule(variant, recipe)
     torch.manual_seed(seed)
@@ -220,16 +210,7 @@ def _matched_network(recipe: Recipe, shape: tuple[int, ...]) -> nn.Module:
 
 
 def fit(model: ndm_ct.NDM, name: str, recipe: Recipe, rows: Rows, *, steps: int, **settings: Any) -> ndm_ct.FitResult:
-    """``ndm_ct.fit`` by a recipe.
-
-    Args:
-        model: the model.
-        name: its name, which decides the objective.
-        recipe: batch size and learning rate.
-        rows: training rows.
-        steps: optimiser steps.
-        **settings: further options of ``ndm_ct.fit``.
-    """
+    """``ndm_ct.fit`` by a recipe; the name of the model decides the objective."""
     options = {"objective": Variant.parse(name).objective, "quantisation": rows.bins} | settings
     return ndm_ct.fit(
         model, rows.split.train, steps=steps, batch_size=recipe.batch_size, lr=recipe.lr, **options

@@ -17,8 +17,6 @@ from ndm_ct.quantisation import Quantisation
 
 from . import data
 
-__all__ = ["FOLDER", "NETWORKS", "Network", "load", "train"]
-
 FOLDER = Path(__file__).parents[1] / "weights"
 
 

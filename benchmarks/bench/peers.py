@@ -22,18 +22,14 @@ torchdiffeq_exact    the common denominator for a table: dopri5 of torchdiffeq o
                      ``torch.autograd.grad`` over the dimensions
 ===================  ==================================================================================================
 
-None of them returns a standard error. ``tol`` is rtol and atol. All random numbers come from torch's global generator,
-as the packages do it; it is seeded from ``generator`` for the call and restored afterwards.
-
-Note:
-    What is not taken over from a peer: its default tolerance or step (``compute_likelihood`` takes one Euler step
-    unless told otherwise), a network that sees float32 time, and score_sde's offset to bits per dimension.
+None of them returns a standard error. ``tol`` is rtol and atol. Random numbers come from torch's global generator,
+which is seeded from ``generator`` for the call and restored afterwards. Not taken over from a peer: its default
+tolerance or step, a network that sees float32 time, and score_sde's offset to bits per dimension.
 
 References:
-    Song et al., https://github.com/yang-song/score_sde_pytorch (its likelihood module, written anew here)
+    https://github.com/yang-song/score_sde_pytorch (its likelihood module, written anew here)
     https://github.com/facebookresearch/flow_matching, https://github.com/probabilists/zuko,
-    https://github.com/DiffEqML/torchdyn, https://github.com/atong01/conditional-flow-matching,
-    https://github.com/rtqichen/torchdiffeq
+    https://github.com/DiffEqML/torchdyn, https://github.com/rtqichen/torchdiffeq
 """
 
 import contextlib
@@ -42,6 +38,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,8 +47,6 @@ import torchdiffeq
 from torch import Tensor, nn
 
 import ndm_ct
-
-__all__ = ["PEERS", "Peer", "Result"]
 
 INSTALL = {
     "scipy": "scipy",
@@ -65,13 +60,9 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class Result:
-    """A likelihood and what it cost.
+    """log p(x) in nats, float64, ``(B,)``, and the forward passes and vector-Jacobian products of the whole batch.
 
-    Args:
-        logp: log p(x), nats, float64, shape ``(B,)``.
-        forward: forward passes of the network, each of the whole batch.
-        vjps: vector-Jacobian products of the network, each of the whole batch; a batched backward pass of D products
-            counts as D.
+    A batched backward pass of D products counts as D.
     """
 
     logp: Tensor
@@ -106,12 +97,9 @@ class Field:
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute log p(x).
+    """One way to compute log p(x): ``protocol`` takes the counted velocity, x and the tolerance.
 
-    Args:
-        name: its key in ``PEERS``.
-        exact: whether the trace is exact; otherwise it is one frozen probe per row.
-        protocol: log p(x), ``(B,)``, from the counted velocity, x and the tolerance.
+    The trace is ``exact``, or estimated by one frozen probe per row.
 
     Example:
         >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
@@ -188,11 +176,6 @@ def flow_matching(field: Field, x: Tensor, tol: float, exact: bool = False) -> T
     return logp
 
 
-def flow_matching_exact(field: Field, x: Tensor, tol: float) -> Tensor:
-    """``ODESolver.compute_likelihood(exact_divergence=True)``."""
-    return flow_matching(field, x, tol, exact=True)
-
-
 def zuko(field: Field, x: Tensor, tol: float, exact: bool = False) -> Tensor:
     """``FreeFormJacobianTransform`` from t_min to 1 on flattened events."""
     transforms = _package("zuko.transforms")
@@ -202,11 +185,6 @@ def zuko(field: Field, x: Tensor, tol: float, exact: bool = False) -> Tensor:
     )
     z, logdet = transform.call_and_ladj(x.flatten(1))
     return field.model.log_prior(z.reshape(x.shape)) + logdet
-
-
-def zuko_exact(field: Field, x: Tensor, tol: float) -> Tensor:
-    """``FreeFormJacobianTransform(exact=True)``."""
-    return zuko(field, x, tol, exact=True)
 
 
 def torchdyn(field: Field, x: Tensor, tol: float, exact: bool = False) -> Tensor:
@@ -224,11 +202,6 @@ def torchdyn(field: Field, x: Tensor, tol: float, exact: bool = False) -> Tensor
             torch.cat([torch.zeros_like(flat[:, :1]), flat], 1), torch.tensor([field.model.t_min, 1.0]).to(x)
         )[-1]
     return field.model.log_prior(end[:, 1:].reshape(x.shape)) - end[:, 0]
-
-
-def torchdyn_exact(field: Field, x: Tensor, tol: float) -> Tensor:
-    """The same with ``autograd_trace``."""
-    return torchdyn(field, x, tol, exact=True)
 
 
 class _TimedNet(nn.Module):
@@ -304,11 +277,11 @@ PEERS = {
     for peer in (
         Peer("score_sde", False, score_sde),
         Peer("flow_matching", False, flow_matching),
-        Peer("flow_matching_exact", True, flow_matching_exact),
+        Peer("flow_matching_exact", True, partial(flow_matching, exact=True)),
         Peer("zuko", False, zuko),
-        Peer("zuko_exact", True, zuko_exact),
+        Peer("zuko_exact", True, partial(zuko, exact=True)),
         Peer("torchdyn", False, torchdyn),
-        Peer("torchdyn_exact", True, torchdyn_exact),
+        Peer("torchdyn_exact", True, partial(torchdyn, exact=True)),
         Peer("torchdiffeq_exact", True, torchdiffeq_exact),
     )
 }

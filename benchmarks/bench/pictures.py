@@ -10,8 +10,6 @@ from torch import Tensor
 from . import schedulers
 from .runs import mean
 
-__all__ = ["distances", "grid", "lines", "summarise"]
-
 Entry = dict[str, Any]
 
 
@@ -124,3 +122,20 @@ def lines(summary: list[Entry], labels: dict[str, str]) -> str:
             line = "".join(f"{value['fd_inf']:10.4g}" if value else " " * 10 for value in values)
             text.append(f"{f'{model}, {sampler}':<{width}}{line}")
     return "\n".join(text[1:])
+
+
+def draw_paths(axis: Any, states: np.ndarray) -> None:
+    """Paths ``(N, B, d)``: on the line over histograms in time, in the plane with their ends."""
+    if states.shape[2] == 2:
+        axis.scatter(*states[-1, :1000].T, s=1.5, color="lightgrey")
+        axis.scatter(*states[0, :1000].T, s=1.5, color="tab:blue")
+        axis.plot(states[:, :60, 0], states[:, :60, 1], color="black", linewidth=0.6)
+        axis.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+        return
+    edges = np.linspace(-3.0, 3.0, 81)
+    density = np.stack([np.histogram(z, edges, density=True)[0] for z in states[..., 0]], 1)
+    axis.imshow(density, origin="lower", extent=(0, 1, -3, 3), aspect="auto", cmap="Blues", vmax=0.8)
+    order = states[0, :, 0].argsort()
+    chosen = order[(np.linspace(0.01, 0.99, 25) * (len(order) - 1)).astype(int)]
+    axis.plot(np.linspace(0.0, 1.0, len(states)), states[:, chosen, 0], color="black", linewidth=0.6)
+    axis.set(xlabel="time, from data to prior", ylabel="z", ylim=(-3, 3))

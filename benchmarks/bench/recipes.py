@@ -16,8 +16,6 @@ from ndm_ct.quantisation import Quantisation
 
 from . import data
 
-__all__ = ["LONG", "RECIPES", "Recipe", "Rows", "large_images", "recipe_of", "rows_of", "truth", "unit"]
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -17,12 +17,6 @@ import torch
 from ndm_ct._core.versions import versions
 from ndm_ct.storage import RunFolder, write_atomically
 
-__all__ = [
-    "RESULTS", "Parser", "generator", "kept", "mean", "names", "numbers", "provenance", "read_json", "save_figure",
-    "seed", "table", "with_error", "words", "write_json",
-    "write_report", "write_text",
-]  # fmt: skip
-
 RESULTS = Path(__file__).parents[1] / "results"
 """Committed results: ``QUESTION/DATA/results.json``, ``results.md`` and pictures."""
 

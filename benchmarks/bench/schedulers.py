@@ -44,8 +44,6 @@ from torch import Tensor
 import ndm_ct
 from ndm_ct import transforms
 
-__all__ = ["PREFIX", "RECIPES", "Draw", "Scheduler", "alphas_cumprod", "parse"]
-
 PREFIX = "diffusers:"
 TIMESTEPS = 1000
 

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["clock_of", "fastest", "timed"]
-
 
 def timed(
     calls: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.process_time

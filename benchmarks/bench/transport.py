@@ -22,11 +22,6 @@ from .data import Split
 from .metrics import energy_distance
 from .runs import generator
 
-__all__ = [
-    "BATCH_ROWS", "BATCH_SHARE", "GAMMA_MIN", "LATE", "MODELS", "Line", "build", "deviation", "energies", "paths",
-    "smoothed_quantiles", "straightest", "straightness", "weightings",
-]  # fmt: skip
-
 MODELS = ("diffusion", "rectified", "transport", "transport-batch", "transport-x", "late", "curved")
 GAMMA_MIN = -7.0
 WIDTH, TERMS = 128, 3
@@ -35,13 +30,9 @@ BATCH_SHARE, BATCH_TERMS, BATCH_ROWS = 30.0, 6, 2
 
 
 def late(start: float, slope: float, rise: float, power: float) -> schedules.Tabulated:
-    r"""Variance preserving with little noise until late: :math:`\gamma(t) = \gamma_0 + at + bt^p`, interpolated.
+    r"""Variance preserving with little noise until late: :math:`\gamma(t) = start + slope\, t + rise\, t^{power}`.
 
-    Args:
-        start: :math:`\gamma_0`.
-        slope: a; the bound charges motion of F by :math:`1/\gamma'`.
-        rise: b.
-        power: p.
+    The bound charges motion of F by :math:`1/\gamma'`, which the slope keeps finite.
     """
     t = torch.linspace(0.0, 1.0, 257, dtype=torch.float64)
     return schedules.Tabulated(torch.sigmoid(-(start + slope * t + rise * t**power)))
@@ -51,13 +42,7 @@ LATE = {"transport": late(GAMMA_MIN, 4.0, 10.0, 8.0), "transport-batch": late(-1
 
 
 class Perceptron(nn.Module):
-    """Three hidden layers on a state and some powers of t: cheaper to differentiate than ``nn.MLP``.
-
-    Args:
-        size: d of events ``(d,)``.
-        outputs: K of the output ``(B, K, d)``; None: ``(B, d)``.
-        time: whether it takes t.
-    """
+    """Three hidden layers on a state and some powers of t: cheaper to differentiate than ``nn.MLP``."""
 
     POWERS = (1, 4, 16, 48)
 
@@ -171,15 +156,8 @@ def smoothed_quantiles(points: Tensor, sigma: Tensor, u: Tensor) -> Tensor:
 def straightest(line: Line, schedule: Schedule, t_min: float, size: tuple[int, int], iterations: int) -> Tensor:
     r"""The straightest paths that descent on the laws of :math:`\alpha F` finds on the line, of points of even ranks.
 
-    Args:
-        line: the data.
-        schedule: gives :math:`\sigma_t`.
-        t_min: start of the interval.
-        size: points of each law, and intervals of time.
-        iterations: iterations of L-BFGS.
-
-    Returns:
-        States at even times, ``(intervals + 1, points, 1)``; the last are those of the standard normal.
+    ``size`` are the points of each law and the intervals of time, ``iterations`` those of L-BFGS. Returns states at
+    even times, ``(intervals + 1, points, 1)``; the last are those of the standard normal.
     """
     count, intervals = size
     tau = torch.linspace(0.0, 1.0, intervals + 1, dtype=torch.float64)

@@ -79,5 +79,5 @@ def test_continues_after_the_last_training_and_refuses_results_of_other_settings
     ways = heads.main([*arguments, "--seeds", "2"])["results"]["moons"]["diffusion"]
     assert ways == {"edm": [0.0, 9.0], "x": [1.0, 9.0], "eps": [9.0, 9.0], "v": [9.0, 9.0]}
     arguments[5] = "3"
-    with pytest.raises(ValueError, match="--out .* holds work of other settings: steps was 2, now 3.*choose another"):
+    with pytest.raises(ValueError, match=r"--out .* holds work of other settings: steps was 2, now 3.*choose another"):
         heads.main(arguments)
