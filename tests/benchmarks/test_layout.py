@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
-COMMAND = re.compile(r"python benchmarks/(\w+)\.py((?:[^`\n\\#]|\\\n)*)")
+COMMAND = re.compile(r"python benchmarks/(\w+)\.py((?:[^`\n\\#{]|\\\n)*)")
 
 
 def quoted():
