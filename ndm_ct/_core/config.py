@@ -4,12 +4,17 @@ A subclass of ``Configurable`` keeps every constructor argument under an attribu
 this package are ever rebuilt, so reading a configuration executes nothing else.
 """
 
+import importlib
 import inspect
 from typing import Any, ClassVar
 
 from ndm_ct._core.errors import CheckpointError
 
 __all__ = ["Configurable", "Unconfigurable", "from_config", "to_config"]
+
+
+_PACKAGES = ("schedules", "transforms", "nn", "guidance", "presets", "adapters")
+"""Packages with subclasses of :class:`Configurable`; the test of the start-up holds this list."""
 
 
 class Unconfigurable(TypeError):
@@ -47,6 +52,14 @@ def to_config(value: Any) -> Any:
     raise Unconfigurable(f"{type(value).__name__} cannot be written as JSON.")
 
 
+def _class(name: str) -> type[Configurable] | None:
+    """The registered class; the packages that define one are imported if they have not been."""
+    if name not in Configurable.registry:
+        for package in _PACKAGES:
+            importlib.import_module(f"{__name__.split('.')[0]}.{package}")
+    return Configurable.registry.get(name)
+
+
 def from_config(value: Any) -> Any:
     """Rebuild what ``to_config`` wrote.
 
@@ -58,7 +71,7 @@ def from_config(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     name = value.get("type")
-    cls = Configurable.registry.get(name) if isinstance(name, str) else None
+    cls = _class(name) if isinstance(name, str) else None
     if cls is None:
         raise CheckpointError(f"the configuration names the class {name!r}, which this version does not have.")
     arguments = {key: from_config(item) for key, item in value.items() if key != "type"}

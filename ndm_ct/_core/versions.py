@@ -6,9 +6,6 @@ import platform
 import subprocess
 from pathlib import Path
 
-import numpy as np
-import torch
-
 __all__ = ["__version__", "versions"]
 
 __version__ = "0.1.0"
@@ -17,6 +14,9 @@ __version__ = "0.1.0"
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions by name; the commit too, if this package lies in a git checkout that tracks it."""
+    import numpy as np  # only here: the package tells its version without loading torch
+    import torch
+
     found = {
         "ndm_ct": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__
     }  # fmt: skip

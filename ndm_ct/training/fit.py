@@ -33,11 +33,9 @@ References:
 
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -53,6 +51,7 @@ from ndm_ct._core.errors import CheckpointError, PredictorError
 from ndm_ct._core.parallel import Group
 from ndm_ct._core.precision import networks_in
 from ndm_ct._core.seeds import derive_seeds
+from ndm_ct._core.signals import stop_signals
 from ndm_ct._core.versions import versions
 from ndm_ct.data.sources import DEQUANTISATIONS, Bins, Source
 from ndm_ct.guidance import nulled
@@ -379,22 +378,13 @@ def _described(objective: Objective) -> str:
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C into a request, so that a step is never left half done."""
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request, so that a step is never left half done."""
 
     def __init__(self) -> None:
         self.requested = False
 
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        main = threading.current_thread() is threading.main_thread()
-        if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
-            return
-        signal.signal(signal.SIGINT, self._request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    def caught(self) -> AbstractContextManager[None]:
+        return stop_signals(self._request)
 
     def _request(self, *_: Any) -> None:
         if self.requested:  # the second one is impatient
