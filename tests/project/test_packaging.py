@@ -5,6 +5,7 @@ import io
 import re
 import tomllib
 
+import matplotlib.image
 import pytest
 import torch
 from paths import ROOT
@@ -72,6 +73,14 @@ def test_commands_for_contributors_are_those_of_the_continuous_integration():
         assert re.search(rf"\b{PACKAGES.get(command, command)}\b", installed), command
 
 
+@pytest.mark.parametrize("script", ["run", "pair"])
+def test_files_that_the_continuous_integration_names_exist(script):
+    named = re.findall(r"(?<![\w/])tests/[\w/]+(?:\.py)?", (ROOT / ".ci" / script).read_text())
+    assert len(named) > 3
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):
     """Blocks share their names, as in a notebook; trainings are cut short."""
     monkeypatch.chdir(tmp_path)
@@ -84,6 +93,18 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
             exec(re.sub(r"steps=2000", "steps=3, progress=False", block), names)
     assert (tmp_path / "ring.safetensors").exists()
     assert names["info"].nfe == 20
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks" / "results").exists(), reason="a source distribution has no results")
+def test_files_named_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(((?!https?:)[^)]+)\)", text)
+    assert sum(link.endswith(".png") for link in links) == 3
+    for name in {*links, *re.findall(r"\b((?:examples|benchmarks|tests)/[\w/]+\.py)\b", text)}:
+        assert (ROOT / name).exists(), name
+    for link in links:
+        if link.endswith(".png"):
+            assert matplotlib.image.imread(ROOT / link)[..., :3].std() > 0.02
 
 
 def test_files_of_the_code_map_exist():
