@@ -24,7 +24,7 @@ import ndm_ct
 from ndm_ct._core.checks import usable_device, validate_count
 from ndm_ct._core.seeds import make_generator
 from ndm_ct.cli import demo, runs, selfcheck
-from ndm_ct.evaluation.api import evaluate
+from ndm_ct.evaluation import evaluate
 from ndm_ct.files.formats import TABLES, read, write_table
 from ndm_ct.likelihood.api import loglik
 from ndm_ct.likelihood.bits import bits_per_dim

@@ -37,7 +37,7 @@ from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.schedules.fixed import LearnedLogSNR, LinearLogSNR, Schedule
 from ndm_ct.storage import PathLike, RunFolder, load, write_atomically
-from ndm_ct.training.fit import PRECISIONS, FitResult, fit
+from ndm_ct.training import PRECISIONS, FitResult, fit
 
 __all__ = ["Run", "Settings", "fingerprint", "settings_from_file", "settings_of", "train"]
 

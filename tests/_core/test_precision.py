@@ -8,9 +8,10 @@ import torch
 import ndm_ct
 from ndm_ct import schedules, transforms
 from ndm_ct._core.precision import networks_in
+from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.storage import tensors as checkpoint
-from ndm_ct.training.fit import _seeds, fit
+from ndm_ct.training import fit
 
 VECTORS, IMAGES = (2,), (1, 8, 8)
 
@@ -158,7 +159,7 @@ def test_validation_is_in_full_precision(ema):
     result = train(made, ema=ema, validation=held_out, validate_every=6)
     with torch.no_grad():
         expected = torch.cat([
-            ndm_ct.elbo(made, x, generator=torch.Generator().manual_seed(_seeds(0, place, 2)[0]))
+            ndm_ct.elbo(made, x, generator=torch.Generator().manual_seed(derive_seeds(0, place, 2)[0]))
             for place, x in enumerate(held_out.split(16))
         ])  # fmt: skip
     assert result.validation[-1]["validation_elbo"] == pytest.approx(expected.double().mean().item(), rel=1e-7)

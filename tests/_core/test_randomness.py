@@ -197,6 +197,8 @@ SEEDED = {
     "estimator.NDMDensity.sample": lambda seed: torch.tensor(density(random_state=0).sample(3, random_state=seed)),
 }
 DRAWS_NOTHING = {
+    "training.Settings",  # they hold the seed of fit and of evaluate
+    "evaluation.Settings",
     "divergence.Exact.bind",  # its probes are the unit vectors
     "transforms.Transform.to_latent",  # y is x
     "transforms.Flow.to_latent",  # one to one

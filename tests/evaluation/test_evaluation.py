@@ -19,8 +19,10 @@ from paths import TESTS
 import ndm_ct
 from ndm_ct import schedules
 from ndm_ct.divergence import Hutchinson, Quadrature
-from ndm_ct.evaluation import api
-from ndm_ct.evaluation.api import MINIMUM_ROWS, PILOT_ROWS
+from ndm_ct.evaluation import run as runs
+from ndm_ct.evaluation import scores
+from ndm_ct.evaluation.run import MINIMUM_ROWS
+from ndm_ct.evaluation.scores import PILOT_ROWS
 from ndm_ct.nn import MLP, Preconditioned
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.reference import Gaussian
@@ -188,8 +190,9 @@ def test_the_pilot_stands_for_the_other_rows(tmp_path):
 
 
 def test_no_randomness_is_used_twice(monkeypatch, generator):
-    seeds, seed = [], api._seed
-    monkeypatch.setattr(api, "_seed", lambda *words: seeds.append(seed(*words)) or seeds[-1])
+    seeds, derive = [], scores.derive_seeds
+    for module in (runs, scores):
+        monkeypatch.setattr(module, "derive_seeds", lambda *words: seeds.extend(derive(*words)) or seeds[-1:])
     evaluate(quantised("uniform"), levels(90, generator), quantisation=BINS, **COARSE)
     # Order, then noise and probes of every row: of the pilot, of its second score and of the other batch.
     assert len(set(seeds)) == len(seeds) == 1 + 2 * (32 + 32 + 58)

@@ -20,11 +20,12 @@ from paths import TESTS
 
 import ndm_ct
 from ndm_ct import schedules, transforms
+from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.storage import load, save
 from ndm_ct.storage import tensors as checkpoint
-from ndm_ct.training.fit import _seeds, fit
+from ndm_ct.training import fit
 
 
 class OwnNet(torch.nn.Module):
@@ -360,7 +361,7 @@ def test_average_and_learning_rate_follow_their_formulas():
         progress=False,
     )
 
-    from ndm_ct.training.fit import _EPOCH, _seeds
+    from ndm_ct.training.step import _EPOCH
 
     groups = [[p for p in by_hand.parameters() if p.ndim >= 2], [p for p in by_hand.parameters() if p.ndim < 2]]
     optimizer = torch.optim.AdamW(
@@ -369,10 +370,10 @@ def test_average_and_learning_rate_follow_their_formulas():
     average, seen = [p.detach().clone() for p in by_hand.parameters()], []
     for k in range(steps):
         epoch, index = divmod(k, 70 // batch)
-        order = torch.randperm(70, generator=torch.Generator().manual_seed(_seeds(5, epoch, _EPOCH)[0]))
+        order = torch.randperm(70, generator=torch.Generator().manual_seed(derive_seeds(5, epoch, _EPOCH)[0]))
         rows = order[index * batch : (index + 1) * batch]
         seen.append(rows)
-        generator = torch.Generator().manual_seed(_seeds(5, k)[0])
+        generator = torch.Generator().manual_seed(derive_seeds(5, k)[0])
         optimizer.zero_grad()
         ndm_ct.loss(by_hand, data[rows], generator=generator).mean().backward()
         torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
@@ -476,7 +477,7 @@ def conditional(seed=0, **options):
 
 def test_dropped_conditioning_is_the_loss_without_it_in_the_drawn_rows():
     """A loop written by hand: the rows are drawn from the generator of the step, before times and noise."""
-    from ndm_ct.training.fit import _EPOCH, _seeds
+    from ndm_ct.training.step import _EPOCH
 
     (model, label), (by_hand, _) = conditional(), conditional()
     data, steps, p = mixture(64), 6, 0.4
@@ -487,9 +488,9 @@ def test_dropped_conditioning_is_the_loss_without_it_in_the_drawn_rows():
     optimizer, dropped = torch.optim.Adam(by_hand.parameters(), lr=1e-2), 0
     for k in range(steps):
         epoch, index = divmod(k, 4)
-        order = torch.randperm(64, generator=torch.Generator().manual_seed(_seeds(5, epoch, _EPOCH)[0]))
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(derive_seeds(5, epoch, _EPOCH)[0]))
         rows = order[index * 16 : (index + 1) * 16]
-        generator = torch.Generator().manual_seed(_seeds(5, k)[0])
+        generator = torch.Generator().manual_seed(derive_seeds(5, k)[0])
         y = label[rows].clone()
         drop = torch.rand(16, generator=generator) < p
         y[drop] = -1
@@ -943,7 +944,7 @@ def test_patience_keeps_the_weights_of_the_best_validation(tmp_path):
     x = mixture(64, seed=9)
     with torch.no_grad():
         found = torch.cat([
-            ndm_ct.elbo(model, rows, generator=torch.Generator().manual_seed(_seeds(0, place, 2)[0]))
+            ndm_ct.elbo(model, rows, generator=torch.Generator().manual_seed(derive_seeds(0, place, 2)[0]))
             for place, rows in enumerate(x.split(12))
         ])  # fmt: skip
     assert found.mean().item() == pytest.approx(bounds[best], rel=1e-6)

@@ -1,0 +1,138 @@
+"""What an evaluation and a comparison return, and how they are printed."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Comparison", "Evaluation", "figures", "mean"]
+
+_REASONS = {
+    "target": "the target was reached",
+    "data": "all data",
+    "max_rows": "max_rows was reached",
+    "time": "out of time",
+    "interrupted": "interrupted",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean negative log-likelihood of a data set; ``str`` is a line to read.
+
+    Args:
+        nll: mean negative log-likelihood, nats per event; for integer data and for the ELBO the bound on it.
+        stderr: its standard error as an estimate of the expectation over the population the data came from: scatter
+            of the data and of the estimator together, nats; NaN below two rows.
+        estimator_stderr: its standard error as an estimate of the mean over exactly the rows scored: what the trace
+            estimate contributes, for integer data the dequantisation noise too, for the ELBO times and noise; nats.
+        bits_per_dim: the same as ``nll`` in bits per dimension; None for real data.
+        bits_stderr: ``stderr`` in bits per dimension; None for real data.
+        rows: rows scored.
+        failed: rows whose solve failed, which are left out of everything else.
+        failed_rows: their numbers in the data.
+        finished: False if it was stopped by the time limit or by Ctrl-C.
+        reason: why it stopped: "target", "data" (all rows scored), "max_rows", "time" or "interrupted".
+        values: negative log-likelihood of each row, nats, float64, ``(rows,)``, in the order scored.
+        indices: their row numbers in the data, ``(rows,)``.
+        seconds: time spent scoring, earlier runs of the same ``run_dir`` included.
+        nfe: mean number of network evaluations per row, the pilot's included.
+    """
+
+    nll: float
+    stderr: float
+    estimator_stderr: float
+    bits_per_dim: float | None
+    bits_stderr: float | None
+    rows: int
+    failed: int
+    failed_rows: tuple[int, ...]
+    finished: bool
+    reason: str
+    values: Tensor
+    indices: Tensor
+    seconds: float
+    nfe: float
+
+    def __str__(self) -> str:
+        nll = f"NLL {figures(self.nll, self.stderr)} nats per event"
+        return _line(self, nll, f"estimator's part ± {self.estimator_stderr:.2g}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The paired difference of two models on the same rows; ``str`` is a line to read.
+
+    Args:
+        difference: mean of NLL_a - NLL_b, nats per event: positive where model b is better.
+        stderr: its standard error from the paired differences, data and estimator together, nats.
+        nll_a: mean negative log-likelihood of model a, nats per event.
+        nll_b: that of model b.
+        stderr_a: standard error of ``nll_a``.
+        stderr_b: standard error of ``nll_b``.
+        correlation: of the two models' values over the rows.
+        variance_reduction: 1 - Var d / (Var a + Var b): the share of an unpaired comparison's variance that is saved.
+        bits_per_dim: the difference in bits per dimension; None for real data.
+        bits_stderr: its standard error in bits per dimension; None for real data.
+        rows: rows scored by both models.
+        failed: rows whose solve failed in either model, which are left out of everything else.
+        failed_rows: their numbers in the data.
+        finished: as in :class:`Evaluation`.
+        reason: as in :class:`Evaluation`.
+        values_a: negative log-likelihood of each row under model a, nats, float64, ``(rows,)``.
+        values_b: that under model b.
+        indices: their row numbers in the data, ``(rows,)``.
+        seconds: time spent scoring, earlier runs of the same ``run_dir`` included.
+        nfe_a: mean number of network evaluations per row, model a.
+        nfe_b: that of model b.
+    """
+
+    difference: float
+    stderr: float
+    nll_a: float
+    nll_b: float
+    stderr_a: float
+    stderr_b: float
+    correlation: float
+    variance_reduction: float
+    bits_per_dim: float | None
+    bits_stderr: float | None
+    rows: int
+    failed: int
+    failed_rows: tuple[int, ...]
+    finished: bool
+    reason: str
+    values_a: Tensor
+    values_b: Tensor
+    indices: Tensor
+    seconds: float
+    nfe_a: float
+    nfe_b: float
+
+    def __str__(self) -> str:
+        difference = f"NLL a - b = {figures(self.difference, self.stderr)} nats per event"
+        a, b = figures(self.nll_a, self.stderr_a), figures(self.nll_b, self.stderr_b)
+        return _line(self, difference, f"a {a}, b {b}, correlation {self.correlation:.3f}")
+
+
+def mean(values: Tensor) -> tuple[float, float]:
+    """Mean and standard error; NaN where there are too few values."""
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), error
+
+
+def figures(value: float, error: float) -> str:
+    """A number to two figures of its error."""
+    if not 0.0 < error < math.inf:
+        return f"{value:.6g} ± {error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def _line(result: Evaluation | Comparison, *parts: str) -> str:
+    """The parts, with bits per dimension after the first, and how it ended."""
+    first, *others = parts
+    if result.bits_per_dim is not None and result.bits_stderr is not None:
+        first += f" ({figures(result.bits_per_dim, result.bits_stderr)} bits/dim)"
+    failed = f", {result.failed} failed" if result.failed else ""
+    return "; ".join([first, *others, f"{result.rows} rows{failed}, {_REASONS[result.reason]}"])

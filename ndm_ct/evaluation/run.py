@@ -1,0 +1,413 @@
+"""An evaluation on its way through the data: batches, when to stop, and the folder that it continues from."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ndm_ct._core.checks import some, validate_count, validate_positive
+from ndm_ct._core.config import Unconfigurable, to_config
+from ndm_ct._core.errors import CheckpointError, SolverError
+from ndm_ct._core.keywords import validate_cond
+from ndm_ct._core.noise import GeneratorLike
+from ndm_ct._core.seeds import derive_seeds
+from ndm_ct.data.sources import Bins, Source
+from ndm_ct.evaluation.results import Comparison, Evaluation, figures, mean
+from ndm_ct.evaluation.scores import ORDER, PILOT_ROWS, Scorer, Settings
+from ndm_ct.model import NDM
+from ndm_ct.quantisation import Quantisation
+from ndm_ct.storage.atomic import PathLike
+from ndm_ct.storage.folder import Journal, Record, RunFolder
+from ndm_ct.storage.tensors import hash_state
+
+__all__ = ["MINIMUM_ROWS", "Limits", "Run"]
+
+MINIMUM_ROWS = 256
+"""Rows before a target may stop an evaluation: the error itself is then known to about 5 %."""
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When to stop."""
+
+    stderr: float | None
+    max_rows: int | None
+    time_limit: float | None
+
+    def __post_init__(self) -> None:
+        if self.max_rows is not None:
+            validate_count("max_rows", self.max_rows)
+        for name, unit in (("stderr", "nats"), ("time_limit", "seconds")):
+            value = getattr(self, name)
+            if value is not None:
+                validate_positive(name, value, unit)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A scored batch.
+
+    Args:
+        start: position of its first row in the random order.
+        rows: row numbers in the data, ``(b,)``.
+        nll: as in :class:`Scores`, ``(models, b)``.
+        variance: likewise.
+        nfe: likewise, by model.
+        seconds: what it took.
+    """
+
+    start: int
+    rows: Tensor
+    nll: Tensor
+    variance: Tensor
+    nfe: list[int]
+    seconds: float
+
+    def to_json(self) -> Record:
+        """A record; null stands for NaN."""
+        tensors = {"rows": self.rows.tolist(), "nll": _without_nan(self.nll), "variance": _without_nan(self.variance)}
+        return {"start": self.start} | tensors | {"nfe": self.nfe, "seconds": self.seconds}
+
+    @classmethod
+    def from_json(cls, record: Record, models: int) -> "Batch":
+        """Read a record; raises ValueError, KeyError, TypeError, OverflowError or RuntimeError if it is none."""
+        _validate_entries(record, [field.name for field in fields(cls)])
+        rows = torch.tensor(record["rows"])
+        nll, variance = (
+            torch.tensor([[math.nan if v is None else v for v in row] for row in record[name]], dtype=torch.float64)
+            for name in ("nll", "variance")
+        )
+        shape = (models, len(rows))
+        if not len(rows) or not rows.dtype == torch.int64 or not shape == nll.shape == variance.shape:
+            raise ValueError(f"rows, nll and variance do not describe {models} values of each row")
+        nfe = record["nfe"]
+        if len(nfe) != models or not all(isinstance(count, int) and count >= 0 for count in nfe):
+            raise ValueError(f"nfe is {nfe!r}, expected {models} counts")
+        if not record["seconds"] >= 0.0:
+            raise ValueError(f"seconds is {record['seconds']!r}, expected a time")
+        return cls(record["start"], rows, nll, variance, nfe, record["seconds"])
+
+
+def _without_nan(values: Tensor) -> list[list[float | None]]:
+    return [[v if math.isfinite(v) else None for v in row] for row in values.tolist()]
+
+
+class Folder(RunFolder):
+    """``rows.jsonl``, a line of settings and then one per batch, and the result; without a path nothing is written."""
+
+    def __init__(self, path: PathLike | None, kind: str) -> None:
+        super().__init__(path)
+        self.kind, self.settings = kind, Record()
+
+    @property
+    def journal(self) -> Journal:
+        """The rows scored."""
+        return Journal(self.path / "rows.jsonl", signed=True)
+
+    def read(self, settings: Record, order: Tensor) -> list[Batch]:
+        """The batches scored before.
+
+        Args:
+            settings: those of this evaluation.
+            order: row numbers in the order in which they are scored.
+
+        Raises:
+            ValueError: they belong to other settings, data or weights.
+            CheckpointError: they are damaged.
+        """
+        self.settings, header = json.loads(json.dumps(settings)), Record()
+
+        def convert(line: int, record: Record) -> Batch | None:
+            if line == 1:
+                header.update(_valid_header(record))
+                return None
+            return Batch.from_json(record, 2 if header["kind"] == "comparison" else 1)
+
+        batches = [batch for batch in self.journal.read(convert) if batch is not None]
+        if not header:
+            return []
+        self.compare({"kind": header["kind"]}, {"kind": self.kind})
+        self.compare(header["settings"], self.settings)
+        done = 0
+        for line, batch in enumerate(batches, 2):
+            if batch.start != done or not torch.equal(batch.rows, order[done : done + len(batch.rows)]):
+                raise CheckpointError(
+                    f"{self.journal.path}: line {line} does not follow the {done} rows before it; move the file away "
+                    "to start again."
+                )
+            done += len(batch.rows)
+        self.journal.keep(1 + len(batches))
+        return batches
+
+    def add(self, batch: Batch) -> None:
+        """Write a batch."""
+        if self.is_real and self.group.is_main:
+            self.journal.add(batch.to_json(), {"format": FORMAT, "kind": self.kind, "settings": self.settings})
+
+
+def _valid_header(record: Record) -> Record:
+    """The first line of a journal; raises ValueError, KeyError or TypeError if it is another one."""
+    _validate_entries(record, ["format", "kind", "settings"])
+    if record["format"] != FORMAT:
+        raise ValueError(f"format {record['format']!r}, this version reads format {FORMAT}")
+    return {"kind": str(record["kind"]), "settings": dict(record["settings"])}
+
+
+def _validate_entries(record: Record, names: list[str]) -> None:
+    others = sorted(record.keys() - names)
+    if others:
+        raise ValueError(f"unknown entries {', '.join(map(repr, others))}")
+
+
+class Raw(Bins):
+    """Rows as they are: every model dequantises them itself."""
+
+    def __init__(self, model: NDM, quantisation: Quantisation | None, dtype: torch.dtype) -> None:
+        super().__init__(model, quantisation, "uniform")
+        self.dtype = dtype
+
+    def real(self, x: Tensor, generator: GeneratorLike) -> Tensor:
+        return x
+
+
+class Run:
+    """One or two models on their way through the data."""
+
+    def __init__(
+        self,
+        kind: str,
+        models: Mapping[str, NDM],
+        data: Any,
+        cond: Mapping[str, Any] | None,
+        settings: Settings,
+        limits: Limits,
+        run_dir: PathLike | None,
+        resume: bool,
+        caller: Callable[..., Any],
+    ) -> None:
+        _validate_models(models, settings)
+        self.settings, self.limits = settings, limits
+        # The one whose network prescribes dtype and device, if there is one.
+        model = next((model for model in models.values() if model.dtype is not None), next(iter(models.values())))
+        self.raw = Raw(model, settings.quantisation, model.dtype or _dtype_of(data))
+        self.source = Source(data, {} if cond is None else cond, self.raw, "data", caller)
+        for each in models.values():
+            validate_cond(self.source.cond, each.cond_names, caller)
+        self.device = model.device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
+        self.scorers = [Scorer(model=each, settings=settings, device=self.device) for each in models.values()]
+        self.has_pilot = kind == "evaluation" and self.scorers[0].pilot is not None
+        generator = torch.Generator().manual_seed(derive_seeds(settings.seed, 0, 0, ORDER)[0])
+        self.order = torch.randperm(self.source.rows, generator=generator)
+        self.folder, self.resume = Folder(run_dir, kind), resume
+        self.models, self.group = models, self.folder.group
+        self.batches: list[Batch] = []
+
+    @contextmanager
+    def in_folder(self) -> Iterator[None]:
+        """With the batches scored before, and no other process at work there."""
+        with self.folder.locked("rows.jsonl", "scored rows", self.resume):
+            if self.folder.is_real:
+                settings = self._identity(self.models)
+                self.batches = self.group.of_main(lambda: self.folder.read(settings, self.order))
+            yield
+
+    @property
+    def visited(self) -> int:
+        """Rows scored or failed."""
+        return sum(len(batch.rows) for batch in self.batches)
+
+    def run(self, progress: bool) -> str:
+        """Score batches until there is a reason to stop, which is returned."""
+        began, before = time.monotonic(), self.visited
+        limit = math.inf if self.limits.time_limit is None else self.limits.time_limit
+        total = min(self.source.rows, self.limits.max_rows or self.source.rows)
+        hidden = not (progress and self.group.is_main)
+        bar = tqdm(total=total, initial=before, disable=hidden, unit="row", dynamic_ncols=True)
+        try:
+            with bar:
+                while (reason := self._reason()) is None:
+                    late = self.visited > before and time.monotonic() - began >= limit
+                    if self.group.any(late, self.device):
+                        return "time"
+                    bar.update(self._advance())
+                    bar.set_postfix_str(figures(*mean(self._figure())), refresh=False)
+                return reason
+        except KeyboardInterrupt:
+            if not self.batches:
+                raise
+            return "interrupted"
+
+    def _reason(self) -> str | None:
+        if self.limits.stderr is not None:
+            figure = self._figure()
+            if len(figure) >= MINIMUM_ROWS and mean(figure)[1] <= self.limits.stderr:
+                return "target"
+        if self.visited >= self.source.rows:
+            return "data"
+        if self.limits.max_rows is not None and self.visited >= self.limits.max_rows:
+            return "max_rows"
+        return None
+
+    def _advance(self) -> int:
+        """Score the next batch, in several processes one in each; returns the number of rows."""
+        before, own = self.visited, self.group.share(self._next())
+        for outcome in self.group.gathered(self._scored(*own[0][1]) if own else None):
+            if isinstance(outcome, SolverError):
+                raise outcome
+            if outcome is not None:
+                self.folder.add(outcome)
+                self.batches.append(outcome)
+        return self.visited - before
+
+    def _next(self) -> list[tuple[int, Tensor]]:
+        """Positions and rows of the next batches, at most one per process."""
+        found, start, end = list[tuple[int, Tensor]](), self.visited, self.limits.max_rows or self.source.rows
+        while start < min(end, self.source.rows) and len(found) < self.group.size:
+            pilot = self._is_pilot(start)
+            size = min(self.settings.batch_size, PILOT_ROWS - start) if pilot else self.settings.batch_size
+            found.append((start, self.order[start : min(start + size, end)]))
+            start += len(found[-1][1])
+        return found
+
+    def _is_pilot(self, start: int) -> bool:
+        return self.has_pilot and start < PILOT_ROWS
+
+    def _scored(self, start: int, rows: Tensor) -> "Batch | SolverError":
+        """A batch, or why there is none: the other processes have to know."""
+        began = time.monotonic()
+        x, cond = self.source.batch(rows, torch.Generator())
+        try:
+            scores = [scorer.score(x, cond, start, self._is_pilot(start)) for scorer in self.scorers]
+        except SolverError as error:
+            failure = _of_data(error, rows)
+            failure.__cause__ = error
+            return failure
+        nll, variance = (torch.stack([getattr(s, name) for s in scores]).cpu() for name in ("nll", "variance"))
+        bad = rows[~nll.isfinite().all(0)].tolist()
+        if bad and self.settings.on_failure == "raise":
+            return SolverError(
+                f"the log-likelihood is not finite in rows {some(bad)} of data, beyond the range of its dtype; rescale "
+                "or drop them, use a model in float64, or pass on_failure='nan' to leave them out.",
+                rows=tuple(bad),
+            )
+        return Batch(start, rows, nll, variance, [s.nfe for s in scores], time.monotonic() - began)
+
+    def values(self) -> Tensor:
+        """Values of the rows that every model could score, ``(models, n)``."""
+        nll = torch.cat([batch.nll for batch in self.batches], 1)
+        return nll[:, nll.isfinite().all(0)]
+
+    def _figure(self) -> Tensor:
+        """What is averaged: the values of the model, or the differences; empty before the first batch."""
+        if not self.batches:
+            return torch.empty(0)
+        values = self.values()
+        return values[0] if len(values) == 1 else values[0] - values[1]
+
+    def estimator_stderr(self) -> float:
+        """The estimator's standard error of the mean of the one model."""
+        good = torch.cat([batch.nll[0] for batch in self.batches]).isfinite()
+        variance = torch.cat([batch.variance[0] for batch in self.batches])[good]
+        known = variance.isfinite()
+        if not bool(known.any()):
+            return math.nan
+        unknown = float((~known).sum()) * self.scorers[0].pilot_gain * float(variance[known].mean())
+        return math.sqrt(float(variance[known].sum()) + unknown) / len(variance)
+
+    def nfe(self, model: int) -> float:
+        """Mean network evaluations per row."""
+        return sum(batch.nfe[model] for batch in self.batches) / self.visited
+
+    def bits(self, nats: float) -> float | None:
+        """Nats per event in bits per dimension; None for real data."""
+        return None if self.settings.quantisation is None else self.raw.bits(nats)
+
+    def shared(self, reason: str) -> dict[str, Any]:
+        """What an Evaluation and a Comparison both tell."""
+        indices = torch.cat([batch.rows for batch in self.batches])
+        good = torch.cat([batch.nll for batch in self.batches], 1).isfinite().all(0)
+        return {
+            "rows": int(good.sum()),
+            "failed": int((~good).sum()),
+            "failed_rows": tuple(indices[~good].tolist()),
+            "finished": reason not in ("time", "interrupted"),
+            "reason": reason,
+            "indices": indices[good],
+            "seconds": sum(batch.seconds for batch in self.batches),
+        }
+
+    def summarise(self, result: Evaluation | Comparison) -> None:
+        """Write the result, all but its tensors."""
+        numbers = {field.name: getattr(result, field.name) for field in fields(result)}
+        scalars = {name: value for name, value in numbers.items() if not isinstance(value, Tensor)}
+        self.folder.write_result(f"{self.folder.kind}.json", scalars | {"settings": self.folder.settings})
+
+    def _identity(self, models: Mapping[str, NDM]) -> Record:
+        """All that determines the score of every row."""
+        bins, trace = self.settings.quantisation, self.scorers[0].estimator
+        return (
+            {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+            | {
+                "quantisation": None if bins is None else asdict(bins),
+                "trace": repr(trace) if is_dataclass(trace) else type(trace).__qualname__,
+                "device": self.device.type,
+                "data": self.source.fingerprint(),
+            }
+            | {name: _described(model) for name, model in models.items()}
+        )
+
+
+def _described(model: NDM) -> Record:
+    """Structure and weights of a model."""
+    parts: Record = {"sha256": hash_state(model.state_dict()), "prior": type(model.prior).__name__, "model": str(model)}
+    for name, part in (("schedule", model.schedule), ("transform", model.transform), ("predictor", model.predictor)):
+        try:
+            parts[name] = to_config(part)
+        except Unconfigurable:
+            parts[name] = type(part).__qualname__
+    return parts
+
+
+def _validate_models(models: Mapping[str, NDM], settings: Settings) -> None:
+    for name, model in models.items():
+        if not isinstance(model, NDM):
+            raise TypeError(f"{name} must be an ndm_ct.NDM, got {type(model).__name__}.")
+    for attribute in ("data_shape", "dtype", "device"):
+        values = [getattr(model, attribute) for model in models.values()]
+        if attribute == "dtype" and settings.quantisation is not None:
+            values = [value or torch.get_default_dtype() for value in values]
+        if len({value for value in values if value is not None}) > 1:
+            raise ValueError(
+                f"{' and '.join(models)} differ in {attribute}: {' and '.join(map(str, values))}; a paired comparison "
+                "needs the same rows and random numbers for both, so make them agree."
+            )
+
+
+def _dtype_of(data: Any) -> torch.dtype:
+    """The dtype for a model without parameters: that of the data, if they are real."""
+    example: Any = data
+    if isinstance(data, Dataset) and len(data):  # type: ignore[arg-type]
+        example = data[0]
+    if isinstance(example, np.ndarray) and example.dtype.kind == "f":
+        return torch.float64 if example.dtype.itemsize > 4 else torch.float32
+    if isinstance(example, Tensor) and example.is_floating_point():
+        return example.dtype
+    return torch.get_default_dtype()
+
+
+def _of_data(error: SolverError, rows: Tensor) -> SolverError:
+    """The same failure with the rows' numbers in the data."""
+    numbers = tuple(rows[list(error.rows)].tolist())
+    where = f" In data these are rows {some(numbers)}." if numbers else ""
+    return SolverError(f"{error}{where}", t=error.t, dt=error.dt, rows=numbers)

@@ -1,0 +1,215 @@
+"""The loop of a training: steps until it is finished, interrupted or out of time, and what is due after each."""
+
+import json
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ndm_ct import objectives
+from ndm_ct._core.seeds import derive_seeds
+from ndm_ct._core.signals import stop_signals
+from ndm_ct.data.sources import Bins, Source
+from ndm_ct.storage.models import describe, save
+from ndm_ct.training.settings import Intervals
+from ndm_ct.training.state import Folder, Objective, Row, State
+from ndm_ct.training.step import _VALIDATION, Gradient
+
+__all__ = ["FitResult", "Training"]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training did.
+
+    Args:
+        step: optimiser steps completed, earlier runs of the same ``run_dir`` included.
+        finished: whether all steps were done, or patience ended (not if interrupted or out of time).
+        history: rows with step, loss (nats per event, mean since the row before), lr, grad_norm, seconds, and
+            bits_per_dim for integer data.
+        validation: rows with step, validation_elbo (nats per event), validation_stderr, seconds, and
+            validation_bits_per_dim for integer data.
+    """
+
+    step: int
+    finished: bool
+    history: tuple[Row, ...]
+    validation: tuple[Row, ...]
+
+
+class Training:
+    """A training in a folder, continued from the checkpoint there.
+
+    Args:
+        state: what the training changes.
+        data: rows to train on.
+        validation: held-out rows.
+        folder: locked, or of no path.
+        intervals: steps between reports.
+    """
+
+    def __init__(
+        self, *, state: State, data: Source, validation: Source | None, folder: Folder, intervals: Intervals
+    ) -> None:
+        self.state, self.settings, self.group = state, state.settings, state.group
+        self.validation, self.folder, self.intervals = validation, folder, intervals
+        self.bins: Bins = data.bins
+        self.remark = f" The last checkpoint in {folder.path} is intact." if folder.is_real else ""
+        self.gradient = Gradient(state, data, self.remark)
+        self.updating = False
+        self.identity: Row = {}
+        if folder.is_real:
+            self.identity = json.loads(json.dumps(self._identity(data)))
+            state.restore(folder, self.identity)
+
+    def run(self, progress: bool) -> FitResult:
+        """Take steps; on return the model has the averaged or the best weights.
+
+        Args:
+            progress: whether to show a progress bar.
+        """
+        state, model = self.state, self.state.model
+        modes = [(module, module.training) for module in model.modules()]
+        devices = [state.device] if state.device.type == "cuda" else []
+        model.train()
+        try:
+            with torch.random.fork_rng(devices):
+                self._loop(progress and self.group.is_main)
+        except KeyboardInterrupt:
+            if self.updating:  # the weights are those of no step; the last checkpoint stands
+                raise
+        finally:
+            for module, training in modes:
+                module.training = training
+        if self.folder.is_real:
+            state.write(self.folder, self.identity)
+        state.finish()
+        if self.folder.is_real and state.is_finished:
+            self.group.of_main(lambda: save(model, self.folder.path / "model.safetensors"))
+        rows = self.folder.rows
+        history, validation = (tuple(row for row in rows if ("loss" in row) is losses) for losses in (True, False))
+        return FitResult(step=state.step, finished=state.is_finished, history=history, validation=validation)
+
+    def _loop(self, progress: bool) -> None:
+        state, start, before, interrupt = self.state, time.monotonic(), self.state.seconds, _Interrupt()
+        limit = math.inf if self.intervals.time_limit is None else self.intervals.time_limit
+        total = self.settings.steps
+        bar = tqdm(total=total, initial=state.step, disable=not progress, unit="step", dynamic_ncols=True)
+        with bar, interrupt.caught():
+            while not state.is_finished:
+                late = time.monotonic() - start >= limit
+                if self.group.any(interrupt.requested or late, state.device):
+                    return
+                loss = self._advance()
+                state.seconds = before + time.monotonic() - start
+                bits = self._bits(loss)
+                bar.set_postfix({"loss": loss} if bits is None else {"bits/dim": bits}, refresh=False)
+                bar.update()
+                self._report()
+
+    def _advance(self) -> float:
+        """Take a step; returns its loss."""
+        state, clip = self.state, self.settings.grad_clip
+        state.optimizer.zero_grad()
+        loss, objective = self.gradient.compute()
+        self._validate_finite("loss", loss)
+        norm = torch.nn.utils.clip_grad_norm_(state.parameters, math.inf if clip is None else clip)
+        self._validate_finite("gradient norm", norm)
+        self.updating = True
+        state.set_objective_state(objective)
+        state.update(loss.item(), norm.item())
+        self.updating = False
+        return loss.item()
+
+    def _validate_finite(self, name: str, value: Tensor) -> None:
+        if not bool(torch.isfinite(value)):
+            raise RuntimeError(
+                f"the {name} became {value.item()} at step {self.state.step}; lower lr (now {self.settings.lr:g}), set "
+                f"grad_clip, or check the networks for overflow.{self.remark}"
+            )
+
+    def _report(self) -> None:
+        """Log, validate and save where this step is due."""
+        step, intervals = self.state.step, self.intervals
+        last = step == self.settings.steps
+        if step % intervals.log_every == 0 or last:
+            self._log()
+        if self.validation is not None and (step % intervals.validate_every == 0 or last):
+            self._validate(self.validation)
+        if self.folder.is_real and step % intervals.checkpoint_every == 0 and not last:
+            self.state.write(self.folder, self.identity)
+
+    def _log(self) -> None:
+        state = self.state
+        loss, norm, count = state.pending
+        row: Row = {"step": state.step, "loss": loss / count}
+        bits = self._bits(loss / count)
+        if bits is not None:
+            row["bits_per_dim"] = bits
+        lr = self.settings.lr_at(state.step - 1)
+        self.folder.add(row | {"lr": lr, "grad_norm": norm / count, "seconds": state.seconds})
+        state.pending = (0.0, 0.0, 0)
+
+    def _bits(self, loss: float) -> float | None:
+        objective = self.state.objective
+        bound = objective is None or isinstance(objective, objectives.Bound)
+        return self.bins.bits_of_loss(loss) if bound else None
+
+    def _validate(self, source: Source) -> None:
+        """The ELBO of the averaged weights, every time with the same noise."""
+        model, device = self.state.averaged, self.state.device
+        bound = torch.zeros(source.rows, dtype=torch.float64, device=device)
+        with torch.no_grad(), model.evaluating():
+            for place, rows in self.group.share(torch.arange(source.rows).split(self.settings.batch_size)):
+                (seed,) = derive_seeds(self.settings.seed, place, _VALIDATION)
+                generator = torch.Generator(device).manual_seed(seed)
+                x, cond = source.batch(rows, generator)
+                bound[rows.to(device)] = self.bins.elbo(model, x, generator, cond).double()
+        self.group.sum_([bound])
+        mean = bound.mean().item()
+        stderr = bound.std().item() / math.sqrt(len(bound)) if len(bound) > 1 else None
+        row: Row = {"step": self.state.step, "validation_elbo": mean, "validation_stderr": stderr}
+        if self.bins.quantisation is not None:
+            row["validation_bits_per_dim"] = self.bins.bits(-mean)
+        self.folder.add(row | {"seconds": self.state.seconds})
+        if self.settings.patience is not None:
+            self.state.keep_best(mean)
+
+    def _identity(self, data: Source) -> Row:
+        """Everything that determines the weights of every step."""
+        bins, objective, model = self.bins.quantisation, self.state.objective, self.state.model
+        return asdict(self.settings) | {
+            "objective": None if objective is None else _described(objective),
+            "data": data.fingerprint(),
+            "quantisation": None if bins is None else [bins.levels, *bins.range],
+            "dequantisation": self.bins.dequantisation,
+            "model": describe(model),
+            "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in model.state_dict().items()},
+        }
+
+
+def _described(objective: Objective) -> str:
+    """Text that changes with the objective, for a checkpoint to compare."""
+    if hasattr(objective, "describe"):
+        return str(objective.describe())
+    return str(getattr(objective, "__qualname__", type(objective).__qualname__))
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request, so that a step is never left half done."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def caught(self) -> AbstractContextManager[None]:
+        return stop_signals(self._request)
+
+    def _request(self, *_: Any) -> None:
+        if self.requested:  # the second one is impatient
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,132 @@
+"""The options of a training: which of them determine the weights, and which values they may have."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ndm_ct._core.checks import choose, validate_count, validate_number, validate_positive
+from ndm_ct.model import NDM
+from ndm_ct.nn import null_of
+
+__all__ = ["OPTIMIZERS", "PRECISIONS", "Intervals", "Settings"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
+PRECISIONS = {"full": None, "bf16-mixed": torch.bfloat16}
+"""The dtype in which networks are evaluated during training, by Lightning's names; None is that of their weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of :func:`ndm_ct.fit` that determine the weights."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    optimizer: str
+    weight_decay: float
+    grad_clip: float | None
+    warmup: int
+    lr_final: float
+    ema: float
+    seed: int
+    cond_dropout: float
+    patience: int | None
+    accumulate: int
+    precision: str
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate"):
+            validate_count(name, getattr(self, name))
+        for name in ("lr", "weight_decay", "grad_clip", "warmup", "lr_final", "ema", "cond_dropout"):
+            if (value := getattr(self, name)) is not None or name != "grad_clip":
+                validate_number(name, value)
+        if self.patience is not None:
+            validate_count("patience", self.patience)
+        choose("optimizer", self.optimizer, OPTIMIZERS)
+        _validate_precision(self.precision)
+        for name, ok, expected in (
+            ("lr", self.lr > 0.0, "positive"),
+            ("weight_decay", self.weight_decay >= 0.0, "at least 0"),
+            ("grad_clip", self.grad_clip is None or self.grad_clip > 0.0, "positive, or None for no clipping"),
+            ("warmup", 0 <= self.warmup <= self.steps, "between 0 and steps"),
+            ("lr_final", 0.0 <= self.lr_final <= 1.0, "a fraction of lr in [0, 1]"),
+            ("ema", 0.0 <= self.ema < 1.0, "in [0, 1), 0 for no average"),
+            ("seed", isinstance(self.seed, int) and self.seed >= 0, "an int of at least 0"),
+            ("cond_dropout", 0.0 <= self.cond_dropout < 1.0, "a probability in [0, 1)"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        progress = max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.lr * ramp * (self.lr_final + (1.0 - self.lr_final) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+    def validate_model(self, model: Any, cond: Mapping[str, Any]) -> None:
+        """Check that the settings have an effect on the model.
+
+        Args:
+            model: the model to train.
+            cond: conditioning of the data.
+
+        Raises:
+            TypeError: it is not a model.
+            ValueError: nothing can be trained, or an option has no effect.
+        """
+        if not isinstance(model, NDM):
+            raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("model has no parameter that requires a gradient: there is nothing to train.")
+        if PRECISIONS[self.precision] is not None and model.dtype not in (None, torch.float32):
+            raise ValueError(
+                f"precision={self.precision!r} has no effect on networks of {model.dtype}; convert the model with "
+                ".float(), or leave precision out."
+            )
+        if self.cond_dropout > 0.0:
+            _validate_droppable(model, cond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """Options of :func:`ndm_ct.fit` that leave the weights as they are: steps between reports, and when to stop."""
+
+    validate_every: int
+    checkpoint_every: int
+    log_every: int
+    time_limit: float | None
+
+    def __post_init__(self) -> None:
+        for name in ("validate_every", "checkpoint_every", "log_every"):
+            validate_count(name, getattr(self, name))
+        if self.time_limit is not None:
+            validate_positive("time_limit", self.time_limit, "seconds")
+
+
+def _validate_droppable(model: NDM, cond: Mapping[str, Any]) -> None:
+    null = null_of(model.predictor)
+    if not cond:
+        raise ValueError("cond_dropout has no effect without cond; pass cond={name: tensor} or leave cond_dropout out.")
+    if not null:
+        raise ValueError(
+            "cond_dropout needs a predictor that says what 'no conditioning' is, and this one has no dict null; "
+            'build the network with classes=K, or give it a dict such as null = {"label": -1}.'
+        )
+    if not null.keys() & cond.keys():
+        raise ValueError(
+            f"cond_dropout has no effect on cond={sorted(cond)}: the predictor's null names {sorted(null)}; give a "
+            "null value for what is to be dropped."
+        )
+
+
+def _validate_precision(name: Any) -> None:
+    if "16" in str(name) and "bf" not in str(name):
+        raise ValueError(
+            f"precision={name!r} is not offered: gradients underflow in float16 unless the loss is scaled; take "
+            "'bf16-mixed', which has the range of float32."
+        )
+    choose("precision", name, PRECISIONS)

@@ -1,0 +1,120 @@
+"""One step of a training: the rows of its batch, the loss, and the gradient, shared among processes."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.precision import networks_in
+from ndm_ct._core.seeds import derive_seeds
+from ndm_ct.data.sources import Source
+from ndm_ct.guidance import nulled
+from ndm_ct.nn import null_of
+from ndm_ct.training.settings import PRECISIONS
+from ndm_ct.training.state import State
+
+__all__ = ["Gradient"]
+
+# Last words of the seeds, one per use of randomness. numpy pads short seeds with zeros, so none of them is 0.
+_EPOCH, _VALIDATION, _PART = 1, 2, 3
+
+
+class Gradient:
+    """The loss of each step and its gradient in the parameters.
+
+    Args:
+        state: of the training.
+        data: rows to train on.
+        remark: added to error messages.
+    """
+
+    def __init__(self, state: State, data: Source, remark: str) -> None:
+        self.state, self.settings, self.group = state, state.settings, state.group
+        self.data, self.remark = data, remark
+        self.size = data.bins.size
+        self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def compute(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of this step's batch, and the objective's next state; the gradient is left in the parameters.
+
+        The batch is split into parts, shared among processes. Each part starts from the same objective state, and the
+        new state is their mean, so the result does not depend on which process handles which part.
+
+        Raises:
+            PredictorError: the network's output was wrong.
+            RuntimeError: another process failed.
+        """
+        state, rows, before = self.state, self._rows(), self.state.objective_state()
+        total, failure = torch.zeros((), dtype=torch.float64, device=state.device), None
+        after = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in before.items()}
+        try:
+            for part, own in self.group.share(rows.tensor_split(self.settings.accumulate)):
+                loss = self._loss(part, own) * (len(own) / len(rows))
+                (loss / self.size).backward()  # nats per dimension, so that one grad_clip suits every event
+                total += loss.detach()
+                for name, tensor in state.objective_state().items():
+                    after[name] += tensor
+                state.set_objective_state(before)
+        except PredictorError as error:  # the other processes have to know
+            failure = PredictorError(f"at step {state.step}: {error}{self.remark}")
+            failure.__cause__ = error
+        finally:
+            state.set_objective_state(before)  # until the step is done
+        if self.group.any(failure is not None, state.device):
+            raise failure or RuntimeError(f"another process failed at step {state.step}.{self.remark}")
+        self._sum_gradients(total)
+        self.group.sum_(list(after.values()))
+        return total, {name: _like(after[name] / self.settings.accumulate, before[name]) for name in before}
+
+    def _sum_gradients(self, total: Tensor) -> None:
+        """Sum over the processes. Parameters that no process used keep no gradient."""
+        if self.group.size == 1:
+            return
+        parameters = self.state.parameters
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=self.state.device)
+        self.group.sum_([used, total])
+        theirs = [p for p, count in zip(parameters, used.tolist(), strict=True) if count]
+        for p in theirs:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.group.sum_([cast(Tensor, p.grad) for p in theirs])
+
+    def _loss(self, part: int, rows: Tensor) -> Tensor:
+        """Mean over the rows of a part, with noise that no other part has."""
+        own, others = derive_seeds(self.settings.seed, self.state.step, *((part, _PART) if part else ()), count=2)
+        generator = torch.Generator(self.state.device).manual_seed(own)
+        torch.manual_seed(others)  # dropout, and whatever else the networks draw
+        x, given = self.data.batch(rows, generator)
+        cond = self._dropped(given, len(x), generator)
+        with networks_in(PRECISIONS[self.settings.precision]):
+            return self.state.minimised(self.state.model, x, generator=generator, **cond).mean()
+
+    def _dropped(self, cond: Mapping[str, Any], rows: int, generator: torch.Generator) -> Mapping[str, Any]:
+        """The conditioning of a batch with null values in some rows, the same rows for every name."""
+        if self.settings.cond_dropout == 0.0:  # and nothing is drawn
+            return cond
+        drop = torch.rand(rows, generator=generator, device=generator.device) < self.settings.cond_dropout
+        null = {
+            name: nulled(name, cond[name], value)
+            for name, value in null_of(self.state.model.predictor).items()
+            if name in cond
+        }
+        return {**cond} | {
+            name: torch.where(drop.to(value.device).reshape(-1, *(1,) * (value.ndim - 1)), value, cond[name])
+            for name, value in null.items()
+        }
+
+    def _rows(self) -> Tensor:
+        """Rows of this step's batch."""
+        size = min(self.settings.batch_size, self.data.rows)
+        epoch, index = divmod(self.state.step, self.data.rows // size)
+        if self._permutation[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seeds(self.settings.seed, epoch, _EPOCH)[0])
+            self._permutation = (epoch, torch.randperm(self.data.rows, generator=generator))
+        return self._permutation[1][index * size : (index + 1) * size]
+
+
+def _like(mean: Tensor, tensor: Tensor) -> Tensor:
+    """A mean in the dtype of the tensors it was computed from."""
+    return (mean if tensor.is_floating_point() else mean.round()).to(tensor.dtype)
