@@ -137,7 +137,7 @@ def pictures(x: Tensor, guesses: dict[float, Tensor]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print and draw; return what the JSON file holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=128, help="test images (128)")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 30, 100, 300, 1000], help="values of T")
     parser.add_argument("--samples", type=int, default=16, help="transitions drawn per image and T (16)")

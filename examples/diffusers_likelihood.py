@@ -142,7 +142,7 @@ def picture(x: Tensor, bits: Tensor, stderr: Tensor, samples: Tensor) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, score, print and draw; return what the JSON file holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps (200)")
     parser.add_argument("--rows", type=int, default=8, help="test images (8)")
     parser.add_argument("--save", type=Path, help="folder for the network, in the format of diffusers")

@@ -142,7 +142,7 @@ def neighbours(samples: Tensor, nearest_images: Tensor, ours: Tensor, theirs: Te
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print and draw; return what the JSON file holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=4, help="pairs of test images (4)")
     parser.add_argument("--points", type=int, default=9, help="points of a path, its ends included (9)")
     parser.add_argument("--samples", type=int, default=300, help="samples compared with the training set (300)")

@@ -32,7 +32,7 @@ def trained(x: torch.Tensor, transform: transforms.Transform, steps: int) -> tup
 
 def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     """Train, print and draw; return log-likelihood and bound of each model, in nats."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=800, help="optimiser steps of each model (800)")
     parser.add_argument("--out", type=Path, default=Path("runs/examples/learned_forward_process"), help="folder")
     options = parser.parse_args(arguments)

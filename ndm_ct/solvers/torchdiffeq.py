@@ -91,7 +91,7 @@ def odeint(
 ) -> Solution:
     r"""Solve :math:`dy/dt = f(t, y)` adaptively from t0 to t1, in either direction.
 
-    A step is accepted when the worst row's error, a root mean square in units of atol + rtol |y| over each of the
+    A step is accepted when the worst row's error, a root mean square in units of ``atol + rtol |y|`` over each of the
     state's tensors separately, is at most one.
 
     Args:

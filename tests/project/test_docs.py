@@ -3,17 +3,22 @@
 Trainings are cut short, and what such a page prints is then not compared.
 """
 
+import ast
 import contextlib
 import importlib
-import inspect
 import io
+import os
 import pkgutil
 import re
+import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import pytest
 from paths import ROOT, TESTS
 
+import ndm_ct
 from ndm_ct.cli import commands as cli
 from ndm_ct.samplers import grids
 from ndm_ct.samplers import sample as sampling
@@ -74,7 +79,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
 def test_names_in_the_pages_exist():
     """In tables too, whose code is not run."""
     text = "".join(path.read_text() for path in DOCS.glob("*.md"))
-    modules = "ndm_ct|adapters|nn|objectives|presets|schedules"
+    modules = "ndm_ct|adapters|nn|objectives|presets|schedules|transforms"
     for name in set(re.findall(rf"(?<![\w./])(?:{modules})\.[\w.]+\w", text)):
         path = name if name.startswith("ndm_ct.") else f"ndm_ct.{name}"
         assert pkgutil.resolve_name(path) is not None
@@ -90,92 +95,95 @@ def test_pages_with_code_are_those_that_have_some():
     assert PAGES == ["command_line", "error_bars", "index", "migrating"]
 
 
-@pytest.fixture
-def tool(monkeypatch):
-    """A module of docs/, which import each other."""
-    pytest.importorskip("mkdocstrings_handlers")
-    monkeypatch.syspath_prepend(DOCS)
-    yield importlib.import_module
-    for name in ("rst", "reference", "gallery", "results"):
-        sys.modules.pop(name, None)
+def test_names_in_docstrings_exist():
+    """Also those of private functions, which the site does not show."""
+    found = 0
+    for name in ["ndm_ct", *(each.name for each in pkgutil.walk_packages(ndm_ct.__path__, "ndm_ct."))]:
+        if name.endswith("__main__"):
+            continue
+        module = importlib.import_module(name)
+        for owner, text in docstrings(ast.parse(Path(module.__file__).read_text())):
+            for target in re.findall(r":(?:func|class|meth|mod):`~?\.?([^`]+)`", text):
+                places = [target, f"{name}.{target}", f"{name}.{owner}.{target}"]
+                places += [f"{name.rpartition('.')[0]}.{target}", f"ndm_ct.{target}"]
+                assert any(resolves(place) for place in places), f"{name}, {owner}: {target}"
+                found += 1
+    assert found > 100
 
 
-def test_docstrings_become_markdown(tool):
-    text = r"""Sum :math:`a |
-        b`, see :func:`f`.
-
-    .. math::
-        a &= b, \\
-        c &= d
-
-    =====  ======
-    name   what
-    =====  ======
-    ``a``  :math:`|a|`
-           more
-    ``b``
-    =====  ======
-
-    References:
-        One, A long title that goes on and on and on until the line that it stands in is full to the very end, and so on
-        and on, https://arxiv.org/abs/1
-        Two, https://arxiv.org/abs/2
-    """
-    found = tool("rst").markdown(inspect.cleandoc(text))
-    assert found.startswith(r"Sum \(a | b\), see `f`.")
-    assert "\\[\n\\begin{aligned}\na &= b, \\\\\nc &= d\n\\end{aligned}\n\\]\n" in found
-    assert r"| ``a`` | \(\vert a\vert\) more |" in found
-    assert "| name | what |\n| --- | --- |\n" in found
-    assert found.endswith("and on, <https://arxiv.org/abs/1>\n- Two, <https://arxiv.org/abs/2>\n")
-    with pytest.raises(ValueError, match="leaves its column"):
-        tool("rst").markdown("=  =\nab c\n=  =\n")
+def docstrings(tree: ast.Module):
+    """The docstrings of a module, its classes, methods and functions, each with the name of its class or function."""
+    yield "", ast.get_docstring(tree) or ""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            for inner in (node, *(each for each in node.body if isinstance(each, ast.FunctionDef))):
+                yield node.name, ast.get_docstring(inner) or ""
 
 
-def test_docstrings_of_the_library_are_converted_whole(tool):
-    """Every name in them exists, and nothing is left that only Sphinx would understand."""
-    rst, griffe = tool("rst"), tool("griffe")
-    extensions = griffe.load_extensions(rst.Markdown)
-    package = griffe.load("ndm_ct", search_paths=[str(DOCS.parent)], extensions=extensions)
-    texts = [each.docstring.value for each in rst.objects(package) if each.docstring]
-    assert len(texts) > 300
-    for text in texts:
-        assert not re.search(
-            r":(math|func|class|meth|mod|attr|data|ref):`|^ *\.\. [a-z-]+::|^ *==+  ", text, re.MULTILINE
-        )
-    loglik = package["likelihood.loglik"].docstring.value
-    assert r"\(\log p_{t_{min}}\) of the probability flow" in loglik
-    assert "[`LikelihoodInfo`][ndm_ct.likelihood.LikelihoodInfo]" in loglik
-    assert "[`bits_per_dim`]" not in package["cli.main"].docstring.value
+def resolves(path: str) -> bool:
+    try:
+        pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError):
+        return False
+    return path.startswith("ndm_ct")
 
 
-def test_every_module_has_one_page(tool):
-    names = [name for group in tool("reference").modules().values() for name in group]
-    assert len(set(names)) == len(names)
-    found = {
-        path.stem for path in (DOCS.parent / "ndm_ct").iterdir() if path.stem[0] != "_" and path.name != "py.typed"
-    }
-    assert found - set(names) == {"cli", "demo"}
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built strictly without running examples."""
+    pytest.importorskip("sphinx_gallery")
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", out / "doctrees", DOCS, out / "html"]
+    run = subprocess.run(command, env={**os.environ, "NDM_CT_GALLERY": "0"}, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    return out / "html"
 
 
-def test_every_example_is_in_the_gallery_and_changes_are_seen(tool, tmp_path, monkeypatch):
-    monkeypatch.delenv("NDM_CT_GALLERY", raising=False)
-    gallery = tool("gallery")
-    scripts = gallery.examples()
-    assert {path.stem for path in scripts} == {path.stem for path in (DOCS.parent / "examples").glob("*.py")} - {
-        "common"
-    }
-    assert set(gallery.ARGUMENTS) == {path.stem for path in scripts}
-    script = tmp_path / "an_example.py"
-    script.write_text("import pathlib, sys; pathlib.Path(sys.argv[2], 'a.png').write_text('1')")
-    monkeypatch.setattr(gallery, "KEPT", tmp_path / "kept")
-    picture = gallery.made(script) / "a.png"
-    picture.write_text("kept")
-    assert gallery.made(script).joinpath("a.png").read_text() == "kept"
-    script.write_text(script.read_text() + "  # changed")
-    monkeypatch.setenv("NDM_CT_GALLERY", "0")
-    assert gallery.made(script).joinpath("a.png").read_text() == "kept"
-    monkeypatch.delenv("NDM_CT_GALLERY")
-    assert gallery.made(script).joinpath("a.png").read_text() == "1"
-    script.write_text("raise ValueError('no')")
-    with pytest.raises(tool("mkdocs.exceptions").PluginError, match="ValueError: no"):
-        gallery.made(script)
+def test_every_public_name_has_one_entry(site):
+    lines = zlib.decompress((site / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1]).decode().splitlines()
+    entries = [name for name, role, *_ in map(str.split, lines) if role.startswith("py:")]
+    assert len(entries) == len(set(entries))
+    for module in pkgutil.iter_modules(ndm_ct.__path__, "ndm_ct."):
+        exported = getattr(importlib.import_module(module.name), "__all__", ())
+        if module.name != "ndm_ct.cli" and exported:
+            assert module.name in entries
+            missing = [name for name in exported if not {f"ndm_ct.{name}", f"{module.name}.{name}"} & set(entries)]
+            values = {id(pkgutil.resolve_name(entry)) for entry in entries if entry.startswith("ndm_ct.")}
+            assert not [name for name in missing if id(pkgutil.resolve_name(f"{module.name}.{name}")) not in values]
+    for name in set(ndm_ct.__all__):
+        assert f"ndm_ct.{name}" in entries
+
+
+def test_site_loads_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 40
+    for page in pages:
+        text = page.read_text()
+        assert not re.findall(r"<(?:script|img|iframe)[^>]* src=.https?:|<link[^>]* href=.https?:", text), page
+        for script in re.findall(r"<script[^>]* src=\"([^\"?]+)", text):
+            assert (page.parent / script).exists(), (page, script)
+        if 'class="math ' in text:
+            assert "mathjax/tex-chtml.js" in text
+    assert not re.search(r"@import|url\(.?https?:", "".join(path.read_text() for path in site.rglob("*.css")))
+    assert (site / "searchindex.js").stat().st_size > 10_000
+
+
+def test_every_example_is_in_the_gallery(site):
+    gallery = (site / "gallery" / "index.html").read_text()
+    assert "SyntaxError" not in gallery
+    scripts = [path.stem for path in (ROOT / "examples").glob("*.py")]
+    assert len(scripts) > 7
+    for script in scripts:
+        assert f'href="{script}.html' in gallery
+
+
+def test_measurements_are_named_by_their_question(site):
+    measured = [path.name for path in (ROOT / "benchmarks" / "results").iterdir() if path.is_dir()]
+    assert len(measured) > 7
+    pages = [(site / "results" / f"{name}.html").read_text() for name in measured]
+    titles = [re.search(r"<title>(.*?) - ndm_ct", page)[1] for page in pages]
+    assert len(set(titles)) == len(titles)
+    assert all(title.endswith("?") for title in titles)
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md"]:
+        for link in re.findall(r"\]\(((?:\.\./)?benchmarks/[^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
