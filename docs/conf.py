@@ -21,16 +21,8 @@ nitpicky = True
 nitpick_ignore_regex = [("py:(class|obj|data|exc|attr)", ".*")]
 nitpicky = True  # a docstring that names a function names one with an entry
 nitpick_ignore_regex = [("py:(class|obj|data|exc|attr|mod)", ".*")]
-extensions = [
-    "myst_parser",
-    "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
-    "sphinx.ext.napoleon",
-    "sphinx_copybutton",
-    "sphinx_gallery.gen_gallery",
-    "sphinx-mathjax-offline",
-]
+extensions = [f"sphinx.ext.{name}" for name in ("autodoc", "autosummary", "mathjax", "napoleon")]
+extensions += ["myst_parser", "sphinx_copybutton", "sphinx_gallery.gen_gallery", "sphinx-mathjax-offline"]
 exclude_patterns = ["gallery/*.ipynb", "gallery/*.py", "sg_execution_times.rst", "gallery/sg_execution_times.rst"]
 templates_path = ["_templates"]
 html_theme = "furo"
@@ -107,10 +99,8 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
     "plot_gallery": os.environ.get("NDM_CT_GALLERY") != "0",
-    "abort_on_example_error": True,
     "download_all_examples": False,
     "show_signature": False,
-    "within_subsection_order": "FileNameSortKey",
 }
 
 
