@@ -3,7 +3,7 @@
 A value is a tensor, anything else that all rows share (a number, a string, None), or a dict, list or tuple of values.
 A tensor whose first axis has as many entries as the batch has rows is a candidate for one entry per row. Any other
 tensor is shared by all rows. Where rows are taken from a batch, the candidates are decided by what the networks do
-with them (:meth:`Conditioning.by_row`); ``shared(value)`` settles it beforehand.
+with them; ``shared(value)`` settles it beforehand.
 """
 
 import itertools
