@@ -49,16 +49,16 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
         scores[name] = [float(logp.mean()), float(bound.mean())]
         print(f"{name}: log-likelihood {scores[name][0]:.2f}, bound {scores[name][1]:.2f} nats")
         axes[1, 0].plot([row["step"] for row in result.history], [row["loss"] for row in result.history], label=name)
-        density = ndm_ct.loglik(model, plane).reshape(50, 50).exp().T
+        density = ndm_ct.loglik(model, plane).reshape(50, 50).exp().T.numpy()
         axes[1, 1 + place].imshow(density, origin="lower", extent=(-6, 6, -6, 6), vmax=0.1)
         axes[1, 1 + place].set(title=f"density, {name}")
-        axes[1, 3].scatter(*ndm_ct.sample(model, 500).T, s=3, label=name)
+        axes[1, 3].scatter(*ndm_ct.sample(model, 500).T.numpy(), s=3, label=name)
     axes[1, 3].set(title="samples", xlim=(-6, 6), ylim=(-6, 6))
     axes[1, 0].set(title="loss, nats", xlabel="step", ylim=(3, 6))
     axes[1, 0].legend()
     for axis, t in zip(axes[0], (0.0, 0.3, 0.6, 1.0), strict=True):
         with torch.no_grad():
-            axis.scatter(*F(new, torch.tensor(t)).T, c=half, s=3, cmap="coolwarm")
+            axis.scatter(*F(new, torch.tensor(t)).T.numpy(), c=half, s=3, cmap="coolwarm")
         axis.set(title=f"F(x, {t:g})", xlim=(-6, 6), ylim=(-6, 6))
     options.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out / "learned_forward_process.png", dpi=110)
