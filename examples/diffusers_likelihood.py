@@ -7,7 +7,7 @@ squared error, AdamW. The data are scikit-learn's digits with uniform noise in t
 .. code-block:: python
 
     model = ndm_ct.adapters.from_diffusers(unet, scheduler)
-    bits, info = ndm_ct.bits_per_dim(model, images, levels=17, return_info=True)
+    bits, info = ndm_ct.bits_per_dim(model, images, quantisation=17, return_info=True)
 
 gives an upper bound of the bits per dimension of every image, and the standard error of the estimate. The mean over
 test images has two standard errors: one because there are finitely many images, and a smaller one of the estimate; both
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     images = test[: options.rows]
     model = ndm_ct.adapters.from_diffusers(net, scheduler)
     bits, info = ndm_ct.bits_per_dim(
-        model, images, levels=17, generator=torch.Generator().manual_seed(2), return_info=True
+        model, images, quantisation=17, generator=torch.Generator().manual_seed(2), return_info=True
     )
     elbo, elbo_error = bound(model, images, bins)
     over_rows = float(bits.std()) / len(bits) ** 0.5

@@ -124,7 +124,7 @@ def scored(
     generator, parts = torch.Generator().manual_seed(seed), []
     for batch in torch.cat([images, images[:repeated]]).split(BATCH):
         bits, info = ndm_ct.bits_per_dim(
-            model, batch, levels=levels, stderr=stderr, trace=TRACE, generator=generator, return_info=True
+            model, batch, quantisation=levels, stderr=stderr, trace=TRACE, generator=generator, return_info=True
         )
         parts.append(torch.stack([bits, info.stderr]).double())
     bits, errors = torch.cat(parts, 1)

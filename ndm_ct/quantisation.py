@@ -3,17 +3,18 @@ r"""Integer data: levels k = 0 ... L-1 as bins of a real interval.
 .. math::
     x_k = lo + (hi - lo)\,\frac{k + \frac12}{L}, \qquad h = \frac{hi - lo}{2 L}
 
-Level k owns the bin :math:`[x_k - h, x_k + h]`. *Uniform* dequantisation adds noise uniform in the bin,
-:math:`\log P(k) \ge E[\log p(x_k + u)] + d \log 2h`. *Truncated-normal* dequantisation lets the process' own noise at
-:math:`t_{min}` do it: with :math:`z_0 = \alpha_0 x_k + \sigma_0 \epsilon`, :math:`|\epsilon| \le \tau = h
-\alpha_0/\sigma_0`,
+Level k owns the bin :math:`[x_k - h, x_k + h]`. Dequantisation ``"uniform"`` adds noise uniform in the bin,
+:math:`\log P(k) \ge E[\log p(x_k + u)] + d \log 2h`. Dequantisation ``"process"`` adds the noise that the process
+itself adds at :math:`t_{min}`, truncated to the bin: with :math:`z_0 = \alpha_0 x_k + \sigma_0 \epsilon`,
+:math:`|\epsilon| \le \tau = h \alpha_0/\sigma_0`,
 
 .. math::
     \log P(k) \ge E[\log p_0(z_0)]
     + d \Bigl( \tfrac12 \log 2 \pi e \sigma_0^2 + \log Z - \frac{\tau \phi(\tau)}{Z} \Bigr), \qquad
     Z = \operatorname{erf}(\tau/\sqrt 2) .
 
-The first fits a model trained on uniformly noised data, the second one trained on the bin centres.
+Use "uniform" for a model trained on uniformly noised data, and "process" for a model trained on the bin centres, whose
+:math:`\sigma_0/\alpha_0` should be about a third of h.
 
 References:
     Zheng et al., Improved Techniques for Maximum Likelihood Estimation for Diffusion ODEs, section 5,
@@ -21,6 +22,7 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,12 @@ from torch import Tensor
 from ndm_ct._core.checks import some, sum_event, validate_dense, validate_number, validate_values
 from ndm_ct._core.noise import GeneratorLike, as_randomness, uniform
 
-__all__ = ["Quantisation", "validate_quantisation"]
+__all__ = ["DEQUANTISATIONS", "Quantisation", "rename_earlier", "resolve_optional", "resolve_quantisation"]
+
+DEQUANTISATIONS = ("uniform", "process")
+"""Names of ``dequantisation``."""
+
+_EARLIER_NAMES = {"truncated-normal": "process", "centres": "process"}
 
 _MOST_LEVELS = 2**32
 
@@ -92,7 +99,7 @@ class Quantisation:
             rows = torch.nonzero(outside.flatten(1).any(1) if x.ndim > 1 else outside).flatten().tolist()
             raise ValueError(
                 f"{name} has values outside [0, {self.levels}) in rows {some(rows)} (smallest {int(level.min())}, "
-                f"largest {int(level.max())}); pass levels= to fit the data."
+                f"largest {int(level.max())}); pass a quantisation with enough levels."
             )
         return x
 
@@ -106,13 +113,17 @@ class Quantisation:
         return ((x.double() - self.range[0]) / (2.0 * self.half_width)).floor().clamp(0, self.levels - 1).long()
 
     def validate_centres(self, x: Tensor, name: str = "x") -> None:
-        """Check that real ``x`` are bin centres, up to rounding.
+        """Check that real ``x`` are bin centres, up to the rounding of their dtype.
 
         Raises:
-            ValueError: values elsewhere, with their rows.
+            ValueError: values elsewhere, with their rows, or more levels than the dtype tells apart.
         """
-        level = (x.double() - self.range[0]) / (2.0 * self.half_width) - 0.5
-        away = (level - level.round()).abs() > 1e-3
+        width = 2.0 * self.half_width
+        slack = 1e-3 + 2.0 * torch.finfo(x.dtype).eps * max(map(abs, self.range)) / width
+        if slack > 0.1:
+            raise ValueError(f"{name} in {x.dtype} cannot tell {self.levels} levels apart; use torch.float64.")
+        level = (x.double() - self.range[0]) / width - 0.5
+        away = (level - level.round()).abs() > slack
         away |= (level.round() < 0) | (level.round() >= self.levels)
         if bool(away.any()):
             rows = torch.nonzero(away.reshape(x.shape[0], -1).any(1)).flatten().tolist()
@@ -168,14 +179,32 @@ class Quantisation:
         return -sum_event(0.5 * eps**2 + math.log(sigma * mass * math.sqrt(2.0 * math.pi)))
 
 
-def validate_quantisation(bins: Any) -> None:
-    """Refuse what is neither a :class:`Quantisation` nor None.
+def resolve_quantisation(quantisation: Any) -> Quantisation:
+    """The bins that a ``quantisation=`` option means: an object, or a number of levels on (-1, 1).
 
     Raises:
-        TypeError: for example a number of levels.
+        TypeError: neither an int nor a :class:`Quantisation`.
+        ValueError: fewer than two levels, or too many.
     """
-    if bins is not None and not isinstance(bins, Quantisation):
+    if isinstance(quantisation, Quantisation):
+        return quantisation
+    if isinstance(quantisation, bool) or not isinstance(quantisation, int):
         raise TypeError(
-            f"quantisation must be an ndm_ct.quantisation.Quantisation, got {type(bins).__name__}; pass "
-            "Quantisation(levels=256)."
+            "quantisation must be a number of levels or an ndm_ct.quantisation.Quantisation, got "
+            f"{type(quantisation).__name__}; pass quantisation=256."
         )
+    try:
+        return Quantisation(quantisation)
+    except ValueError as error:
+        raise ValueError(f"quantisation={quantisation!r} is not a number of levels: {error}") from error
+
+
+def resolve_optional(quantisation: Any) -> Quantisation | None:
+    """The bins that a ``quantisation=`` option means, where None is real-valued data."""
+    return None if quantisation is None else resolve_quantisation(quantisation)
+
+
+def rename_earlier(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a file, where ``dequantisation`` may have an earlier name, under the names of today."""
+    name = settings.get("dequantisation")
+    return {**settings, "dequantisation": _EARLIER_NAMES.get(name, name)} if isinstance(name, str) else dict(settings)

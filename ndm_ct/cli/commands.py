@@ -304,7 +304,7 @@ def _scores(run: runs.Run, x: Tensor, stderr: float | None, generators: list[tor
         log_p, info = loglik(run.model, x, stderr=stderr, on_failure="nan", generator=generators, return_info=True)
         return {"log_p": log_p.double().cpu() - run.log_scale, "stderr": info.stderr.double().cpu()}
     bits, levels = bits_per_dim(
-        run.model, x, levels=run.bins.levels, dequantisation="truncated-normal", generator=generators, return_info=True
+        run.model, x, quantisation=run.bins, dequantisation="process", generator=generators, return_info=True
     )
     per_bit = x[0].numel() * float(np.log(2.0))
     return {
@@ -341,7 +341,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     centred = run.bins is not None and not elbo
     result = evaluate(
         run.model, run.rows(options.data, options.array), quantisation=run.bins,
-        dequantisation="truncated-normal" if centred else "uniform", bound=options.bound,
+        dequantisation="process" if centred else "uniform", bound=options.bound,
         samples=(options.samples or 64) if elbo else None, stderr=options.stderr, batch_size=options.batch_size,
         max_rows=options.max_rows, on_failure="raise" if elbo else "nan", seed=options.seed, run_dir=options.out,
         progress=not options.quiet, time_limit=options.time_limit,

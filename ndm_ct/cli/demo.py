@@ -3,7 +3,7 @@ r"""The demo: a Neural Diffusion Model on scikit-learn's digits beside a plain d
 Both models see the same data, steps and noise schedule, and have about the same number of parameters. The NDM noises
 :math:`F(x, t) = x + t f_1(x) + t^2 f_2(x)`, with f a learned network that starts at zero; the diffusion noises x.
 The 8x8 images have 17 grey levels; models are trained on the bin centres, with the noise at t = 0 a third of a bin's
-half-width, and test images are scored in bits per dimension by the probability flow (truncated-normal dequantisation)
+half-width, and test images are scored in bits per dimension by the probability flow (dequantisation "process")
 and by the ELBO.
 """
 
@@ -34,7 +34,7 @@ STEPS = 900
 LEVELS = 17
 SHAPE = (1, 8, 8)
 GAMMA_MIN = -2.0 * math.log(3.02 * LEVELS)
-"""Noise at t = 0 a third of a bin's half-width: what truncated-normal dequantisation wants."""
+"""Noise at t = 0 a third of a bin's half-width: what dequantisation "process" needs."""
 
 BINS = Quantisation(LEVELS)
 
@@ -110,7 +110,7 @@ def run(
                 lr=2e-3,
                 ema=0.998,
                 quantisation=BINS,
-                dequantisation="centres",
+                dequantisation="process",
                 seed=seed,
                 run_dir=out / name.lower(),
                 checkpoint_every=200,
@@ -132,10 +132,10 @@ def _parameters(model: NDM) -> int:
 
 def _score(model: NDM, trained: FitResult, test: Tensor, seed: int) -> Score:
     generator = torch.Generator().manual_seed(seed)
-    options: dict[str, Any] = {"levels": LEVELS, "generator": generator, "return_info": True}
+    options: dict[str, Any] = {"quantisation": LEVELS, "generator": generator, "return_info": True}
     elbo, _ = bits_per_dim(model, test, bound="elbo", samples=16, **options)
     ode, info = bits_per_dim(
-        model, test, dequantisation="truncated-normal", trace=Hutchinson(2), rtol=1e-4, atol=1e-4, **options
+        model, test, dequantisation="process", trace=Hutchinson(2), rtol=1e-4, atol=1e-4, **options
     )
     seconds = trained.history[-1]["seconds"]
     return Score(_parameters(model), seconds, *_mean(ode), info.nfe, *_mean(elbo))

@@ -365,7 +365,7 @@ def train(
     images = len(event_shape) == 3
     options: dict[str, Any] = {}
     if run.bins is not None:
-        options |= {"quantisation": run.bins, "dequantisation": "centres"}
+        options |= {"quantisation": run.bins, "dequantisation": "process"}
     if held_out:
         validation = run.of(replace(rows, values=rows.values[-held_out:]), cast(str, settings.data))
         options |= {"validation": validation, "validate_every": max(1, settings.steps // 20)}

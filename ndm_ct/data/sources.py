@@ -16,12 +16,10 @@ from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike
 from ndm_ct.files.formats import let_go
 from ndm_ct.model import NDM
-from ndm_ct.quantisation import Quantisation, validate_quantisation
+from ndm_ct.quantisation import Quantisation, resolve_optional
 from ndm_ct.storage.tensors import hash_values
 
-__all__ = ["DEQUANTISATIONS", "Bins", "Source", "Standardised"]
-
-DEQUANTISATIONS = ("uniform", "centres")
+__all__ = ["Bins", "Source", "Standardised"]
 
 _AT_ONCE = 2**22
 """Bytes of data that are checked or hashed at a time; no more of a memory-mapped array is in memory then."""
@@ -30,15 +28,15 @@ _AT_ONCE = 2**22
 class Bins:
     """How data become what the model is trained on, and its nats become bits per dimension."""
 
-    def __init__(self, model: NDM, quantisation: Quantisation | None, dequantisation: str) -> None:
-        validate_quantisation(quantisation)
-        if quantisation is not None and dequantisation == "centres" and model.transform.latent:
+    def __init__(self, model: NDM, quantisation: int | Quantisation | None, dequantisation: str) -> None:
+        if quantisation is not None and dequantisation == "process" and model.transform.latent:
             raise ValueError(
-                f"dequantisation='centres' decodes levels from z_0, which holds latents of "
+                f"dequantisation='process' decodes levels from z_0, which holds latents of "
                 f"{type(model.transform).__name__}; use 'uniform', or, for a decoder over levels, pass their values as "
                 "real data."
             )
-        self.model, self.quantisation, self.dequantisation = model, quantisation, dequantisation
+        self.model, self.dequantisation = model, dequantisation
+        self.quantisation = resolve_optional(quantisation)
         self.dtype = model.dtype or torch.get_default_dtype()
         self.size = event_size(model.data_shape)
 
@@ -49,7 +47,7 @@ class Bins:
             if not (x.is_floating_point() or x.is_complex()):
                 raise TypeError(
                     f"{name} has dtype {x.dtype}, but a density needs real data; for integer levels 0 ... L-1 pass "
-                    "quantisation=Quantisation(levels=L), else convert to a float dtype."
+                    "quantisation=L, else convert to a float dtype."
                 )
             return self._validate_real(x, name)
         self.quantisation.validate(x, name)
@@ -69,7 +67,7 @@ class Bins:
 
     def elbo(self, model: NDM, x: Tensor, generator: GeneratorLike, cond: Mapping[str, Any]) -> Tensor:
         """The bound in nats per event, on the log-probability of integer data."""
-        centres = self.quantisation is not None and self.dequantisation == "centres"
+        centres = self.quantisation is not None and self.dequantisation == "process"
         bound = objectives.elbo(
             model, x, quantisation=self.quantisation if centres else None, generator=generator, **cond
         )

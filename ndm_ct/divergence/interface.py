@@ -189,6 +189,7 @@ class TraceEstimator(Protocol):
 
         Args:
             path: the path.
-            generator: source of nodes and probes; None, one generator, or one for each row.
+            generator: source of nodes and probes: None, one generator, or a sequence with one for each row, from which
+                that row alone is drawn.
         """
         ...

@@ -41,7 +41,7 @@ from ndm_ct.evaluation.run import Limits, Run
 from ndm_ct.evaluation.scores import Settings
 from ndm_ct.likelihood.api import Trace
 from ndm_ct.model import NDM
-from ndm_ct.quantisation import Quantisation
+from ndm_ct.quantisation import Quantisation, resolve_optional
 from ndm_ct.storage.atomic import PathLike
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
@@ -54,7 +54,7 @@ def evaluate(
     data: Any,
     *,
     cond: Mapping[str, Any] | None = None,
-    quantisation: Quantisation | None = None,
+    quantisation: int | Quantisation | None = None,
     dequantisation: str = "uniform",
     bound: str = "ode",
     samples: int | None = None,
@@ -86,9 +86,10 @@ def evaluate(
         data: tensor or array ``(N, *E)``, or a map-style ``Dataset`` whose items are tensors ``(*E)``. Real values, or
             integers together with ``quantisation``. A float array takes the model's dtype.
         cond: conditioning by name, each with one row per row of ``data``.
-        quantisation: the bins of integer data; the result is then the bound on :math:`-\log P(x)` of
-            :func:`ndm_ct.bits_per_dim`, in nats and in bits per dimension.
-        dequantisation: "uniform" or "truncated-normal", as in :func:`ndm_ct.bits_per_dim`.
+        quantisation: the bins of integer data, or their number on (-1, 1); the result is then the bound on
+            :math:`-\log P(x)` of :func:`ndm_ct.bits_per_dim`, in nats and in bits per dimension.
+        dequantisation: noise in the bins of integer data, "uniform" (for models trained with uniform noise in the bins)
+            or "process" (for models trained on the bin centres).
         bound: "ode", the probability-flow likelihood, or "elbo", the bound of :func:`ndm_ct.elbo`.
         samples: for "elbo", pairs of time and noise per row, at least 2; None is 2. In few dimensions they scatter far
             more than rows do: take 64.
@@ -129,7 +130,7 @@ def evaluate(
         >>> abs(result.nll - 2.838) < 5 * result.stderr, result.rows, result.reason
         (True, 64, 'data')
     """
-    options = locals()
+    options = locals() | {"quantisation": resolve_optional(quantisation)}
     run = Run(
         "evaluation", {"model": model}, data, cond,
         _taken(Settings, options), _taken(Limits, options), run_dir, resume, evaluate,
@@ -152,7 +153,7 @@ def compare(
     data: Any,
     *,
     cond: Mapping[str, Any] | None = None,
-    quantisation: Quantisation | None = None,
+    quantisation: int | Quantisation | None = None,
     dequantisation: str = "uniform",
     bound: str = "ode",
     samples: int | None = None,
@@ -172,9 +173,9 @@ def compare(
 ) -> Comparison:
     """Which of two models is better, from paired differences on the same rows with common random numbers.
 
-    Both models see the same rows, dequantisation noise, nodes and probes; truncated-normal noise is each model's own
-    width from the same uniform numbers. What the rows have in common cancels, so the difference is known far better
-    than either mean.
+    Both models see the same rows, dequantisation noise, nodes and probes; noise of the process has each
+    model's own width, from the same uniform numbers. What the rows have in common cancels, so the difference is known
+    far better than either mean.
 
     Args:
         model_a: one model.
@@ -214,7 +215,7 @@ def compare(
         >>> result.difference > 4 * result.stderr > 0.0
         True
     """
-    options = locals()
+    options = locals() | {"quantisation": resolve_optional(quantisation)}
     run = Run(
         "comparison", {"model_a": model_a, "model_b": model_b}, data, cond,
         _taken(Settings, options), _taken(Limits, options), run_dir, resume, compare,

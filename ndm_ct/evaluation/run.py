@@ -24,7 +24,7 @@ from ndm_ct.data.sources import Bins, Source
 from ndm_ct.evaluation.results import Comparison, Evaluation, figures, mean
 from ndm_ct.evaluation.scores import ORDER, PILOT_ROWS, Scorer, Settings
 from ndm_ct.model import NDM
-from ndm_ct.quantisation import Quantisation
+from ndm_ct.quantisation import Quantisation, rename_earlier
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.storage.folder import Journal, Record, RunFolder
 from ndm_ct.storage.tensors import hash_state
@@ -138,7 +138,7 @@ class Folder(RunFolder):
         if not header:
             return []
         self.compare({"kind": header["kind"]}, {"kind": self.kind})
-        self.compare(header["settings"], self.settings)
+        self.compare(rename_earlier(header["settings"]), self.settings)
         done = 0
         for line, batch in enumerate(batches, 2):
             if batch.start != done or not torch.equal(batch.rows, order[done : done + len(batch.rows)]):

@@ -16,7 +16,7 @@ from ndm_ct.likelihood import api as likelihood
 from ndm_ct.likelihood import bits
 from ndm_ct.likelihood.api import Trace
 from ndm_ct.model import NDM
-from ndm_ct.quantisation import Quantisation, validate_quantisation
+from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
 
 __all__ = ["ORDER", "PILOT_ROWS", "PILOT_SWEEPS", "SWEEP", "Scorer", "Scores", "Settings"]
 
@@ -48,12 +48,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         choose("bound", self.bound, ("ode", "elbo"))
-        choose("dequantisation", self.dequantisation, bits.DEQUANTISATIONS)
+        choose("dequantisation", self.dequantisation, DEQUANTISATIONS)
         choose("on_failure", self.on_failure, ("raise", "nan"))
         validate_count("batch_size", self.batch_size)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an int of at least 0, got {self.seed!r}.")
-        validate_quantisation(self.quantisation)
         if self.dequantisation != "uniform" and self.quantisation is None:
             raise ValueError("dequantisation has no effect without quantisation; it is for integer data.")
         if self.bound == "elbo":

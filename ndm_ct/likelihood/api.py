@@ -101,8 +101,8 @@ def loglik(
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
-        generator: source of nodes and probes. One generator per row, in a sequence, makes the result of a row
-            independent of its batch. None is torch's global generator.
+        generator: source of nodes and probes: a seed, a generator, or a sequence with one generator per row, which
+            makes the result of a row independent of its batch. None is torch's global generator.
         return_info: also return a :class:`LikelihoodInfo`. Its error budget costs some percent.
         cond: conditioning of predictor and transform. A tensor with as many entries as x has rows, also in a dict, list
             or tuple, goes with its rows unless the networks treat it as one value for all of them: they are asked by
@@ -184,8 +184,8 @@ def encode(
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
-        generator: source of nodes and probes with ``return_info``, and of an Encoder's noise. One generator per row,
-            in a sequence, makes the result of a row independent of its batch.
+        generator: source of nodes and probes with ``return_info``, and of an Encoder's noise: a seed, a generator, or a
+            sequence with one generator per row, which makes the result of a row independent of its batch.
         return_info: also return a :class:`LikelihoodInfo`. This costs the divergence along the path.
         cond: conditioning of predictor and transform, as in :func:`loglik`.
 
@@ -257,8 +257,8 @@ def decode(
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
-        generator: source of nodes and probes with ``return_info``, and of an Encoder's noise. One generator per row,
-            in a sequence, makes the result of a row independent of its batch.
+        generator: source of nodes and probes with ``return_info``, and of an Encoder's noise: a seed, a generator, or a
+            sequence with one generator per row, which makes the result of a row independent of its batch.
         return_info: also return a :class:`LikelihoodInfo`. This costs the divergence along the path.
         cond: conditioning of predictor and transform, as in :func:`loglik`.
 

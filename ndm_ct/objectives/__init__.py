@@ -7,7 +7,6 @@ from ndm_ct.objectives.bound import (
     elbo,
     elbo_discrete,
     loss,
-    low_discrepancy,
     prior_term,
     reconstruction_term,
     times,
@@ -15,7 +14,7 @@ from ndm_ct.objectives.bound import (
 )
 from ndm_ct.objectives.regression import Regression
 from ndm_ct.objectives.straight import Straight, acceleration, curvature
-from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory, TimeSampler
+from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory, TimeSampler, low_discrepancy
 
 __all__ = [
     "Bound",

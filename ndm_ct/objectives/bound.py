@@ -38,8 +38,8 @@ from ndm_ct._core.checks import as_time, expand, sum_event, validate_count
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, uniform
 from ndm_ct.model import NDM, validate_prediction
-from ndm_ct.objectives.time_samplers import TimeSampler
-from ndm_ct.quantisation import Quantisation, validate_quantisation
+from ndm_ct.objectives.time_samplers import TimeSampler, low_discrepancy
+from ndm_ct.quantisation import Quantisation, resolve_optional
 from ndm_ct.transforms import Identity, Path
 
 __all__ = [
@@ -65,7 +65,7 @@ class ElboInfo:
         diffusion: estimate of L_diff.
         reconstruction: E[-log p(x|z_0)]; behind a Flow or Encoder less the log-weight of its latents.
         stderr: standard error of the bound from the random times and noise; NaN for one sample.
-        nfe: network evaluations of the whole batch.
+        nfe: network evaluations of each row.
     """
 
     prior: Tensor
@@ -96,14 +96,6 @@ def times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
         start, span = low.angle, high.angle - low.angle
         t = schedule.time_at(start + span * u).clamp(model.t_min, 1.0)
         return t, span / schedule(t).dangle
-
-
-def low_discrepancy(n: int, generator: Randomness, device: torch.device) -> Tensor:
-    """n uniform numbers in [0, 1), one in every interval of length 1/n; independent ones if rows have generators."""
-    if not (generator is None or isinstance(generator, torch.Generator)):
-        return uniform((n,), generator, torch.float64, device)
-    shift = torch.rand((), dtype=torch.float64, device=device, generator=generator)
-    return (shift + torch.arange(n, dtype=torch.float64, device=device) / max(n, 1)) % 1.0
 
 
 def diffusion_integrand(model: NDM, x: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:
@@ -156,7 +148,7 @@ def reconstruction_term(
     x: Tensor,
     /,
     *,
-    quantisation: Quantisation | None = None,
+    quantisation: int | Quantisation | None = None,
     generator: GeneratorLike = None,
     **cond: Any,
 ) -> Tensor:
@@ -165,7 +157,7 @@ def reconstruction_term(
     Exact for real-valued data; for integer data (``quantisation`` given, x at bin centres) one sample of z_0.
     """
     generator = as_randomness(generator, len(x), x.device, "reconstruction_term")
-    return _reconstruction(model, model.transform.along(x, **cond), x, quantisation, generator)
+    return _reconstruction(model, model.transform.along(x, **cond), x, resolve_optional(quantisation), generator)
 
 
 def _reconstruction(
@@ -187,14 +179,14 @@ def _reconstruction(
 
 @overload
 def elbo(
-    model: NDM, x: Tensor, /, *, samples: int = ..., quantisation: Quantisation | None = ...,
+    model: NDM, x: Tensor, /, *, samples: int = ..., quantisation: int | Quantisation | None = ...,
     generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def elbo(
-    model: NDM, x: Tensor, /, *, samples: int = ..., quantisation: Quantisation | None = ...,
+    model: NDM, x: Tensor, /, *, samples: int = ..., quantisation: int | Quantisation | None = ...,
     generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, ElboInfo]: ...  # fmt: skip
 
@@ -205,7 +197,7 @@ def elbo(
     /,
     *,
     samples: int = 1,
-    quantisation: Quantisation | None = None,
+    quantisation: int | Quantisation | None = None,
     generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
@@ -218,7 +210,8 @@ def elbo(
         model: the model.
         x: data, shape ``(B, *E)``.
         samples: pairs (t, eps) per row, stratified in time; two and more give a standard error.
-        quantisation: the bins, if x are the centres of integer levels; the bound is then on the log-probability.
+        quantisation: the bins, or their number on (-1, 1), if x are the centres of integer levels; the bound is then on
+            the log-probability.
         generator: source of times and noise; or a sequence of one per row, whose bound is then its own in any batch.
         return_info: also return an :class:`ElboInfo`.
         cond: conditioning.
@@ -234,7 +227,8 @@ def elbo(
         >>> torch.equal(bound, -(info.prior + info.diffusion + info.reconstruction))
         True
     """
-    given = _validate(model, x, cond, elbo, quantisation)
+    bins = resolve_optional(quantisation)
+    given = _validate(model, x, cond, elbo, bins)
     generator = as_randomness(generator, len(x), x.device, "elbo")
 
     def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
@@ -242,7 +236,7 @@ def elbo(
         eps = normal_like(y, generator)
         return weight.to(y.dtype) * _integrand_along(model, path, t, eps, given)
 
-    return _bound(model, x, draw, samples, quantisation, generator, return_info, given)
+    return _bound(model, x, draw, samples, bins, generator, return_info, given)
 
 
 def elbo_discrete(
@@ -252,7 +246,7 @@ def elbo_discrete(
     *,
     steps: int,
     samples: int = 1,
-    quantisation: Quantisation | None = None,
+    quantisation: int | Quantisation | None = None,
     generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
@@ -272,7 +266,8 @@ def elbo_discrete(
     Returns:
         As :func:`elbo`.
     """
-    given = _validate(model, x, cond, elbo_discrete, quantisation)
+    bins = resolve_optional(quantisation)
+    given = _validate(model, x, cond, elbo_discrete, bins)
     generator = as_randomness(generator, len(x), x.device, "elbo_discrete")
     even = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
     grid, _ = times(model, even)
@@ -282,7 +277,7 @@ def elbo_discrete(
         eps = normal_like(y, generator)
         return steps * _transition_kl(model, path, grid[index], grid[index + 1], eps, given)
 
-    return _bound(model, x, draw, samples, quantisation, generator, return_info, given)
+    return _bound(model, x, draw, samples, bins, generator, return_info, given)
 
 
 def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:
@@ -310,15 +305,9 @@ def _transition_kl(model: NDM, path: Path, s: Tensor, t: Tensor, eps: Tensor, co
 
 
 def _bound(
-    model: NDM,
-    x: Tensor,
-    draw: Callable[[Path, Tensor, Tensor], Tensor],
-    samples: int,
-    quantisation: Quantisation | None,
-    generator: Randomness,
-    return_info: bool,
-    cond: Mapping[str, Any],
-) -> Any:
+    model: NDM, x: Tensor, draw: Callable[[Path, Tensor, Tensor], Tensor], samples: int,
+    quantisation: Quantisation | None, generator: Randomness, return_info: bool, cond: Mapping[str, Any],
+) -> Any:  # fmt: skip
     """The three terms; ``draw`` makes an estimate of the diffusion term of a uniform number (stratified)."""
     validate_count("samples", samples)
     strata = max(1, samples // 2)
@@ -363,6 +352,7 @@ def loss(
     *,
     sampler: TimeSampler | None = None,
     regressions: tuple[float, float] = (0.1, 0.1),
+    quantisation: int | Quantisation | None = None,
     generator: GeneratorLike = None,
     **cond: Any,
 ) -> Tensor:
@@ -383,10 +373,11 @@ def loss(
         model: the model, in the mode the caller chose.
         x: data, shape ``(B, *E)``.
         sampler: density of the times in the coordinate of :func:`times`, which learns from this batch; None: uniform.
-        regressions: weights :math:`\omega_1, \omega_2` of the two regressions; no other prediction than "moments" has
-            them. At zero nothing makes the probability flow the one that the bound is of; at one they distract the
-            predictor from what the bound moves the transform to, and one of two trainings on MNIST lost a bit per
-            dimension (``benchmarks/paper_claims.py``, ``ndm-moments+R1``).
+        regressions: weights :math:`\omega_1, \omega_2` of the two regressions, for prediction "moments" only. With
+            weight 0 nothing ties the probability flow to the model whose bound is optimised. With weight 1 the
+            regressions compete with the bound.
+        quantisation: the bins, or their number on (-1, 1), if x are the centres of integer levels; the last term is
+            then that of the levels, from one sample of z_0.
         generator: source of times and noise.
         cond: conditioning.
 
@@ -396,7 +387,8 @@ def loss(
     Raises:
         ValueError: a weight is negative or not finite.
     """
-    given = _validate(model, x, cond, loss, None)
+    bins = resolve_optional(quantisation)
+    given = _validate(model, x, cond, loss, bins)
     weights = _pair(regressions)
     generator = as_randomness(generator, len(x), x.device, "loss")
     u = low_discrepancy(x.shape[0], generator, x.device)
@@ -419,7 +411,7 @@ def loss(
     if sampler is not None:
         sampler.observe(v, integrand)
     nats = rarity * integrand + model.prior_divergence(path, y, generator)
-    nats = nats + _reconstruction(model, path, y, None, None)
+    nats = nats + _reconstruction(model, path, y, bins, generator)
     if split:
         nats = nats + _through_state(rarity * bound, z, model.schedule(t).alpha, F)
     return nats if log_weight is None else nats - log_weight
@@ -462,9 +454,8 @@ def _through_state(bound: Tensor, z: Tensor, alpha: Tensor, F: Tensor) -> Tensor
     r"""Zero, ``(B,)``, with the gradient that the bound sends through :math:`z = \alpha F + \sigma\epsilon` into F.
 
     Bound and regressions share one evaluation of the predictor, at a state in which F is held fixed. The bound's
-    gradient in that state costs a backward pass without weights, a second evaluation a forward and a full backward
-    pass: together 1.2 to 1.3 against 2.0 times one evaluation with its backward pass
-    (``benchmarks/training_cost.py``).
+    gradient in that state costs a backward pass without weights; a second evaluation would cost a forward and a full
+    backward pass (``benchmarks/training_cost.py``).
     """
     (gradient,) = torch.autograd.grad(bound.sum(), z, retain_graph=True, materialize_grads=True)
     along = sum_event(expand(alpha, F).detach() * gradient * F)
@@ -494,7 +485,6 @@ def _validate(
     model: NDM, x: Tensor, cond: Mapping[str, Any], caller: Callable[..., Any], quantisation: Quantisation | None
 ) -> Conditioning:
     given = model.validate(x, cond, caller)
-    validate_quantisation(quantisation)
     if quantisation is not None:
         quantisation.validate_centres(x)
         if model.transform.latent:

@@ -63,6 +63,7 @@ from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_
 from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.objectives import bound as objectives
+from ndm_ct.objectives.time_samplers import low_discrepancy
 from ndm_ct.process import ForwardProcess
 
 __all__ = ["Straight", "acceleration", "curvature"]
@@ -133,7 +134,7 @@ def _curvature(model: NDM, x: Tensor, flow: Flow, generator: Randomness, cond: M
         _validate_batch(x.shape[0], cond)
     length = 1.0 - model.t_min
     count = x.shape[0] if flow == "model" else min(TIMES, x.shape[0])
-    times = model.t_min + length * _quantile(objectives.low_discrepancy(count, generator, x.device))
+    times = model.t_min + length * _quantile(low_discrepancy(count, generator, x.device))
     place = torch.arange(x.shape[0], device=x.device) % max(count, 1)
     t = times[place]
     y, _ = model.to_latent(x, generator=generator, **cond)

@@ -21,8 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.checks import validate_count
+from ndm_ct._core.noise import Randomness, uniform
 
-__all__ = ["LearnedBuckets", "LossHistory", "TimeSampler"]
+__all__ = ["LearnedBuckets", "LossHistory", "TimeSampler", "low_discrepancy"]
+
+
+def low_discrepancy(n: int, generator: Randomness, device: torch.device) -> Tensor:
+    """n uniform numbers in [0, 1), one in every interval of length 1/n; independent ones if rows have generators."""
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        return uniform((n,), generator, torch.float64, device)
+    shift = torch.rand((), dtype=torch.float64, device=device, generator=generator)
+    return (shift + torch.arange(n, dtype=torch.float64, device=device) / max(n, 1)) % 1.0
 
 
 class TimeSampler(nn.Module):

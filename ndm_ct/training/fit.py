@@ -37,9 +37,9 @@ from typing import Any
 from ndm_ct import objectives
 from ndm_ct._core.checks import choose, validate_count
 from ndm_ct._core.parallel import Group
-from ndm_ct.data.sources import DEQUANTISATIONS, Bins, Source
+from ndm_ct.data.sources import Bins, Source
 from ndm_ct.model import NDM
-from ndm_ct.quantisation import Quantisation
+from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.training.loop import FitResult, Training
 from ndm_ct.training.settings import Intervals, Settings
@@ -63,7 +63,7 @@ def fit(
     ema: float = 0.999,
     cond: Mapping[str, Any] | None = None,
     cond_dropout: float = 0.0,
-    quantisation: Quantisation | None = None,
+    quantisation: int | Quantisation | None = None,
     dequantisation: str = "uniform",
     validation: Any = None,
     validation_cond: Mapping[str, Any] | None = None,
@@ -109,9 +109,9 @@ def fit(
         cond_dropout: probability with which a row of a batch gets, in the place of its conditioning, the values that
             mean none: those that the predictor names in its attribute ``null`` (networks of ``ndm_ct.nn`` with
             ``classes`` have it). 0.1 to 0.2 is usual for a model that is to be ``guided``; validation drops none.
-        quantisation: the bins of integer data.
-        dequantisation: which evaluation integer data are prepared for: "uniform" noise in the bins, or the bin
-            "centres" for truncated-normal dequantisation.
+        quantisation: the bins of integer data, or their number on (-1, 1).
+        dequantisation: "uniform" trains on levels with noise uniform in their bins. "process" trains on the bin
+            centres, where the process' own noise at t_min fills the bins. Evaluate with the same word.
         validation: held-out data of the same kind.
         validation_cond: its conditioning.
         validate_every: steps between validations of the averaged weights; None is a tenth of ``steps``.

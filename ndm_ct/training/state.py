@@ -15,6 +15,7 @@ from ndm_ct._core.errors import CheckpointError
 from ndm_ct._core.parallel import Group
 from ndm_ct._core.versions import versions
 from ndm_ct.model import NDM
+from ndm_ct.quantisation import rename_earlier
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.storage.folder import Journal, RunFolder
 from ndm_ct.storage.tensors import compare_tensors, read, write
@@ -218,7 +219,7 @@ class State:
         settings = description.get("settings")
         if not isinstance(settings, dict):
             raise CheckpointError(f"{file}: the settings are a {type(settings).__name__}, not an object.")
-        folder.compare(_LATER | settings, identity)
+        folder.compare(_LATER | rename_earlier(settings), identity)
         try:
             progress = _Progress.from_json(description, self.settings.steps)
             compare_tensors(self._expected(tensors), tensors)

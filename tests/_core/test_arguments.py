@@ -72,8 +72,8 @@ CALLS = {
         ("stochasticity", "callback", "trajectory", "generator"),
     ),
     "bits_per_dim": (
-        lambda **k: ndm_ct.bits_per_dim(exact(), LEVELS, **({"levels": 8} | k)),
-        ("levels", "bound", "dequantisation", "range", "stderr", *TOLERANCES, "method"),
+        lambda **k: ndm_ct.bits_per_dim(exact(), LEVELS, **({"quantisation": 8} | k)),
+        ("quantisation", "bound", "dequantisation", "stderr", *TOLERANCES, "method"),
     ),
     "evaluate": (
         lambda **k: ndm_ct.evaluate(exact(), X, progress=False, **k),

@@ -277,7 +277,7 @@ def bits_are_those_of_the_noised_levels(dtype, layout, values, levels, seed):
         k = level.to(dtype)
     inside = bool(((level >= 0) & (level < levels)).all())
     generator = torch.Generator().manual_seed(seed)
-    found, error = attempt(lambda: ndm_ct.bits_per_dim(gaussian(), k, levels=levels, generator=generator))
+    found, error = attempt(lambda: ndm_ct.bits_per_dim(gaussian(), k, quantisation=levels, generator=generator))
     if not inside:
         assert isinstance(error, ValueError)
         assert f"outside [0, {levels})" in str(error)
@@ -388,7 +388,7 @@ def test_what_is_no_batch_of_data_is_refused(kind):
 def test_what_is_no_batch_of_levels_is_refused(kind, bound):
     x = torch.tensor(3) if kind == "level" else WRONG[kind]()
     with pytest.raises((ValueError, TypeError), match=r"^x (has|is|must)"):
-        ndm_ct.bits_per_dim(gaussian(), x, levels=8, bound=bound)
+        ndm_ct.bits_per_dim(gaussian(), x, quantisation=8, bound=bound)
     with pytest.raises((ValueError, TypeError), match=r"^data (has|is|must)"):
         ndm_ct.evaluate(gaussian(), x, quantisation=Quantisation(8), bound=bound, progress=False)
 

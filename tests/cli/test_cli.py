@@ -207,9 +207,7 @@ def test_images_are_scored_in_bits(images):
     model = ndm_ct.load(folder / "run" / "model.safetensors")
     x = torch.as_tensor(pixels)[:, None]
     generator = [make_generator(0, "loglik", row) for row in range(40)]
-    expected, info = ndm_ct.bits_per_dim(
-        model, x, dequantisation="truncated-normal", generator=generator, return_info=True
-    )
+    expected, info = ndm_ct.bits_per_dim(model, x, dequantisation="process", generator=generator, return_info=True)
     np.testing.assert_array_equal(scores["bits_per_dim"], expected.double().numpy())
     np.testing.assert_allclose(scores["stderr"], info.stderr.double().numpy() * 16 * math.log(2.0))
     ok("evaluate", folder / "run", folder / "pixels.npz", "--bound", "elbo", "--samples", 4, "--quiet")
@@ -339,7 +337,7 @@ def test_integers_of_a_table_are_levels_where_asked(tmp_path, capsys):
     model = ndm_ct.load(tmp_path / "run" / "model.safetensors")
     generator = [make_generator(0, "loglik", row) for row in range(100)]
     expected = ndm_ct.bits_per_dim(
-        model, torch.as_tensor(values), levels=4, dequantisation="truncated-normal", generator=generator
+        model, torch.as_tensor(values), quantisation=4, dequantisation="process", generator=generator
     )
     np.testing.assert_array_equal(np.load(tmp_path / "p.npz")["bits_per_dim"], expected.double().numpy())
     half = math.exp(0.5 * float(model.schedule.gamma(torch.tensor(model.t_min, dtype=torch.float64)))) * 3.02

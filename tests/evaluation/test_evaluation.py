@@ -273,14 +273,14 @@ def discretised(k, dequantisation, model, scale=1.0):
 
 def quantised(dequantisation, scale=1.0):
     """A Gaussian at the noise its dequantisation is meant for."""
-    gamma = -2.0 * math.log(3.02 * LEVELS) if dequantisation == "truncated-normal" else -12.0
+    gamma = -2.0 * math.log(3.02 * LEVELS) if dequantisation == "process" else -12.0
     cov = torch.diag(scale * STD**2)
     return Gaussian(torch.zeros(4), cov, schedule=schedules.LinearLogSNR(gamma - math.log(scale), 5.0))
 
 
 @pytest.mark.parametrize(
     ("dequantisation", "trace"),
-    [("uniform", {"rtol": 3e-3, "atol": 3e-3}), ("truncated-normal", {"trace": Quadrature(8, probes=1, sweeps=1)})],
+    [("uniform", {"rtol": 3e-3, "atol": 3e-3}), ("process", {"trace": Quadrature(8, probes=1, sweeps=1)})],
 )
 def test_integer_data_have_the_bound_of_their_bins(dequantisation, trace, generator):
     """And their pilot, scored twice, measures noise and trace together."""
@@ -298,7 +298,7 @@ def test_integer_data_have_the_bound_of_their_bins(dequantisation, trace, genera
     assert result.stderr == pytest.approx(float(result.values.std()) / 8.0)
     assert result.bits_per_dim == pytest.approx(result.nll / 4.0 / math.log(2.0))
     assert result.bits_stderr == pytest.approx(result.stderr / 4.0 / math.log(2.0))
-    bits = ndm_ct.bits_per_dim(model, k, levels=LEVELS, **options)
+    bits = ndm_ct.bits_per_dim(model, k, quantisation=LEVELS, **options)
     error = math.sqrt(3.0) * result.estimator_stderr / 4.0 / math.log(2.0)
     assert abs(result.bits_per_dim - float(bits.mean())) < 4.0 * error
 
@@ -307,7 +307,7 @@ def test_integer_data_under_the_elbo(generator):
     model = Gaussian(torch.zeros(4), torch.diag(STD**2), schedule=schedules.LinearLogSNR(-8.0, 5.0))
     k = levels(300, generator)
     result = evaluate(model, k, quantisation=BINS, bound="elbo")
-    bits = ndm_ct.bits_per_dim(model, k, levels=LEVELS, bound="elbo", samples=128)
+    bits = ndm_ct.bits_per_dim(model, k, quantisation=LEVELS, bound="elbo", samples=128)
     error = result.estimator_stderr / 4.0 / math.log(2.0)
     assert abs(result.bits_per_dim - float(bits.mean())) < 4.0 * error
 
@@ -501,7 +501,7 @@ def test_the_difference_of_two_gaussians_is_their_divergence():
     assert swapped.stderr == result.stderr
 
 
-@pytest.mark.parametrize("dequantisation", ["uniform", "truncated-normal"])
+@pytest.mark.parametrize("dequantisation", ["uniform", "process"])
 def test_dequantisation_noise_is_shared(dequantisation, generator):
     """Two models of different widths, and of different noise at t_min, see the same places in the bins."""
     a, b = quantised(dequantisation), quantised(dequantisation, scale=1.2)
@@ -695,8 +695,8 @@ def test_what_it_prints(capsys, generator):
         ({"data": torch.full((8, 2), 9), "quantisation": Quantisation(4)}, ValueError, "outside"),
         ({"quantisation": 256}, TypeError, r"quantisation must be .* got int; pass Quantisation"),
         ({"quantisation": Quantisation(4)}, TypeError, "integer levels"),
-        ({"dequantisation": "truncated-normal"}, ValueError, "no effect without quantisation"),
-        ({"dequantisation": "centres"}, ValueError, "dequantisation='centres' is unknown"),
+        ({"dequantisation": "process"}, ValueError, "no effect without quantisation"),
+        ({"dequantisation": "process"}, ValueError, "dequantisation='process' is unknown"),
         ({"bound": "elob"}, ValueError, "did you mean 'elbo'"),
         ({"samples": 8}, ValueError, "samples=8 has no effect with bound='ode'"),
         ({"bound": "elbo", "samples": 1}, ValueError, "samples=1 gives no standard error"),

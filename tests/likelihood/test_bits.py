@@ -8,7 +8,7 @@ import torch
 import ndm_ct
 from ndm_ct import schedules
 from ndm_ct.divergence import Quadrature
-from ndm_ct.quantisation import Quantisation
+from ndm_ct.quantisation import Quantisation, rename_earlier, resolve_quantisation
 from ndm_ct.reference import Gaussian
 
 LEVELS, D = 17, 4
@@ -41,7 +41,7 @@ def test_uniform_dequantisation_of_a_nearly_flat_density(generator):
     """Jensen's gap is second order in bin width over spread, so the bound is close to the closed form."""
     exact = model(-16.0)
     k = levels(2000, generator)
-    bits, info = ndm_ct.bits_per_dim(exact, k, levels=LEVELS, generator=generator, return_info=True)
+    bits, info = ndm_ct.bits_per_dim(exact, k, quantisation=LEVELS, generator=generator, return_info=True)
     normal, low, high = exact_bits(k, 1.0, math.exp(-8.0))
     truth = -(normal.cdf(high) - normal.cdf(low)).log2().mean(1)
     gap = bits - truth
@@ -54,7 +54,7 @@ def test_uniform_dequantisation_averaged_by_logsumexp_is_exact():
     """Importance samples of one row: the log-mean of the bin's density times its width is its probability."""
     exact, k = model(-16.0), torch.tensor([[3, 8, 12, 9]])
     rows = k.expand(4000, D)
-    _, info = ndm_ct.bits_per_dim(exact, rows, levels=LEVELS, return_info=True)
+    _, info = ndm_ct.bits_per_dim(exact, rows, quantisation=LEVELS, return_info=True)
     estimate = torch.logsumexp(info.nats, 0) - math.log(4000)
     normal, low, high = exact_bits(k, 1.0, math.exp(-8.0))
     truth = (normal.cdf(high) - normal.cdf(low)).log().sum()
@@ -65,7 +65,7 @@ def test_uniform_dequantisation_averaged_by_logsumexp_is_exact():
 def test_truncated_normal_dequantisation_is_the_bound_on_its_bins(generator):
     """E[log p_0(z_0)] + entropy, computed independently, at the schedule offset for 17 levels."""
     exact, k = model(safe_gamma(LEVELS)), levels(2000, generator)
-    bits = ndm_ct.bits_per_dim(exact, k, levels=LEVELS, dequantisation="truncated-normal", generator=generator)
+    bits = ndm_ct.bits_per_dim(exact, k, quantisation=LEVELS, dequantisation="process", generator=generator)
     gamma = torch.tensor(safe_gamma(LEVELS), dtype=torch.float64)
     alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
     normal, _, _ = exact_bits(k, alpha, sigma)
@@ -108,23 +108,23 @@ def test_dequantised_values_stay_in_their_bins(generator):
 
 # --- several points per bin ------------------------------------------------------------------------------------------
 
-WIDE = {"levels": 5, "rtol": 1e-4, "atol": 1e-4, "return_info": True}
+WIDE = {"quantisation": 5, "rtol": 1e-4, "atol": 1e-4, "return_info": True}
 
 
 def wide_bins(dequantisation):
     """A model whose density changes much within a bin of five, rows in its bulk, and their exact nats."""
-    # truncated-normal noise of half the bin's half-width: narrower, and few weights would rule
+    # truncated noise of half the bin's half-width: narrower, and few weights would rule
     gamma = -10.0 if dequantisation == "uniform" else 2.0 * math.log(0.2 / 1.5)
     exact, k = model(gamma), torch.tensor([[2, 2, 2, 2], [1, 2, 3, 2], [3, 2, 1, 3]])
     at_start = exact.schedule(torch.tensor(0.0, dtype=torch.float64))
-    scale = at_start.alpha if dequantisation == "truncated-normal" else 1.0
+    scale = at_start.alpha if dequantisation == "process" else 1.0
     bins = Quantisation(5)
     normal = torch.distributions.Normal(0.0, (at_start.alpha**2 * STD**2 + at_start.sigma**2).sqrt())
     low, high = (scale * (bins.centres(k, torch.float64) + sign * bins.half_width) for sign in (-1, 1))
     return exact, k, (normal.cdf(high) - normal.cdf(low)).log().sum(1)
 
 
-@pytest.mark.parametrize("dequantisation", ["uniform", "truncated-normal"])
+@pytest.mark.parametrize("dequantisation", ["uniform", "process"])
 def test_more_points_tighten_the_bound_to_the_probability(dequantisation, generator):
     """log P >= E[log mean of K weights], growing with K; the mean weight itself has no bias at any K."""
     exact, k, log_p = wide_bins(dequantisation)
@@ -135,7 +135,7 @@ def test_more_points_tighten_the_bound_to_the_probability(dequantisation, genera
         )
         excess = info.nats.double().reshape(repeats, 3) - log_p
         gaps.append((-float(excess.mean()), float(excess.std()) / math.sqrt(3 * repeats)))
-        if samples > 1 or dequantisation == "uniform":  # a single truncated-normal point has the entropy's mean
+        if samples > 1 or dequantisation == "uniform":  # a single point of "process" has the entropy's mean
             weights = excess.exp().flatten()
             assert abs(float(weights.mean()) - 1.0) < 4 * float(weights.std()) / math.sqrt(len(weights)) + 1e-3
             assert float(weights.std()) / math.sqrt(len(weights)) < 0.05
@@ -166,7 +166,7 @@ def test_weights_of_a_noisy_trace_have_no_bias(generator):
     """exp raises the mean of noise of size s by s^2 / 2; bins so fine that P is the density times their size."""
     exact, bins, samples = noisy_model(), Quantisation(4096), 4
     k = torch.full((1000, 16), 2200)
-    options = {"levels": 4096, "trace": Quadrature(nodes=8, probes=1, sweeps=8), "rtol": 1e-3, "atol": 1e-3}
+    options = {"quantisation": 4096, "trace": Quadrature(nodes=8, probes=1, sweeps=8), "rtol": 1e-3, "atol": 1e-3}
     _, info = ndm_ct.bits_per_dim(exact, k, samples=samples, generator=generator, return_info=True, **options)
     log_p = exact.log_prob(bins.centres(k[:1], torch.float64)) + 16 * math.log(2 * bins.half_width)
     ratio = (info.nats.double() - log_p).exp()
@@ -182,7 +182,7 @@ def test_weights_of_a_noisy_trace_have_no_bias(generator):
 def test_the_error_of_several_points_is_that_of_their_mean(generator):
     """Of K weights the larger ones count more; equal ones average their errors as independent numbers."""
     exact, k = noisy_model(), torch.full((300, 16), 2200)
-    options = {"levels": 4096, "trace": Quadrature(nodes=16, probes=1, sweeps=8), "rtol": 1e-3, "atol": 1e-3}
+    options = {"quantisation": 4096, "trace": Quadrature(nodes=16, probes=1, sweeps=8), "rtol": 1e-3, "atol": 1e-3}
     bits, info = ndm_ct.bits_per_dim(exact, k, samples=4, generator=generator, return_info=True, **options)
     assert float(bits.std()) == pytest.approx(float(info.stderr.square().mean().sqrt()) * math.sqrt(5 / 7), rel=0.15)
 
@@ -213,7 +213,7 @@ def test_conditioning_of_several_points_goes_with_their_row():
     conditioned = ndm_ct.NDM(predictor, (2,), schedule=schedules.LinearLogSNR(-3, 3))
     k, table = torch.tensor([[8, 8], [8, 8]]), torch.ones(6, 2)
     shift, seed = torch.tensor([0.0, 0.7]), torch.Generator().manual_seed
-    options = {"levels": LEVELS, "samples": 3, "table": table}
+    options = {"quantisation": LEVELS, "samples": 3, "table": table}
     bits = ndm_ct.bits_per_dim(conditioned, k, generator=seed(1), shift=shift, **options)
     assert tables == {(6, 2)}
     for row in range(2):
@@ -244,7 +244,7 @@ def test_elbo_bounds_the_discrete_probability(generator):
     gamma = safe_gamma(LEVELS)
     exact, k = model(gamma), levels(2000, generator)
     bits, info = ndm_ct.bits_per_dim(
-        exact, k, levels=LEVELS, bound="elbo", samples=64, generator=generator, return_info=True
+        exact, k, quantisation=LEVELS, bound="elbo", samples=64, generator=generator, return_info=True
     )
     normal, low, high = exact_bits(k, 1.0, 0.0)
     truth = -(normal.cdf(high) - normal.cdf(low)).log2().mean(1)
@@ -261,7 +261,7 @@ def test_information_is_that_of_the_bound_in_bits(generator):
     exact, k = model(safe_gamma(LEVELS)), levels(5, generator)
     one, other = (torch.Generator().manual_seed(1) for _ in range(2))
     options = {"samples": 4, "return_info": True}
-    bits, info = ndm_ct.bits_per_dim(exact, k, levels=LEVELS, bound="elbo", generator=one, **options)
+    bits, info = ndm_ct.bits_per_dim(exact, k, quantisation=LEVELS, bound="elbo", generator=one, **options)
     nats, terms = ndm_ct.elbo(exact, BINS.centres(k, torch.float32), quantisation=BINS, generator=other, **options)
     torch.testing.assert_close(info.nats, nats)
     torch.testing.assert_close(info.stderr, terms.stderr / (D * math.log(2.0)))
@@ -272,27 +272,70 @@ def test_information_is_that_of_the_bound_in_bits(generator):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"levels": 8}, ValueError, r"outside \[0, 8\) in rows \[1\]"),
+        ({"quantisation": 8}, ValueError, r"outside \[0, 8\) in rows \[1\]"),
         ({"bound": "elob"}, ValueError, "did you mean 'elbo'"),
-        ({"dequantisation": "truncated normal"}, ValueError, "did you mean 'truncated-normal'"),
+        ({"dequantisation": "proces"}, ValueError, "did you mean 'process'"),
         ({"bound": "elbo", "trace": "exact"}, ValueError, "trace has no effect with bound='elbo'"),
-        ({"bound": "elbo", "dequantisation": "truncated-normal"}, ValueError, "dequantisation has no effect"),
+        ({"bound": "elbo", "dequantisation": "process"}, ValueError, "dequantisation has no effect"),
         ({"stderr": 0.1, "bound": "elbo"}, ValueError, "stderr has no effect with bound='elbo'"),
-        ({"range": (1.0, 0.0)}, ValueError, "range must be an interval"),
-        ({"levels": 1}, ValueError, "levels must be an int of at least 2"),
+        ({"quantisation": None}, TypeError, "quantisation must be a number of levels or .*, got NoneType"),
+        ({"levels": 8}, TypeError, "levels"),
+        ({"quantisation": 1}, ValueError, "quantisation=1 .*levels must be an int of at least 2"),
     ],
 )
 def test_bad_options(options, error, message):
     k = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 16]])
     with pytest.raises(error, match=message):
-        ndm_ct.bits_per_dim(model(-13.3), k, **({"levels": LEVELS} | options))
+        ndm_ct.bits_per_dim(model(-13.3), k, **({"quantisation": LEVELS} | options))
 
 
 @pytest.mark.parametrize("x", [torch.rand(2, D), torch.ones(2, D, dtype=torch.bool), torch.rand(2, D).double()])
 def test_data_that_are_not_integers_are_refused(x):
     with pytest.raises(TypeError, match="bits per dimension are defined for integer levels"):
-        ndm_ct.bits_per_dim(model(-13.3), x, levels=LEVELS)
+        ndm_ct.bits_per_dim(model(-13.3), x, quantisation=LEVELS)
 
 
 def test_empty_batch():
-    assert ndm_ct.bits_per_dim(model(-13.3), torch.empty(0, D, dtype=torch.long), levels=LEVELS).shape == (0,)
+    assert ndm_ct.bits_per_dim(model(-13.3), torch.empty(0, D, dtype=torch.long), quantisation=LEVELS).shape == (0,)
+
+
+def test_a_number_of_levels_means_bins_on_the_default_range(generator):
+    """In every function that takes quantisation."""
+    exact, k = model(-12.0), levels(64, generator)
+    seed = torch.Generator().manual_seed
+    bits = [ndm_ct.bits_per_dim(exact, k[:2], quantisation=q, generator=seed(1)) for q in (LEVELS, BINS)]
+    assert torch.equal(*bits)
+    options = {"bound": "elbo", "progress": False}
+    results = [ndm_ct.evaluate(exact, k, quantisation=q, **options).bits_per_dim for q in (LEVELS, BINS)]
+    assert results[0] == results[1]
+    differences = [ndm_ct.compare(exact, exact, k, quantisation=q, **options).difference for q in (LEVELS, BINS)]
+    assert differences == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, -3, True, 2.5, "256", torch.tensor(8)], ids=str)
+def test_what_is_no_quantisation_is_named(wrong):
+    with pytest.raises((TypeError, ValueError), match="quantisation"):
+        resolve_quantisation(wrong)
+
+
+def test_earlier_names_of_dequantisation_are_read():
+    assert rename_earlier({"dequantisation": "truncated-normal", "lr": 1}) == {"dequantisation": "process", "lr": 1}
+    assert rename_earlier({"dequantisation": "centres"}) == {"dequantisation": "process"}
+    assert rename_earlier({"dequantisation": "uniform"}) == {"dequantisation": "uniform"}
+    assert rename_earlier({"dequantisation": 3, "a": 1}) == {"dequantisation": 3, "a": 1}
+    assert rename_earlier({"a": 1}) == {"a": 1}
+
+
+def test_fine_levels_are_scored_by_either_bound(generator):
+    """50,000 levels on (0, 1), whose bin centres float32 rounds by up to 0.3 % of a bin."""
+    exact = Gaussian(torch.full((2,), 0.5), 0.01 * torch.eye(2), schedule=schedules.LinearLogSNR(-23.0, 5.0)).float()
+    fine = Quantisation(50_000, (0.0, 1.0))
+    k = torch.randint(20_000, 30_000, (64, 2), generator=generator)
+    x = fine.centres(k, torch.float32)
+    fine.validate_centres(x)
+    with pytest.raises(ValueError, match="not at the bin centres"):
+        fine.validate_centres(x + 0.25 * fine.half_width)
+    bits = ndm_ct.bits_per_dim(exact, k, quantisation=fine, bound="elbo", samples=64, generator=generator)
+    assert bool(bits.isfinite().all())
+    with pytest.raises(ValueError, match="float32 cannot tell 67108864 levels apart"):
+        Quantisation(2**26).validate_centres(torch.zeros(1, 2))

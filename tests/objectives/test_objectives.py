@@ -584,3 +584,40 @@ def test_level_decoder_is_a_softmax_over_levels(generator):
         logits = -0.5 * ((own + noise)[:, None] - bins.values(own)) ** 2 / std**2
         expected -= float(torch.log_softmax(logits, 1)[:, level].mean())
     assert abs(float(nats.mean()) - expected) < 4 * float(nats.std()) / math.sqrt(40_000) * 1.2
+
+
+class Counting(torch.nn.Module):
+    """Counts the rows it is evaluated for."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def forward(self, z, t):
+        self.rows += len(z)
+        return 0.5 * z
+
+
+@pytest.mark.parametrize("samples", [1, 3, 8])
+def test_nfe_counts_the_evaluations_of_each_row(samples):
+    net = Counting()
+    _, info = ndm_ct.elbo(NDM(net, (2,)), torch.randn(5, 2), samples=samples, return_info=True)
+    assert net.rows == 5 * info.nfe
+    assert "network evaluations of each row" in ndm_ct.ElboInfo.__doc__
+
+
+def test_the_loss_of_levels_is_minus_their_bound(generator):
+    """Both are estimates of the same number; an int means that many levels on (-1, 1)."""
+    exact, bins = case_one(sd=0.3), Quantisation(9)
+    x = bins.nearest(exact.sample_data(1, generator=generator)).expand(20_000, -1)
+    x = bins.centres(x, torch.float64)
+    loss = ndm_ct.loss(exact, x, quantisation=bins, generator=generator)
+    bound = ndm_ct.elbo(exact, x, quantisation=bins, generator=generator)
+    noise = math.sqrt(float(loss.var() + bound.var()) / len(x))
+    assert abs(float((loss + bound).mean())) < 4 * noise
+    density = ndm_ct.loss(exact, x, generator=generator)
+    assert abs(float((density + bound).mean())) > 10 * noise
+    seed = torch.Generator().manual_seed
+    for function in (ndm_ct.loss, ndm_ct.elbo, objectives.reconstruction_term):
+        by_number, by_bins = (function(exact, x[:4], quantisation=q, generator=seed(0)) for q in (9, bins))
+        assert torch.equal(by_number, by_bins)

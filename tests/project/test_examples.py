@@ -604,7 +604,7 @@ def test_a_network_of_diffusers_scores_images(tmp_path):
         diffusers.UNet2DModel.from_pretrained(tmp_path / "unet"), diffusers.DDPMScheduler()
     )
     images = example.digits()[1][:3]
-    bits = ndm_ct.bits_per_dim(again, images, levels=17, generator=torch.Generator().manual_seed(2))
+    bits = ndm_ct.bits_per_dim(again, images, quantisation=17, generator=torch.Generator().manual_seed(2))
     assert bits.tolist() == pytest.approx(report["rows"], rel=1e-5)
 
 

@@ -420,7 +420,7 @@ def test_a_batch_larger_than_the_data_is_all_of_them():
     assert quick(toy(), mixture(5), batch_size=128).finished
 
 
-@pytest.mark.parametrize("dequantisation", ["uniform", "centres"])
+@pytest.mark.parametrize("dequantisation", ["uniform", "process"])
 def test_integer_data_report_bits_per_dim(dequantisation):
     """Levels drawn uniformly have log2(levels) bits; an untrained standard normal needs more, and the bound is one."""
     levels = torch.randint(0, 16, (256, 2))
@@ -608,7 +608,7 @@ def test_dropout_needs_null_values():
         ({"lr": 0.0}, ValueError, "lr must be"),
         ({"ema": 1.0}, ValueError, "ema must be"),
         ({"warmup": 9}, ValueError, "warmup must be"),
-        ({"dequantisation": "centres"}, ValueError, "no effect without quantisation"),
+        ({"dequantisation": "process"}, ValueError, "no effect without quantisation"),
         ({"validate_every": 5}, ValueError, "no effect without validation"),
         ({"checkpoint_every": 5}, ValueError, "no effect without run_dir"),
         ({"cond": {"label": torch.zeros(64)}}, TypeError, "label"),

@@ -155,12 +155,12 @@ def test_integer_data_behind_a_flow():
     """Uniform noise and the change of variables, for every way to bits; the other decoder is refused."""
     model, latents = pair()
     x = torch.tensor([[0, 7], [3, 4], [2, 6]])
-    found = ndm_ct.bits_per_dim(model, x, levels=8, samples=3, generator=seeded(), **TIGHT)
+    found = ndm_ct.bits_per_dim(model, x, quantisation=8, samples=3, generator=seeded(), **TIGHT)
     torch.testing.assert_close(found, bits(model, latents, x), rtol=0.0, atol=1e-5)
     with pytest.raises(ValueError, match="quantisation decodes levels from z_0, which holds latents of Flow"):
-        ndm_ct.bits_per_dim(model, x, levels=8, bound="elbo")
-    with pytest.raises(ValueError, match=r"dequantisation='centres' decodes levels from z_0.*use 'uniform'"):
-        ndm_ct.fit(model, x, steps=1, quantisation=Quantisation(8), dequantisation="centres")
+        ndm_ct.bits_per_dim(model, x, quantisation=8, bound="elbo")
+    with pytest.raises(ValueError, match=r"dequantisation='process' decodes levels from z_0.*use 'uniform'"):
+        ndm_ct.fit(model, x, steps=1, quantisation=Quantisation(8), dequantisation="process")
 
 
 def test_a_flow_takes_its_own_conditioning():
@@ -174,7 +174,7 @@ def test_a_flow_takes_its_own_conditioning():
     back = ndm_ct.decode(model, z1, shift=shift, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(back, x, rtol=0.0, atol=1e-6)
     x = torch.tensor([[0, 7], [3, 4], [2, 6], [1, 1], [5, 0]])
-    found = ndm_ct.bits_per_dim(model, x, levels=8, samples=3, shift=shift, generator=seeded(), **TIGHT)
+    found = ndm_ct.bits_per_dim(model, x, quantisation=8, samples=3, shift=shift, generator=seeded(), **TIGHT)
     torch.testing.assert_close(found, bits(model, latents, x, shift), rtol=0.0, atol=1e-5)
     assert float((found - bits(model, latents, x, shift.flip(0))).abs().max()) > 1e-2
     with pytest.raises(TypeError, match="shft"):
