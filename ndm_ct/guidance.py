@@ -170,14 +170,15 @@ class _Guided(nn.Module):
         super().__init__()
         self.predictor, self.scale, self.null = predictor, scale, null
         own = 1 if scale in (0.0, 1.0) else 2
+        self.wants_schedule = getattr(predictor, "wants_schedule", False)
         self.evaluations_per_call = own * evaluations_per_call(predictor)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         """Those of the predictor."""
         return keyword_names(self.predictor, 2)
 
-    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Any:
-        """The guided prediction at state z ``(B, *E)`` and time t ``(B,)``.
+    def forward(self, z: Tensor, t: Tensor, /, *schedule: Any, **cond: Any) -> Any:
+        """The guided prediction at state z ``(B, *E)`` and time t ``(B,)``; a schedule is handed on.
 
         Raises:
             ValueError: a conditioning to guide by is missing or has not one entry per row.
@@ -185,16 +186,16 @@ class _Guided(nn.Module):
         """
         self._validate(cond, len(z))
         if self.scale == 1.0:
-            return self.predictor(z, t, **cond)
+            return self.predictor(z, t, *schedule, **cond)
         null = {name: nulled(name, cond[name], value) for name, value in self.null.items()}
         if self.scale == 0.0:
-            return self.predictor(z, t, **cond | null)
+            return self.predictor(z, t, *schedule, **cond | null)
         others = {name: value for name, value in cond.items() if name not in null}
         if any(_by_rows(tensor, len(z)) for tensor in tensors_in(others)):
             # Whether these belong to the rows or are shared is the predictor's affair: it gets them as they came.
-            return self._mixed(self.predictor(z, t, **cond), self.predictor(z, t, **cond | null))
+            return self._mixed(self.predictor(z, t, *schedule, **cond), self.predictor(z, t, *schedule, **cond | null))
         both = {name: torch.cat([cond[name], value]) for name, value in null.items()}
-        output = self.predictor(torch.cat([z, z]), torch.cat([t, t]), **others | both)
+        output = self.predictor(torch.cat([z, z]), torch.cat([t, t]), *schedule, **others | both)
         if isinstance(output, tuple | list):
             pairs = [_halves(part, len(z)) for part in output]
             return self._mixed([pair[0] for pair in pairs], [pair[1] for pair in pairs])

@@ -60,6 +60,25 @@ class NormalKL(Protocol):
         ...
 
 
+class Predictor(Protocol):
+    """What a predictor may declare, all of it optional, as attributes or methods; a plain network declares nothing.
+
+    ==========================  ======================================================================================
+    ``prediction``              what its output means, a string; the model's prediction must agree
+    ``wants_schedule``          True: it is called as ``predictor(z, t, schedule, **cond)``
+    ``null``                    dict of the conditioning values that mean "no conditioning"
+    ``evaluations_per_call``    network evaluations of one call, 1 unless it says so
+    ``cond_names()``            names of conditioning it takes, and whether it takes any
+    ``validate_event(shape)``   raises for an event shape that it was not built for
+    ``validate_schedule(s)``    raises for a schedule that it cannot be used with
+    ==========================  ======================================================================================
+    """
+
+    def __call__(self, z: Tensor, t: Tensor, /, **cond: Any) -> Any:
+        """The prediction at states z ``(B, *E)`` and times t ``(B,)``."""
+        ...
+
+
 class IsotropicNormal:
     r""":math:`N(0, s^2 I)` over an event.
 
@@ -101,8 +120,9 @@ class NDM(nn.Module):
 
     Args:
         predictor: callable ``(z (B, *E), t (B,), **cond) -> (B, *E)`` (a pair of these for ``"moments"``); an
-            ``nn.Module`` or a function. Modules that a function merely closes over are not part of the model. Of a
-            ``DistributedDataParallel``, here and in heads and transforms, the network inside is taken.
+            ``nn.Module`` or a function (:class:`Predictor` lists what it may declare). Modules that a function merely
+            closes over are not part of the model. Of ``DistributedDataParallel``, ``DataParallel`` and
+            ``torch.compile``, here and in transforms, the network inside is taken; it still runs compiled.
         event_shape: E, the shape of one state z, and of one data point unless the transform is an Encoder.
         transform: :math:`F`; None is the identity, an ordinary diffusion.
         schedule: :math:`\alpha, \sigma`; None is ``LinearLogSNR(gamma_min=-13.3, gamma_max=5.0)``.
@@ -163,18 +183,19 @@ class NDM(nn.Module):
         self.register_buffer("residuals", None)
         if hasattr(predictor, "validate_event"):
             predictor.validate_event(self.event_shape)
-        if hasattr(predictor, "bind_schedule"):
-            predictor.bind_schedule(schedule)
+        if hasattr(predictor, "validate_schedule"):
+            predictor.validate_schedule(schedule)
+        self._wants_schedule = getattr(predictor, "wants_schedule", False) is True
         self._predictor_names = names, anything = keyword_names(predictor, 2)
         transform_names, transform_anything = transform.cond_names()
         self.cond_names = names | transform_names, anything or transform_anything
 
     def _validate_prediction(self) -> None:
-        head = getattr(self.predictor, "head", self.prediction)
-        if head != self.prediction:
+        declared = getattr(self.predictor, "prediction", self.prediction)
+        if isinstance(declared, str) and declared != self.prediction:
             raise ValueError(
-                f"the predictor is built for prediction={head!r}, but prediction={self.prediction!r} was asked for; "
-                "make the two agree."
+                f"the predictor is built for prediction={declared!r}, but prediction={self.prediction!r} was asked "
+                "for; make the two agree."
             )
         if self.prediction not in ("eps", "v"):
             return
@@ -284,7 +305,10 @@ class NDM(nn.Module):
 
     def _predict(self, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Any:
         # A copy, so that a predictor that works in place cannot change the state or the caller's data.
-        return run_network(self.predictor, z.clone(), expand_time(t, z), **accepted_by(self._predictor_names, cond))
+        state, time, cond = z.clone(), expand_time(t, z), accepted_by(self._predictor_names, cond)
+        if self._wants_schedule:
+            return run_network(self.predictor, state, time, self.schedule, **cond)
+        return run_network(self.predictor, state, time, **cond)
 
     def _pair(self, output: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         if not (isinstance(output, tuple | list) and len(output) == 2):

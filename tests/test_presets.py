@@ -364,8 +364,7 @@ def test_velocity_is_that_of_the_state():
 
     u = (state(t + h) - state(t - h)) / (2.0 * h)
     exact = nn.FromVelocity(lambda z, t: u)
-    exact.bind_schedule(model.schedule)
-    torch.testing.assert_close(exact(state(t), t), x, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(exact(state(t), t, model.schedule), x, rtol=1e-7, atol=1e-7)
 
 
 def test_score_is_that_of_the_kernel():
@@ -373,9 +372,8 @@ def test_score_is_that_of_the_kernel():
     x, t = data(), torch.linspace(0.1, 0.9, ROWS, dtype=torch.float64)
     c = model.schedule(t)
     exact = nn.FromScore(lambda z, t: (column(c.alpha) * x - z) / column(c.sigma**2))
-    exact.bind_schedule(model.schedule)
     z = data() + 0.5
-    torch.testing.assert_close(exact(z, t), x, **EXACT)
+    torch.testing.assert_close(exact(z, t, model.schedule), x, **EXACT)
 
 
 def test_a_regression_leaves_no_transform_to_train():

@@ -241,7 +241,7 @@ def untrained(kind: str, shape: tuple[int, ...], std: float, seed: int = 0) -> n
         head = kind.removeprefix("NDM-")
         transform = transforms.Separable(nn.UNet(channels, width=width // 2, levels=levels, outputs=2, time=False))
         net = nn.UNet(channels, width=width, levels=levels, outputs=2 if head == "moments" else None)
-        predictor = nn.Preconditioned(net, head=head, data_std=std)
+        predictor = nn.Preconditioned(net, prediction=head, data_std=std)
         return ndm_ct.NDM(predictor, shape, transform=transform, schedule=schedule, prediction=head)
 
 

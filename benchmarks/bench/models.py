@@ -101,7 +101,8 @@ def build(name: str, recipe: Recipe, shape: tuple[int, ...], std: float, seed: i
     net = network(recipe, shape, recipe.width, 2 if head == "moments" else None)
     volatility = LearnedVolatility() if variant.base.endswith("eta") else 1.0
     return ndm_ct.NDM(
-        Preconditioned(net, head=head, data_std=std), shape, transform=transform, schedule=schedule, prediction=head,
+        Preconditioned(net, prediction=head, data_std=std), shape, transform=transform, schedule=schedule,
+        prediction=head,
         volatility=Matched() if variant.transform == "scaling" else volatility, t_min=t_min,
     )  # fmt: skip
 

@@ -84,7 +84,7 @@ def build(name: str, size: int, seed: int) -> ndm_ct.NDM:
     terms = BATCH_TERMS if name == "transport-batch" else TERMS
     transform = transforms.Separable(Perceptron(size, terms, time=False), transforms.PolynomialBasis(terms))
     return ndm_ct.NDM(
-        Preconditioned(net, head=head), (size,), transform=transform, schedule=schedule, prediction=head,
+        Preconditioned(net, prediction=head), (size,), transform=transform, schedule=schedule, prediction=head,
         volatility=LearnedVolatility(),
     )  # fmt: skip
 

@@ -26,6 +26,9 @@ class Configurable:
 
     registry: ClassVar[dict[str, type["Configurable"]]] = {}
 
+    names_in_files: ClassVar[dict[str, str]] = {}
+    """Arguments that files call by another name, and that name."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.split(".")[0] == __name__.split(".")[0]:
@@ -38,7 +41,9 @@ class Configurable:
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of an inherited __init__
         parameters = inspect.signature(type(self)).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind not in variadic]
-        return {"type": type(self).__name__} | {name: to_config(getattr(self, name)) for name in names}
+        return {"type": type(self).__name__} | {
+            self.names_in_files.get(name, name): to_config(getattr(self, name)) for name in names
+        }
 
 
 def to_config(value: Any) -> Any:
@@ -74,7 +79,8 @@ def from_config(value: Any) -> Any:
     cls = _class(name) if isinstance(name, str) else None
     if cls is None:
         raise CheckpointError(f"the configuration names the class {name!r}, which this version does not have.")
-    arguments = {key: from_config(item) for key, item in value.items() if key != "type"}
+    names = {written: today for today, written in cls.names_in_files.items()}
+    arguments = {names.get(key, str(key)): from_config(item) for key, item in value.items() if key != "type"}
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:

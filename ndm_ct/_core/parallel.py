@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["Group", "unwrapped"]
 
@@ -19,8 +19,21 @@ T = TypeVar("T")
 
 
 def unwrapped(network: Any) -> Any:
-    """The network inside a ``DistributedDataParallel``, where every call may wait for other processes; or itself."""
-    return network.module if isinstance(network, DistributedDataParallel) else network
+    """The network inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile`` wrappers, or itself.
+
+    Its weights then have the names that it gave them. A compiled network keeps running compiled, as after
+    ``network.compile()``; a distributed one no longer waits for other processes in its calls.
+    """
+    while True:
+        if isinstance(network, DistributedDataParallel | DataParallel):
+            network = network.module
+        elif hasattr(network, "_orig_mod") and hasattr(network, "dynamo_ctx"):  # torch.compile's OptimizedModule
+            inner = network._orig_mod
+            if inner._compiled_call_impl is None:
+                inner._compiled_call_impl = network.dynamo_ctx(inner._call_impl)
+            network = inner
+        else:
+            return network
 
 
 class Group:

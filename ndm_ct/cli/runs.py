@@ -313,7 +313,7 @@ def _built(settings: Settings, event_shape: tuple[int, ...], levels: int | None)
         transform = transforms.LearnedScaling(event_shape)
     predictor = network(width, 2 if settings.head == "moments" else None)
     return NDM(
-        Preconditioned(predictor, head=settings.head), event_shape, transform=transform,
+        Preconditioned(predictor, prediction=settings.head), event_shape, transform=transform,
         schedule=_schedule(settings, levels), prediction=settings.head,
     )  # fmt: skip
 

@@ -32,19 +32,22 @@ References:
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.checks import choose, expand
-from ndm_ct._core.config import Configurable, Unconfigurable, to_config
+from ndm_ct._core.config import Configurable
 from ndm_ct._core.keywords import keyword_names
 from ndm_ct._core.parallel import unwrapped
 
 __all__ = ["FromDenoiser", "FromScore", "FromVelocity", "Mixed", "Preconditioned", "Wrapper", "null_of"]
 
-HEADS = ("x", "moments")
+PREDICTIONS = ("x", "moments")
+
+Schedule = Callable[[Tensor], Any]
+"""A noise schedule, float64 time to its coefficients (:class:`ndm_ct.schedules.Coefficients`)."""
 
 
 class Wrapper(nn.Module, Configurable):
@@ -77,91 +80,62 @@ class Wrapper(nn.Module, Configurable):
 
 
 class _Scheduled(Wrapper):
-    """A predictor around a network that takes alpha and sigma from the model's schedule, which ``NDM`` binds.
+    """A predictor around a network that needs the model's noise schedule.
+
+    It is called as ``predictor(z, t, schedule, **cond)``; ``NDM`` passes its own schedule, so one predictor may serve
+    several models.
 
     Args:
         net: ``net(z, t, **cond)``.
     """
 
-    def __init__(self, net: Callable[..., Any]) -> None:
-        super().__init__(net)
-        # Kept out of the submodules: the schedule's parameters belong to the model's process. A copy of the model
-        # copies this reference along with the schedule it points at.
-        self.__dict__["_schedule"] = None
-
-    def bind_schedule(self, schedule: nn.Module) -> None:
-        """Take alpha and sigma from ``schedule``, a callable of float64 time.
-
-        Raises:
-            ValueError: it is bound to a different schedule already, which another model relies on.
-        """
-        bound = self.__dict__["_schedule"]
-        if bound is not None and bound is not schedule and not _interchangeable(bound, schedule):
-            raise ValueError(
-                f"this predictor is bound to the {type(bound).__name__} of another model, and one with "
-                f"{type(schedule).__name__} would change that model; take a copy.deepcopy(predictor) and unbind() it, "
-                "or unbind() this one if the other model is gone."
-            )
-        self.__dict__["_schedule"] = schedule
-
-    def unbind(self) -> None:
-        """Forget the schedule, so that another model can bind its own."""
-        self.__dict__["_schedule"] = None
-
-    def _at(self, t: Tensor) -> Any:
-        """The schedule's coefficients at times t ``(B,)``."""
-        schedule = self.__dict__["_schedule"]
-        if schedule is None:
-            raise RuntimeError(
-                f"{type(self).__name__} needs a noise schedule and has none; pass it as the predictor of an NDM, or "
-                "call bind_schedule(schedule)."
-            )
-        return schedule(t.double())
+    wants_schedule = True
 
 
 class Preconditioned(_Scheduled):
-    r"""A network scaled to predict x (head "x"), or the pair of head "moments", at every noise level.
+    r"""A network scaled to predict x, or the pair of prediction "moments", at every noise level.
 
     .. math::
         \hat x = c_{skip} z - c_{out}\,\mathrm{net}(c_{in} z, t), \qquad
         (\hat F, \hat{\dot F}) = (c_{skip} z - c_{out}\,\mathrm{net}_1(c_{in} z, t),\ \mathrm{net}_2(c_{in} z, t))
 
-    with the coefficients of this module's header. The schedule is the model's: ``NDM`` binds it.
+    with the coefficients of this module's header. The schedule is the model's, which ``NDM`` passes.
 
     Args:
         net: ``net(z, t, **cond)``, returning ``(B, *E)`` for "x" and ``(B, 2, *E)`` for "moments".
-        head: "x" or "moments"; the ``prediction`` of the model.
+        prediction: "x" or "moments"; that of the model.
         data_std: s, standard deviation of the data over all coordinates.
     """
 
-    def __init__(self, net: nn.Module, head: str = "x", data_std: float = 1.0) -> None:
+    names_in_files: ClassVar[dict[str, str]] = {"prediction": "head"}
+
+    def __init__(self, net: nn.Module, prediction: str = "x", data_std: float = 1.0) -> None:
         super().__init__(net)
-        self.head = choose("head", head, HEADS)
+        self.prediction = choose("prediction", prediction, PREDICTIONS)
         if not (math.isfinite(data_std) and data_std > 0.0):
             raise ValueError(f"data_std must be a positive number, got {data_std!r}.")
         self.data_std = data_std
 
-    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction at state z ``(B, *E)`` and time t ``(B,)``; a pair for head "moments".
+    def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The prediction at state z ``(B, *E)`` and time t ``(B,)`` under a schedule; a pair for "moments".
 
         Raises:
-            RuntimeError: no schedule is bound.
-            ValueError: the network's output does not fit the head.
+            ValueError: the network's output does not fit the prediction.
         """
-        skip, out, into = (expand(c, z) for c in self._coefficients(t))
+        skip, out, into = (expand(c, z) for c in self._coefficients(schedule(t.double())))
         output = self.net(into * z, t, **cond)
-        if self.head == "x":
+        if self.prediction == "x":
             return skip * z - out * output
         expected = (z.shape[0], 2, *z.shape[1:])
         if tuple(output.shape) != expected:
             raise ValueError(
-                f"head='moments' needs two outputs of the network, shape {expected}, got {tuple(output.shape)}; build "
-                "it with outputs=2."
+                f"prediction='moments' needs two outputs of the network, shape {expected}, got {tuple(output.shape)}; "
+                "build it with outputs=2."
             )
         return skip * z - out * output[:, 0], output[:, 1]
 
-    def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c, s = self._at(t), self.data_std
+    def _coefficients(self, c: Any) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.data_std
         spread = torch.sqrt((c.alpha * s) ** 2 + c.sigma**2)
         return c.alpha * s**2 / spread**2, c.sigma * s / spread, 1.0 / spread
 
@@ -176,9 +150,9 @@ class FromVelocity(_Scheduled):
         net: ``net(z, t, **cond)``, returning u, ``(B, *E)``.
     """
 
-    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)``."""
-        c = self._at(t)
+    def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor:
+        r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)`` under a schedule."""
+        c = schedule(t.double())
         u = self.net(z, t, **cond)
         return expand(c.dsigma / c.wronskian, z) * z - expand(c.sigma / c.wronskian, z) * u
 
@@ -186,12 +160,8 @@ class FromVelocity(_Scheduled):
 class _WhereAlphaIsPositive(_Scheduled):
     """A predictor that divides by alpha."""
 
-    def bind_schedule(self, schedule: nn.Module) -> None:
-        """See :class:`Preconditioned`.
-
-        Raises:
-            ValueError: also if alpha(1) = 0, where the network says nothing about x.
-        """
+    def validate_schedule(self, schedule: Schedule) -> None:
+        """Raises ValueError if alpha(1) = 0, where the network says nothing about x."""
         with torch.no_grad():
             end = schedule(torch.ones((), dtype=torch.float64, device=getattr(schedule, "device", None)))
         if float(end.alpha) == 0.0:
@@ -199,7 +169,6 @@ class _WhereAlphaIsPositive(_Scheduled):
                 f"{type(self).__name__} finds x where alpha > 0, but {type(schedule).__name__} has alpha(1) = 0; use "
                 "FromVelocity or Preconditioned, or a schedule that ends before."
             )
-        super().bind_schedule(schedule)
 
 
 class FromDenoiser(_WhereAlphaIsPositive):
@@ -209,9 +178,9 @@ class FromDenoiser(_WhereAlphaIsPositive):
         net: ``net(z, sigma, **cond)``, returning :math:`\hat x`, ``(B, *E)``.
     """
 
-    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)``; alpha must not be zero there."""
-        c = self._at(t)
+    def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor:
+        r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)`` under a schedule; alpha must not be zero there."""
+        c = schedule(t.double())
         return self.net(z / expand(c.alpha, z), (c.sigma / c.alpha).to(z.dtype), **cond)
 
 
@@ -222,9 +191,9 @@ class FromScore(_WhereAlphaIsPositive):
         net: ``net(z, t, **cond)``, returning s, ``(B, *E)``.
     """
 
-    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)``; alpha must not be zero there."""
-        c = self._at(t)
+    def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor:
+        r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)`` under a schedule; alpha must not be zero there."""
+        c = schedule(t.double())
         return (z + expand(c.sigma**2, z) * self.net(z, t, **cond)) / expand(c.alpha, z)
 
 
@@ -239,30 +208,20 @@ class Mixed(_Scheduled):
         event_shape: E.
     """
 
-    head = "eps"
+    prediction = "eps"
 
     def __init__(self, net: nn.Module, event_shape: Sequence[int]) -> None:
         super().__init__(net)
         self.event_shape = tuple(event_shape)
         self.share = nn.Parameter(torch.full((self.event_shape[0], *(1,) * (len(self.event_shape) - 1)), -2.0))
 
-    def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        r""":math:`\hat\epsilon` at state z ``(B, *E)`` and time t ``(B,)``."""
+    def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor:
+        r""":math:`\hat\epsilon` at state z ``(B, *E)`` and time t ``(B,)`` under a schedule."""
         a = torch.sigmoid(self.share)
-        return (1.0 - a) * expand(self._at(t).sigma, z) * z + a * self.net(z, t, **cond)
+        return (1.0 - a) * expand(schedule(t.double()).sigma, z) * z + a * self.net(z, t, **cond)
 
 
 def null_of(predictor: Any) -> dict[str, Any]:
     """The conditioning that means none to a predictor, by name: its attribute ``null``; empty if that is no mapping."""
     null = getattr(predictor, "null", None)
     return dict(null) if isinstance(null, Mapping) else {}
-
-
-def _interchangeable(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two schedules are the same function for good: equal configurations, nothing to learn."""
-    if any(True for module in (a, b) for _ in module.parameters()):
-        return False
-    try:
-        return bool(to_config(a) == to_config(b))
-    except Unconfigurable:
-        return False

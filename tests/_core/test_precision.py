@@ -28,7 +28,7 @@ def model(shape=VECTORS, kind="identity", head="x"):
         transform = transforms.Neural(network(shape))
     elif kind == "separable":
         transform = transforms.Separable(network(shape, outputs=2, time=False))
-    predictor = Preconditioned(network(shape, outputs=2 if head == "moments" else None), head=head)
+    predictor = Preconditioned(network(shape, outputs=2 if head == "moments" else None), prediction=head)
     made = ndm_ct.NDM(
         predictor, shape, transform=transform, schedule=schedules.LearnedLogSNR(-9.0, 5.0), prediction=head
     )

@@ -36,9 +36,8 @@ def test_raw_and_eps_are_their_formulas():
 @pytest.mark.parametrize("way", ["edm + raw", "edm + rate", "edm + edm"])
 def test_edm_is_preconditioned_up_to_the_second_scale(way):
     (F, dF), z, t, (alpha, sigma) = pair(way)
-    library = Preconditioned(Fixed(), head="moments", data_std=0.6)
-    library.bind_schedule(schedules.LinearLogSNR(-3.0, 2.0))
-    expected_F, expected_dF = library(z, t)
+    library = Preconditioned(Fixed(), prediction="moments", data_std=0.6)
+    expected_F, expected_dF = library(z, t, schedules.LinearLogSNR(-3.0, 2.0))
     scale = {"edm + raw": 1.0, "edm + rate": 5.0, "edm + edm": 0.6 * sigma / (0.36 * alpha**2 + sigma**2).sqrt()}
     torch.testing.assert_close((F, dF), (expected_F, scale[way] * expected_dF))
 

@@ -522,7 +522,7 @@ class TestSchedulers:
             (ndm_ct.NDM(nn.Preconditioned(nn.MLP(2)), (2,), schedule=schedules.Cosine()), r"alpha\(1\) > 0"),
             (draws.untrained("NDM-x", (1, 8, 8), 1.0), "transform Separable"),
             (
-                ndm_ct.NDM(nn.Preconditioned(nn.MLP(2, outputs=2), head="moments"), (2,), prediction="moments"),
+                ndm_ct.NDM(nn.Preconditioned(nn.MLP(2, outputs=2), prediction="moments"), (2,), prediction="moments"),
                 "prediction='moments'",
             ),
         ):

@@ -115,8 +115,8 @@ def test_gradients_reach_the_transform_and_the_predictor():
     for network in (net, predictor):
         torch.nn.init.normal_(network.output.weight, std=0.3)
     model = ndm_ct.NDM(
-        nn.Preconditioned(predictor, head="moments"), (2,), transform=transforms.Neural(net), prediction="moments",
-        schedule=schedules.LinearLogSNR(-5.0, 5.0),
+        nn.Preconditioned(predictor, prediction="moments"), (2,), transform=transforms.Neural(net),
+        prediction="moments", schedule=schedules.LinearLogSNR(-5.0, 5.0),
     )  # fmt: skip
     transport.curvature(model, torch.randn(16, 2)).mean().backward()
     for network in (net, predictor):
@@ -131,7 +131,7 @@ def bent(size=2):
     net = nn.MLP(size, width=8, depth=1, outputs=3, time=False).double()
     torch.nn.init.normal_(net.output.weight, std=0.3)
     transform = transforms.Separable(net, transforms.PolynomialBasis(3))
-    predictor = nn.Preconditioned(nn.MLP(size, width=8, depth=1, outputs=2).double(), head="moments")
+    predictor = nn.Preconditioned(nn.MLP(size, width=8, depth=1, outputs=2).double(), prediction="moments")
     schedule = schedules.LinearLogSNR(-4.0, 4.0)
     return ndm_ct.NDM(predictor, (size,), transform=transform, schedule=schedule, prediction="moments"), net
 
@@ -228,7 +228,7 @@ def test_training_makes_paths_straighter(flow):
         torch.manual_seed(0)
         k = transforms.Separable(nn.MLP(1, width=8, depth=1, outputs=2, time=False))
         model = ndm_ct.NDM(
-            nn.Preconditioned(nn.MLP(1, width=16, depth=1, outputs=2), head="moments", data_std=0.5), (1,),
+            nn.Preconditioned(nn.MLP(1, width=16, depth=1, outputs=2), prediction="moments", data_std=0.5), (1,),
             transform=k, prediction="moments", schedule=schedules.VarianceExploding(0.05, 1.0),
         )  # fmt: skip
         x = 0.5 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(1))

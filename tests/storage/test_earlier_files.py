@@ -38,7 +38,7 @@ def learned():
     torch.manual_seed(0)
     features = nn.MLP(2, width=4, depth=1, outputs=2, time=False)
     return NDM(
-        nn.Preconditioned(nn.MLP(2, width=4, depth=1, outputs=2), head="moments"), (2,),
+        nn.Preconditioned(nn.MLP(2, width=4, depth=1, outputs=2), prediction="moments"), (2,),
         transform=transforms.Separable(features), schedule=schedules.LearnedLogSNR(-8.0, 5.0, features=4),
         prediction="moments", volatility=0.5,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def near(values, name):
 def test_a_model():
     model = ndm_ct.load(FILES / "model.safetensors")
     with torch.no_grad():
-        near(model.predictor(rows(4), torch.full((4,), 0.5))[0], "prediction")
+        near(model.predictor(rows(4), torch.full((4,), 0.5), model.schedule)[0], "prediction")
     near(ndm_ct.loglik(model, rows(4)), "loglik")
 
 

@@ -104,7 +104,7 @@ def test_equal_models_make_equal_files(tmp_path):
 
 
 def test_images_and_the_moments_head(tmp_path):
-    net = Preconditioned(UNet(1, width=4, outputs=2), head="moments", data_std=0.5)
+    net = Preconditioned(UNet(1, width=4, outputs=2), prediction="moments", data_std=0.5)
     model = ndm_ct.NDM(net, event_shape=(1, 4, 4), prediction="moments")
     save(model, tmp_path / "m")
     loaded = load(tmp_path / "m")
@@ -902,7 +902,7 @@ def test_networks_compiled_in_place_train_to_the_same_weights(tmp_path):
     def trained(prepare, run_dir):
         torch.manual_seed(0)
         transform = transforms.Separable(MLP(2, width=8, depth=1, outputs=2, time=False))
-        predictor = Preconditioned(MLP(2, width=16, depth=1, outputs=2), head="moments")
+        predictor = Preconditioned(MLP(2, width=16, depth=1, outputs=2), prediction="moments")
         model = ndm_ct.NDM(
             predictor, (2,), transform=transform, schedule=schedules.LinearLogSNR(-8.0, 6.0), prediction="moments"
         )
