@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KernelDensity
 
+from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.estimator import NDMDensity
 
 DATA = {"casp": data.casp, "ccpp": data.ccpp, "magic": data.magic, "breast-cancer": data.breast_cancer}
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         file = (
             None
             if options.cache is None
-            else options.cache / f"{name}-{runs.seed(*map(str, settings.values())):016x}.json"
+            else options.cache / f"{name}-{derive_seeds(*map(str, settings.values()))[0]:016x}.json"
         )
         results[name] = make() if file is None else runs.kept(file, settings, make)
     report = {"settings": settings, "results": results}

@@ -31,6 +31,7 @@ from bench.recipes import Recipe, Rows, rows_of, unit
 from bench.timing import clock_of, timed
 
 import ndm_ct
+from ndm_ct._core.seeds import make_generator
 
 ROUNDS, BLOCK = 7, 10
 """Rounds of ``--timing``, and optimiser steps in a block."""
@@ -135,11 +136,11 @@ def seconds_per_step(recipe: Recipe, rows: Rows, names: list[str], device: torch
 def consistency(model: ndm_ct.NDM, samples: int) -> metrics.Distance:
     """Energy distance between samples of the probability flow and of the reverse SDE, and its scatter at one law."""
     ways = {"ode": {"method": "ode"}, "sde": {"method": "sde", "steps": 200}}
-    flow, noisy = (
-        ndm_ct.sample(model, samples, batch_size=250, generator=runs.generator(name, device=model.device), **how)
-        for name, how in ways.items()
-    )
-    return metrics.energy_score(flow.flatten(1).cpu(), noisy.flatten(1).cpu())
+    drawn = []
+    for name, how in ways.items():
+        random = make_generator(name, device=model.device or "cpu")
+        drawn.append(ndm_ct.sample(model, samples, batch_size=250, generator=random, **how).flatten(1).cpu())
+    return metrics.energy_score(*drawn)
 
 
 def distances(model: ndm_ct.NDM, rows: Rows, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -153,7 +154,7 @@ def distances(model: ndm_ct.NDM, rows: Rows, options: argparse.Namespace) -> dic
     for method, steps in ((method, steps) for method in found for steps in claims.STEP_COUNTS):
         x = ndm_ct.sample(
             model, options.samples, method=method, steps=steps, batch_size=250,
-            generator=runs.generator("distances", device=model.device),
+            generator=make_generator("distances", device=model.device or "cpu"),
         )  # fmt: skip
         found[method][str(steps)] = metrics.frechet_infinity(net(levels_of(x.cpu(), rows.bins)), reference).value
     return found

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import ndm_ct
 from ndm_ct import objectives
+from ndm_ct._core.seeds import make_generator
 from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory, TimeSampler
 
 BUCKETS = 50
@@ -34,8 +35,8 @@ def estimates(model: ndm_ct.NDM, x: Tensor, batch: int, batches: int) -> tuple[d
     """Batch means by method, and learned densities."""
 
     def run(draw: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
-        rows = (torch.randperm(len(x), generator=runs.generator("rows", k))[:batch] for k in range(batches))
-        return torch.stack([draw(x[own], runs.generator("times", k)).mean() for k, own in enumerate(rows)])
+        rows = (torch.randperm(len(x), generator=make_generator("rows", k))[:batch] for k in range(batches))
+        return torch.stack([draw(x[own], make_generator("times", k)).mean() for k, own in enumerate(rows)])
 
     def independent(own: Tensor, generator: torch.Generator) -> Tensor:
         return losses(model, own, torch.rand(batch, dtype=torch.float64, generator=generator), generator)

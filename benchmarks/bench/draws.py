@@ -15,11 +15,12 @@ from torch import Tensor
 
 import ndm_ct
 from ndm_ct import nn, schedules, transforms
+from ndm_ct._core.seeds import make_generator
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.storage import write_atomically
 
 from . import data, features, metrics, networks, schedulers
-from .runs import generator, read_json, write_json
+from .runs import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def draw(
 def generators(seed: int, count: int, batch: int) -> Iterator[tuple[int, torch.Generator]]:
     """Batch sizes that add up to ``count``, each with a generator that depends on seed and place alone."""
     for place, start in enumerate(range(0, count, batch)):
-        yield min(batch, count - start), generator(seed, place)
+        yield min(batch, count - start), make_generator(seed, place)
 
 
 def levels_of(x: Tensor, bins: Quantisation) -> Tensor:

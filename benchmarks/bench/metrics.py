@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .runs import generator
+from ndm_ct._core.seeds import make_generator
 
 PARTS = 4
 """Largest number of parts of the extrapolation: 1 + 2 + 3 + 4 = 10 distances."""
@@ -111,12 +111,12 @@ class Reference:
     @cached_property
     def parts(self) -> list[list[Part]]:
         """The set in k disjoint random parts, k = 1 ... 4."""
-        return _parts(self.features, generator(self.seed, 0), factor=True)
+        return _parts(self.features, make_generator(self.seed, 0), factor=True)
 
     @cached_property
     def kernel_sums(self) -> tuple[list[Tensor], Tensor]:
         """The set in random blocks, and the kernel's sums over pairs of blocks."""
-        blocks = _blocks(self.features, generator(self.seed, 4))
+        blocks = _blocks(self.features, make_generator(self.seed, 4))
         return blocks, _kernel_sums(blocks, blocks)
 
 
@@ -147,7 +147,7 @@ def frechet_infinity(x: Tensor, reference: Reference | Tensor, seed: int = 0) ->
 
 def _by_parts(x: Tensor, reference: Reference, seed: int) -> list[Tensor]:
     """For each k the k distances of the parts."""
-    pairs = zip(_parts(x, generator(seed, 1)), reference.parts, strict=True)
+    pairs = zip(_parts(x, make_generator(seed, 1)), reference.parts, strict=True)
     return [
         torch.tensor([a.frechet(b) for a, b in zip(ours, theirs, strict=True)], dtype=torch.float64)
         for ours, theirs in pairs
@@ -172,7 +172,7 @@ def kid(x: Tensor, reference: Reference | Tensor, seed: int = 0) -> Distance:
     """
     reference = reference if isinstance(reference, Reference) else Reference(reference)
     theirs, theirs_sums = reference.kernel_sums
-    ours = _blocks(x.double(), generator(seed, 2))
+    ours = _blocks(x.double(), make_generator(seed, 2))
     counts = torch.tensor([[len(block) for block in blocks] for blocks in (ours, theirs)], dtype=torch.float64)
     sums = _kernel_sums(ours, ours), theirs_sums, _kernel_sums(ours, theirs)
     # A block's kernel with itself holds each row's kernel with itself, which no pair of rows is.
@@ -224,7 +224,7 @@ def neighbourhoods(x: Tensor, reference: Tensor, k: int = 5, seed: int = 0) -> d
     rows = min(len(x), len(reference), NEIGHBOUR_ROWS)
     if rows <= k + 1:
         raise ValueError(f"the neighbourhoods of {k} neighbours need more than {k + 1} rows, got {rows}.")
-    random = generator(seed, 3)
+    random = make_generator(seed, 3)
     theirs, ours = (
         values[torch.randperm(len(values), generator=random)[:rows]].float().numpy() for values in (reference, x)
     )

@@ -61,17 +61,6 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def seed(*given: int | str) -> int:
-    """A seed below 2^63 derived from words, so that different words share no random numbers."""
-    values = [int.from_bytes(word.encode()) if isinstance(word, str) else word for word in given]
-    return int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0] >> 1)
-
-
-def generator(*given: int | str, device: torch.device | str | None = None) -> torch.Generator:
-    """A generator with the seed of :func:`seed`."""
-    return torch.Generator(device or "cpu").manual_seed(seed(*given))
-
-
 def provenance() -> dict[str, Any]:
     """What a results file says about its making: versions of packages, the git commit and the machine."""
     found = versions()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ndm_ct
 from ndm_ct import objectives, schedules, transforms
+from ndm_ct._core.seeds import make_generator
 from ndm_ct.nn import Preconditioned
 from ndm_ct.objectives import straight
 from ndm_ct.schedules.fixed import Schedule
@@ -20,7 +21,6 @@ from ndm_ct.schedules.volatility import LearnedVolatility
 
 from .data import Split
 from .metrics import energy_distance
-from .runs import generator
 
 MODELS = ("diffusion", "rectified", "transport", "transport-batch", "transport-x", "late", "curved")
 GAMMA_MIN = -7.0
@@ -227,10 +227,10 @@ def energies(model: ndm_ct.NDM, steps: int, test: Tensor, parts: int, part: int)
     All models are compared on the same test rows and begin at the same draws from the prior.
     """
     found = []
-    order = torch.randperm(len(test), generator=generator("order of parts"))
+    order = torch.randperm(len(test), generator=make_generator("order of parts"))
     for k in range(parts):
         rows = test[order[torch.arange(k * part, (k + 1) * part) % len(test)]]
-        x = ndm_ct.sample(model, part, method="euler", steps=steps, generator=generator("part", k))
+        x = ndm_ct.sample(model, part, method="euler", steps=steps, generator=make_generator("part", k))
         found.append(energy_distance(x.double(), rows.double()))
     return found
 

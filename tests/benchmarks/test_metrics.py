@@ -118,7 +118,7 @@ def test_kid_is_the_double_loop(generator):
     reference = metrics.Reference(y)
     result = metrics.kid(x, reference)
     assert result.value == pytest.approx(explicit_mmd(x, y), rel=1e-10)
-    blocks_x, blocks_y = metrics._blocks(x, metrics.generator(0, 2)), reference.kernel_sums[0]
+    blocks_x, blocks_y = metrics._blocks(x, metrics.make_generator(0, 2)), reference.kernel_sums[0]
     without = [
         explicit_mmd(*(torch.cat([*blocks[:i], *blocks[i + 1 :]]) for blocks in (blocks_x, blocks_y)))
         for i in range(metrics.BLOCKS)
