@@ -86,8 +86,8 @@ def fitted(name: str, kind: str, seed: int, options: argparse.Namespace, folder:
     for k, (steps, penalised) in enumerate(stages):
         trained = ndm_ct.fit(
             model, split.train, steps=steps, batch_size=rows, lr=3e-3, warmup=min(50, steps), ema=0.99,
-            weight_decay=0.0, seed=derive_seeds("stage", seed, k)[0] >> 1, objective=penalised, run_dir=folder / f"stage-{k}",
-            lr_final=0.01 if k == len(stages) - 1 else 0.5, progress=not options.quiet,
+            weight_decay=0.0, seed=derive_seeds("stage", seed, k)[0] >> 1, objective=penalised,
+            lr_final=0.01 if k == len(stages) - 1 else 0.5, run_dir=folder / f"stage-{k}", progress=not options.quiet,
         )  # fmt: skip
         if not trained.finished:  # Ctrl-C, which a training turns into a checkpoint
             raise KeyboardInterrupt

@@ -47,16 +47,13 @@ from ndm_ct import transforms
 PREFIX = "diffusers:"
 TIMESTEPS = 1000
 
+MULTISTEP = {"timestep_spacing": "linspace", "solver_order": 2, "lower_order_final": True}
 RECIPES: dict[str, dict[str, Any]] = {
     "DDPM": {"timestep_spacing": "trailing", "clip_sample": False},
     "DDIM": {"timestep_spacing": "trailing", "clip_sample": False},
     "PNDM": {"timestep_spacing": "trailing", "skip_prk_steps": True},
-    "DPMSolverMultistep": {"timestep_spacing": "linspace", "solver_order": 2, "lower_order_final": True},
-    "DEISMultistep": {"timestep_spacing": "linspace", "solver_order": 2, "lower_order_final": True},
-    "UniPCMultistep": {"timestep_spacing": "linspace", "solver_order": 2, "lower_order_final": True},
-    "EulerDiscrete": {"timestep_spacing": "trailing"},
-    "EulerAncestralDiscrete": {"timestep_spacing": "trailing"},
-    "HeunDiscrete": {"timestep_spacing": "trailing"},
+    **dict.fromkeys(("DPMSolverMultistep", "DEISMultistep", "UniPCMultistep"), MULTISTEP),
+    **{kind: {"timestep_spacing": "trailing"} for kind in ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete")},
 }
 """Settings by scheduler; the class is called NAMEScheduler."""
 
