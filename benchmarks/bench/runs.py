@@ -125,10 +125,9 @@ def kept(path: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
     Raises:
         ValueError: the file holds a result of other settings.
     """
+    if not path.exists():
+        write_json(path, {"settings": settings, "result": make()})
     known = read_json(path)
-    if known is None:
-        known = {"settings": settings, "result": make()}
-        write_json(path, known)
     RunFolder(path.parent, str(path)).compare(known["settings"], settings)
     return known["result"]
 
