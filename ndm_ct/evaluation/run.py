@@ -61,7 +61,7 @@ class Batch:
     Args:
         start: position of its first row in the random order.
         rows: row numbers in the data, ``(b,)``.
-        nll: as in :class:`Scores`, ``(models, b)``.
+        nll: as in ``Scores``, ``(models, b)``.
         variance: likewise.
         nfe: likewise, by model.
         seconds: what it took.
