@@ -7,6 +7,7 @@ half-width, and test images are scored in bits per dimension by the probability 
 and by the ELBO.
 """
 
+import argparse
 import json
 import math
 import time
@@ -28,7 +29,7 @@ from ndm_ct.schedules.fixed import LinearLogSNR
 from ndm_ct.training.fit import FitResult, fit
 from ndm_ct.transforms import Separable
 
-__all__ = ["STEPS", "run"]
+__all__ = ["STEPS", "run", "run_demo"]
 
 STEPS = 900
 LEVELS = 17
@@ -232,3 +233,14 @@ def _series(trained: FitResult, key: str) -> tuple[Sequence[float], Sequence[flo
     """The history without its first tenth, whose values would set the scale."""
     rows = trained.history[len(trained.history) // 10 :]
     return [row[key] for row in rows], [row["bits_per_dim"] for row in rows]
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    run(
+        options.out,
+        steps=options.steps or STEPS,
+        test_rows=options.test_rows,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    return 0

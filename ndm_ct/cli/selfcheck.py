@@ -5,7 +5,9 @@ Systematic errors are compared with a limit in nats; random ones are divided by 
 about one. A device, a precision or a version that gets something wrong shows here first.
 """
 
+import argparse
 import math
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.seeds import make_generator
+from ndm_ct._core.versions import __version__
 from ndm_ct.divergence import Hutchinson
 from ndm_ct.likelihood.api import decode, encode, loglik
 from ndm_ct.objectives.bound import elbo
 from ndm_ct.reference import Gaussian
 from ndm_ct.samplers.sample import sample
 
-__all__ = ["Check", "run"]
+__all__ = ["Check", "run", "run_selfcheck"]
 
 ROWS, SAMPLES = 64, 4000
 DIMENSIONS = (1, 6, 6)
@@ -115,3 +118,13 @@ def _moments(draw: Callable[[], Tensor], mean: Tensor, cov: Tensor) -> float:
     y = (y @ basis / values.sqrt())[:, [0, len(values) // 2, -1]]
     n = len(y)
     return float(torch.cat([y.mean(0) * math.sqrt(n), (y.square().mean(0) - 1.0) * math.sqrt(n / 2.0)]).abs().max())
+
+
+def run_selfcheck(options: argparse.Namespace) -> int:
+    print(f"ndm-ct {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+          f"{options.device}, {options.dtype}")  # fmt: skip
+    checks = run(options.device, getattr(torch, options.dtype), options.seed)
+    for check in checks:
+        verdict = "ok" if check.passed else "FAILED"
+        print(f"{check.name:36} {check.value:9.2g} {check.unit:16} (limit {check.limit:g})  {verdict}")
+    return 0 if all(check.passed for check in checks) else 3

@@ -16,7 +16,7 @@ import torch
 import ndm_ct
 from ndm_ct import NDM, discrete, nn, objectives, process, reference, samplers, schedules, solvers
 from ndm_ct._core.seeds import derive_seeds, make_generator
-from ndm_ct.cli import runs, selfcheck
+from ndm_ct.cli import selfcheck, settings, train
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.divergence import Hutchinson
 from ndm_ct.likelihood.bits import dequantised
@@ -192,7 +192,7 @@ SEEDED = {
     ),
     "training.fit": trained,
     "estimator.NDMDensity": lambda seed: torch.tensor(density(random_state=seed).score_samples(X.numpy())),
-    "cli.Settings": lambda seed: next(runs.build(runs.Settings(seed=seed), (2,), None).parameters()),
+    "cli.Settings": lambda seed: next(train.build(settings.Settings(seed=seed), (2,), None).parameters()),
     "cli.run": checked,
     "estimator.NDMDensity.sample": lambda seed: torch.tensor(density(random_state=0).sample(3, random_state=seed)),
 }

@@ -14,10 +14,12 @@ import torch
 
 import ndm_ct
 from ndm_ct._core.seeds import make_generator
+from ndm_ct.cli import batches, runs, sampling, score, selfcheck
 from ndm_ct.cli import commands as cli
-from ndm_ct.cli import runs, selfcheck
+from ndm_ct.cli.settings import settings_from_file
 from ndm_ct.files.formats import read, write_table
 
+OWNERS = {"loglik": score, "sample": sampling}
 SCALE = np.array([1.0, 1000.0, 0.01])
 SHIFT = np.array([0.0, 5e4, -3.0])
 QUICK = ["--steps", "60", "--width", "16", "--depth", "1", "--batch-size", "64", "--quiet"]
@@ -183,7 +185,7 @@ def test_settings_of_file_and_command_line(tmp_path):
     assert (type(model.transform).__name__, model.prediction) == ("Separable", "moments")
     yaml = pytest.importorskip("yaml")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"steps": 4, "lr": 0.001}))
-    assert runs.settings_from_file(tmp_path / "c.yaml") == {"steps": 4, "lr": 0.001}
+    assert settings_from_file(tmp_path / "c.yaml") == {"steps": 4, "lr": 0.001}
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +356,7 @@ def test_integers_of_a_table_are_levels_where_asked(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--head", "moments", "--transform", "neural", "--gamma-max", "-20"], "gamma_min must be below gamma_max"),
+        (["--head", "moments", "--transform", "neural", "--gamma-max", "-20"], "--gamma-min must be below --gamma-max"),
         (["--device", "cuda:99"], "device='cuda:99' is none that can be used here"),
         (["--lr", "0"], "lr must be positive"),
         (["--patience", "3", "--validation-fraction", "0"], "patience has no effect without validation"),
@@ -391,7 +393,7 @@ def stopped(trained, tmp_path, monkeypatch):
     def stop(command, out="rows.npz"):
         arguments = [each.replace("{}", str(trained)) for each in COMMANDS[command]] + [str(tmp_path / out)]
         with monkeypatch.context() as patch:
-            calls, work = [], getattr(cli, command)
+            calls, work = [], getattr(OWNERS[command], command)
 
             def working(*given, **options):
                 calls.append(given)
@@ -399,7 +401,7 @@ def stopped(trained, tmp_path, monkeypatch):
                     raise KeyboardInterrupt
                 return work(*given, **options)
 
-            patch.setattr(cli, command, working)
+            patch.setattr(OWNERS[command], command, working)
             assert cli.main(arguments) == 130
         return arguments, tmp_path / out, tmp_path / f".{out}.parts"
 
@@ -416,8 +418,10 @@ def test_a_command_that_was_stopped_goes_on(stopped, trained, tmp_path, monkeypa
     assert not path.exists()
     assert sorted(each.name for each in beside.iterdir()) == [".lock", "0-16.safetensors", "16-32.safetensors"]
     ok(*arguments[:-1], tmp_path / f"whole-{out}")
-    calls, work = [], getattr(cli, command)
-    monkeypatch.setattr(cli, command, lambda *given, **options: (calls.append(given), work(*given, **options))[1])
+    calls, work = [], getattr(OWNERS[command], command)
+    monkeypatch.setattr(
+        OWNERS[command], command, lambda *given, **options: (calls.append(given), work(*given, **options))[1]
+    )
     ok(*arguments)
     assert len(calls) == {"sample": 2, "loglik": 1}[command]
     assert path.read_bytes() == (tmp_path / f"whole-{out}").read_bytes()
@@ -445,7 +449,7 @@ def test_rows_that_differ_are_never_mixed(stopped, trained, tmp_path, capsys, co
     config = json.loads((tmp_path / "units" / "config.json").read_text())
     config["mean"][0] += 1e-9
     (tmp_path / "units" / "config.json").write_text(json.dumps(config))
-    changes = {"--seed=1": "seed", "--batch-size=15": "batch_size"}
+    changes = {"--seed=1": "seed", "--batch-size=15": "--batch-size"}
     changes |= (
         {"--stderr=1": "stderr"}
         if command == "loglik"
@@ -465,9 +469,9 @@ def test_rows_that_differ_are_never_mixed(stopped, trained, tmp_path, capsys, co
         assert "Repeat them to continue" in error
         assert {each: each.read_bytes() for each in beside.iterdir()} == before
     with monkeypatch.context() as patch:  # rows that a version began which derived seeds in another way
-        patch.setattr(cli, "NOISE", "seed + row")
+        patch.setattr(batches, "NOISE", "seed + row")
         assert cli.main(arguments) == 1
-    assert "differ in noise. Repeat" in capsys.readouterr().err
+    assert f"noise was {batches.NOISE!r}, now 'seed + row'" in capsys.readouterr().err
     other = {"sample": "loglik", "loglik": "sample"}[command]
     assert cli.main([each.replace("{}", str(trained)) for each in COMMANDS[other]] + [str(path)]) == 1
     assert "other settings: command was" in capsys.readouterr().err
@@ -479,14 +483,14 @@ def test_rows_that_differ_are_never_mixed(stopped, trained, tmp_path, capsys, co
 def test_an_output_belongs_to_one_process(stopped, capsys, command, monkeypatch):
     arguments, _, beside = stopped(command)
     capsys.readouterr()
-    work, refused = getattr(cli, command), []
+    work, refused = getattr(OWNERS[command], command), []
 
     def working(*given, **options):
-        monkeypatch.setattr(cli, command, work)
+        monkeypatch.setattr(OWNERS[command], command, work)
         refused.append(cli.main(arguments))
         return work(*given, **options)
 
-    monkeypatch.setattr(cli, command, working)
+    monkeypatch.setattr(OWNERS[command], command, working)
     ok(*arguments)
     assert refused == [1]
     assert "rows.npz' is in use by another process; wait until" in capsys.readouterr().err
@@ -508,10 +512,10 @@ def test_a_damaged_batch_is_named(stopped, capsys, command):
 @pytest.mark.parametrize(
     ("command", "bad", "words"),
     [
-        ("sample", "--batch-size=0", "batch_size"),
+        ("sample", "--batch-size=0", "--batch-size must be at least 1"),
         ("sample", "--method=warp", "warp"),
         ("sample", "-n=-1", "n must be a non-negative int"),
-        ("loglik", "--batch-size=0", "batch_size"),
+        ("loglik", "--batch-size=0", "--batch-size must be at least 1"),
         ("loglik", "--stderr=-1", "stderr"),
     ],
 )

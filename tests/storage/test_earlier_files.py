@@ -168,6 +168,7 @@ def write():
     import os
 
     from ndm_ct import cli, discrete
+    from ndm_ct.cli import sampling
 
     shutil.rmtree(FILES, ignore_errors=True)
     FILES.mkdir()
@@ -217,16 +218,16 @@ def write():
     assert cli.main(["train", "rows.csv", "--out", "run", *options]) == 0
     assert cli.main(["loglik", "run", "rows.csv", "--out", "scores.csv", "--quiet"]) == 0
     numbers["scores"] = [float(line.split(",")[1]) for line in Path("scores.csv").read_text().splitlines()[1:]]
-    drawing = cli.sample
+    drawing = sampling.sample
 
     def once(*given, **options):
-        cli.sample = interrupting
+        sampling.sample = interrupting
         return drawing(*given, **options)
 
     def interrupting(*given, **options):
         raise KeyboardInterrupt
 
-    cli.sample = once
+    sampling.sample = once
     assert cli.main(["sample", "run", "-n", "8", "--batch-size", "4", "--out", "drawn.csv", "--quiet"]) == 130
     numbers["drawn"] = safetensors.torch.load_file(".drawn.csv.parts/0-4.safetensors")["x"].tolist()
     Path("expected.json").write_text(json.dumps(numbers, indent=1) + "\n")

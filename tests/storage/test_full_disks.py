@@ -18,6 +18,7 @@ from test_kills import TEMPORARY, furnish, inspect, model, outcome, rows
 import ndm_ct
 from ndm_ct import objectives
 from ndm_ct.cli import commands as cli
+from ndm_ct.cli import sampling, score
 from ndm_ct.storage import append, write_atomically
 
 FULL = "No space left on device: nothing was changed; free some space or write elsewhere: '{}'"
@@ -162,8 +163,8 @@ def evaluate(place, out):
 
 def command(*arguments):
     """Its errors as they are raised."""
-    options = cli._parser().parse_args([*map(str, arguments)])
-    assert options.run(options) == 0
+    options = cli.build_parser().parse_args([*map(str, arguments)])
+    assert cli.run(options) == 0
 
 
 def sample(place, out):
@@ -186,8 +187,8 @@ def benchmark(place, out):
 WORK = {
     train: (objectives, "loss", 14),
     evaluate: (objectives, "elbo", 4),
-    sample: (cli, "sample", 4),
-    loglik: (cli, "loglik", 4),
+    sample: (sampling, "sample", 4),
+    loglik: (score, "loglik", 4),
     benchmark: (ndm_ct, "sample", 5),
 }
 """Each with a function that it calls again and again, and a call in the midst of it."""

@@ -1,0 +1,64 @@
+"""What commands that score or draw rows share: the run, batches of rows, and one generator per row."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ndm_ct._core.checks import usable_device, validate_count
+from ndm_ct._core.seeds import make_generator
+from ndm_ct.cli.runs import Run, fingerprint
+from ndm_ct.storage import finished_batches
+
+__all__ = ["batches_of", "finished_columns", "generators_of", "load_run"]
+
+NOISE = "seed, command and row are hashed together"
+"""How the noise of a row is derived. Finished batches keep it, so that batches of another derivation are refused."""
+
+
+def load_run(options: argparse.Namespace) -> Run:
+    """The run that is named, its model on the device that is."""
+    run = Run.load(options.model)
+    run.model.to(usable_device(options.device))
+    return run
+
+
+def batches_of(options: argparse.Namespace, total: int) -> list[slice]:
+    """Slices of ``total`` rows; a single empty slice if there are none."""
+    size = validate_count("batch_size", options.batch_size)
+    return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
+
+
+def generators_of(options: argparse.Namespace, rows: slice) -> list[torch.Generator]:
+    """One generator per row, so that results do not depend on the batch size."""
+    words = options.seed, options.command
+    return [make_generator(*words, row, device=options.device) for row in range(rows.start, rows.stop)]
+
+
+@contextmanager
+def finished_columns(
+    options: argparse.Namespace, total: int, settings: dict[str, Any], make: Callable[[slice], dict[str, Tensor]]
+) -> Iterator[dict[str, Tensor]]:
+    """Columns of all rows; finished batches are kept beside the output until the block has written it.
+
+    Args:
+        options: of the command.
+        total: number of rows.
+        settings: what determines the rows, beside model, batches, seed and device.
+        make: the columns of a batch.
+    """
+    shared = {
+        "command": options.command, "model": fingerprint(options.model), "batch_size": options.batch_size,
+        "seed": options.seed, "noise": NOISE, "device": torch.device(options.device).type,
+    }  # fmt: skip
+    found = []
+    with finished_batches(options.out, shared | settings) as batches:
+        with tqdm(total=total, unit="row", disable=options.quiet, dynamic_ncols=True) as bar:
+            for rows in batches_of(options, total):
+                found.append(batches.batch(rows, make))
+                bar.update(rows.stop - rows.start)
+        yield {name: torch.cat([part[name] for part in found]) for name in found[0]}

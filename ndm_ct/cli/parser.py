@@ -1,0 +1,203 @@
+"""The options of every command, and their help. This module loads no torch, so that help and usage errors are quick."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from ndm_ct._core.versions import __version__
+from ndm_ct.cli.settings import Settings, kind_of
+
+__all__ = ["UsageError", "build_parser"]
+
+EPILOGUE = """\
+a first run, of a table with one row per line and numbers only:
+
+  ndm-ct train table.csv --out runs/table      # Ctrl-C stops it; the same command goes on
+  ndm-ct evaluate runs/table test.csv          # mean log-likelihood, with its error
+  ndm-ct loglik runs/table test.csv --out scores.csv
+  ndm-ct sample runs/table -n 1000 --out drawn.csv
+
+exit codes: 0 done; 1 an error, explained; 2 wrong usage; 3 a self-check that failed; 130 interrupted or out of time:
+the same command goes on
+"""
+
+
+class UsageError(Exception):
+    """Options that do not go together."""
+
+
+Command = Callable[[str, str, str, str], argparse.ArgumentParser]
+"""Adds a command: its name, the function that runs it as ``module:function``, what it does, and more about it."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ndm-ct", description="Neural Diffusion Models in continuous time: train, score and sample.",
+        epilog=EPILOGUE, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"ndm-ct {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: str, text: str, more: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.\n\n{more}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        made.set_defaults(run=run)
+        return made
+
+    _add_train(command)
+    _add_loglik(command)
+    _add_evaluate(command)
+    _add_sample(command)
+    _add_info(command)
+    _add_selfcheck(command)
+    _add_demo(command)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="RUN", help="folder of a finished 'ndm-ct train'")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="of torch: cpu, cuda, cuda:1 (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_batch_size(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--batch-size", type=int, default=256, help=f"rows {what} together (default: %(default)s)")
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of all randomness (default: %(default)s)")
+
+
+def _seed(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {word!r}")
+    return int(word)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, help="rows: npy, npz, csv, tsv, parquet, idx, or a folder of images")
+    parser.add_argument("--array", help="name of the array in an npz file that has several")
+
+
+def _add_train(command: Command) -> None:
+    parser = command(
+        "train", "train:run_train", "train a model on the rows of a file",
+        "Settings come from the defaults, then from --config, then from the options here. The folder keeps them in\n"
+        "config.json, with the model, the log and a plot of the training. Ctrl-C stops with a checkpoint; the same\n"
+        "command, or 'ndm-ct train --out RUN' alone, goes on. Tables are standardised, and scored in their own units.",
+    )  # fmt: skip
+    parser.add_argument("data", nargs="?", help=_help_of("data"))
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--config", type=Path, help="JSON or YAML file of settings, named as the options with _ for -")
+    for each in fields(Settings):
+        if each.name != "data":
+            kind = kind_of(each)
+            reader = _seed if each.name == "seed" else kind
+            default = "" if each.default in (None, MISSING) else f" (default: {each.default})"
+            parser.add_argument(
+                f"--{each.name.replace('_', '-')}", dest=each.name, type=reader, default=argparse.SUPPRESS,
+                metavar=kind.__name__.upper(), help=_help_of(each.name) + default,
+            )  # fmt: skip
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop with a checkpoint after so long")
+    _add_common(parser)
+
+
+def _add_loglik(command: Command) -> None:
+    parser = command(
+        "loglik", "score:run_loglik", "score the rows of a file, each with its error",
+        "Columns: row, log_p (nats, in the units of the data) and stderr; for integers also bits_per_dim, of a bound\n"
+        "on log P. Up to 32 dimensions the trace is exact and stderr 0. Rows that cannot be solved are nan.\n"
+        "Ctrl-C stops, and the same command goes on with the batches it has finished.",
+    )  # fmt: skip
+    _add_model(parser)
+    _add_data(parser)
+    parser.add_argument("--out", type=Path, required=True, help="file to write: .csv, .tsv, .parquet, .npz")
+    parser.add_argument("--stderr", type=float, help="standard error to reach for every row, nats")
+    _add_batch_size(parser, "solved")
+    _add_seed(parser)
+    _add_common(parser)
+
+
+def _add_evaluate(command: Command) -> None:
+    parser = command(
+        "evaluate", "score:run_evaluate", "the mean negative log-likelihood of a file, with its standard error",
+        "Rows are scored in a random order until the error asked for is reached, or all are. With --out the scores\n"
+        "are kept there: a run that was stopped goes on, and may be given more rows or a smaller error.",
+    )  # fmt: skip
+    _add_model(parser)
+    _add_data(parser)
+    parser.add_argument("--out", type=Path, help="folder for the rows scored and evaluation.json")
+    parser.add_argument("--bound", choices=("ode", "elbo"), default="ode", help="flow or ELBO (default: %(default)s)")
+    parser.add_argument("--samples", type=int, help="times and noises per row of the ELBO (default: 64)")
+    parser.add_argument("--stderr", type=float, help="standard error of the mean to stop at, nats")
+    parser.add_argument("--max-rows", type=int, help="rows to score at most")
+    _add_batch_size(parser, "solved")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop after so long")
+    _add_seed(parser)
+    _add_common(parser)
+
+
+def _add_sample(command: Command) -> None:
+    parser = command(
+        "sample", "sampling:run_sample", "draw rows",
+        "Tables are written as csv, tsv, parquet or npz, images as npz (array x, levels) or as a png of all of them.\n"
+        "Every row has a seed of its own: drawing more leaves the first ones as they were.\n"
+        "Ctrl-C stops, and the same command goes on with the batches it has finished.",
+    )  # fmt: skip
+    _add_model(parser)
+    parser.add_argument("-n", type=int, default=64, help="number of rows (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file to write: .csv, .tsv, .parquet, .npz, or .png of images"
+    )
+    parser.add_argument(
+        "--method",
+        default="ode",
+        help="a sampler: ode, sde, unipc, dpmpp_2m, ddpm, ...; a wrong name is answered by all (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, help="steps of a method on a grid; ode and other adaptive ones take none")
+    _add_batch_size(parser, "drawn")
+    _add_seed(parser)
+    _add_common(parser)
+
+
+def _add_info(command: Command) -> None:
+    parser = command(
+        "info", "info:run_info", "say what a run or a file of data holds",
+        "Of a run: its settings, model, size and how far the training got. Of data: shape, columns, values.",
+    )  # fmt: skip
+    parser.add_argument("path", type=Path, help="folder of a run, or rows in any format that train reads")
+    parser.add_argument("--array", help="name of the array in an npz file that has several")
+
+
+def _add_selfcheck(command: Command) -> None:
+    parser = command(
+        "selfcheck", "selfcheck:run_selfcheck", "compare this machine's results with exact ones",
+        "Likelihoods, bound, samples of Gaussian data, whose densities are known. About half a minute on one CPU core.",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="of torch (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
+    _add_seed(parser)
+
+
+def _add_demo(command: Command) -> None:
+    parser = command(
+        "demo", "demo:run_demo", "train on scikit-learn's digits, report bits/dim with error bars, draw samples",
+        "Trains a Neural Diffusion Model and a plain diffusion of the same number of parameters on scikit-learn's\n"
+        "8x8 digits, reports test bits per dimension by the probability flow and by the ELBO, each with its standard\n"
+        "error, and writes pictures and a JSON report. About three minutes on two CPU cores.",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to (default: runs/demo)")
+    parser.add_argument("--steps", type=int, help="optimiser steps per model (default: enough for three minutes)")
+    parser.add_argument("--test-rows", type=int, default=None, help="test images to evaluate (default: all 360)")
+    _add_seed(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _help_of(name: str) -> str:
+    return str(next(each for each in fields(Settings) if each.name == name).metadata["help"])

@@ -1,0 +1,233 @@
+"""``ndm-ct train``: settings and rows become a model in the folder of a run."""
+
+import argparse
+import io
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ndm_ct import transforms
+from ndm_ct._core.checks import usable_device
+from ndm_ct._core.seeds import derive_seeds
+from ndm_ct._core.versions import versions
+from ndm_ct.cli.parser import UsageError
+from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of
+from ndm_ct.cli.settings import Settings, settings_from_file
+from ndm_ct.files.formats import Rows, blocks, read
+from ndm_ct.model import NDM
+from ndm_ct.nn import MLP, Preconditioned, UNet
+from ndm_ct.schedules.fixed import LearnedLogSNR, LinearLogSNR, Schedule
+from ndm_ct.storage import PathLike, RunFolder, write_atomically
+from ndm_ct.training import FitResult, fit
+
+__all__ = ["build", "run_train", "train"]
+
+_SCHEDULES = {"linear": LinearLogSNR, "learned": LearnedLogSNR}
+
+
+def run_train(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    run, result = train(
+        settings, options.out, device=options.device, progress=not options.quiet, time_limit=options.time_limit
+    )
+    _plot_training(result, options.out / "training.png")
+    if not result.finished:
+        print(f"stopped at step {result.step} of {settings.steps}; go on with: ndm-ct train --out {options.out}")
+        return 130
+    print(f"trained {result.step} steps: {options.out / 'model.safetensors'}")
+    if result.validation:
+        last = result.validation[-1]
+        nats = last["validation_elbo"] - run.log_scale
+        bits = last.get("validation_bits_per_dim")
+        print(
+            f"validation bound: {-nats:.4g} nats per row" if bits is None else f"validation bound: {bits:.4f} bits/dim"
+        )
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """Defaults, or the settings of the run that is there; then the file; then the command line."""
+    given = {each.name: getattr(options, each.name) for each in fields(Settings) if each.name in vars(options)}
+    if given["data"] is None:
+        del given["data"]
+    if options.config is not None:
+        given = settings_from_file(options.config) | given
+    known = options.out / "config.json"
+    if known.exists() and not given:
+        return settings_of(options.out)
+    settings = Settings.of(given, "the command line" if options.config is None else str(options.config))
+    if settings.data is None:
+        raise UsageError(f"what is the model to be trained on? Name a file, or the folder of a run ({known} is none).")
+    return settings
+
+
+def _plot_training(result: FitResult, path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('no plot of the training: pip install "ndm-ct[demo]"', file=sys.stderr)
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    bits = bool(result.history) and "bits_per_dim" in result.history[-1]
+    axes.plot([r["step"] for r in result.history], [r["bits_per_dim" if bits else "loss"] for r in result.history],
+              label="training", linewidth=0.8)  # fmt: skip
+    if result.validation:
+        held = [r["validation_bits_per_dim"] if bits else -r["validation_elbo"] for r in result.validation]
+        axes.plot([r["step"] for r in result.validation], held, "o-", markersize=3, label="validation")
+    axes.set(xlabel="step", ylabel="bits per dimension" if bits else "bound, nats of standardised rows")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    write_atomically(path, picture.getvalue())
+
+
+def build(settings: Settings, event_shape: tuple[int, ...], levels: int | None) -> NDM:
+    """The untrained model of settings; torch's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seeds(settings.seed, "weights")[0])
+        return _built(settings, event_shape, levels)
+
+
+def _built(settings: Settings, event_shape: tuple[int, ...], levels: int | None) -> NDM:
+    images = len(event_shape) == 3
+    width = settings.width or (16 if images else 128)
+
+    def network(width: int, outputs: int | None, time: bool = True) -> nn.Module:
+        if images:
+            return UNet(
+                event_shape[0], width=width, levels=settings.resolutions, outputs=outputs, time=time,
+                dropout=settings.dropout,
+            )  # fmt: skip
+        return MLP(event_shape, width=width, depth=settings.depth, outputs=outputs, time=time, dropout=settings.dropout)
+
+    transform: transforms.Transform = transforms.Identity()
+    if settings.transform == "separable":
+        transform = transforms.Separable(network(settings.transform_width, 2, time=False))
+    elif settings.transform == "neural":
+        transform = transforms.Neural(network(settings.transform_width, None))
+    elif settings.transform == "scaling":
+        transform = transforms.LearnedScaling(event_shape)
+    predictor = network(width, 2 if settings.head == "moments" else None)
+    return NDM(
+        Preconditioned(predictor, prediction=settings.head), event_shape, transform=transform,
+        schedule=_schedule(settings, levels), prediction=settings.head,
+    )  # fmt: skip
+
+
+def _schedule(settings: Settings, levels: int | None) -> Schedule:
+    least = -9.0 if levels is None else -2.0 * math.log(3.02 * levels)
+    gamma_min = least if settings.gamma_min is None else settings.gamma_min
+    return _SCHEDULES[settings.schedule](gamma_min, settings.gamma_max)
+
+
+def train(
+    settings: Settings, folder: PathLike, *, device: str | None = None, progress: bool = True,
+    time_limit: float | None = None,
+) -> tuple[Run, FitResult]:  # fmt: skip
+    """Train a model in a folder, or go on with the training that is there.
+
+    Args:
+        settings: of the training; those of the folder have to be the same.
+        folder: of the run, made if missing.
+        device: of torch; None is the CPU.
+        progress: whether to show a bar.
+        time_limit: seconds after which to stop with a checkpoint.
+
+    Raises:
+        ValueError: settings that do not fit the data, other settings than those of the folder, no such device.
+        FileNotFoundError, ImportError: as :func:`ndm_ct.files.formats.read`.
+        BlockingIOError, CheckpointError, RuntimeError: as :func:`ndm_ct.fit`.
+    """
+    folder = Path(folder)
+    if settings.data is None:
+        raise ValueError("data is missing: what is the model to be trained on?")
+    settings = replace(settings, data=str(Path(settings.data).resolve()))  # the run may go on from elsewhere
+    rows = read(cast(str, settings.data), settings.array)
+    levels = settings.levels or (256 if rows.are_levels else None)
+    held_out = int(settings.validation_fraction * len(rows.values))
+    event_shape = tuple(rows.values.shape[1:])
+    train_rows = rows.values[: len(rows.values) - held_out]
+    mean, scale = (None, None) if levels else _moments(replace(rows, values=train_rows), cast(str, settings.data))
+    config = {
+        "format": FORMAT, "settings": asdict(settings), "levels": levels, "mean": mean, "scale": scale,
+        "columns": rows.columns, "event_shape": event_shape,
+    }  # fmt: skip
+    config = json.loads(json.dumps(config))
+    model = build(settings, event_shape, levels)
+    if device is not None:
+        model.to(usable_device(device))
+    run = run_of(model, config)
+    values = run.of(replace(rows, values=train_rows), cast(str, settings.data))
+    images = len(event_shape) == 3
+    options: dict[str, Any] = {}
+    if run.bins is not None:
+        options |= {"quantisation": run.bins, "dequantisation": "process"}
+    if held_out:
+        validation = run.of(replace(rows, values=rows.values[-held_out:]), cast(str, settings.data))
+        options |= {"validation": validation, "validate_every": max(1, settings.steps // 20)}
+    with _kept(config, folder):  # no sooner: settings that make no model leave no folder that insists on them
+        result = fit(
+            model, values, steps=settings.steps, lr=settings.lr, ema=settings.ema,
+            batch_size=settings.batch_size or (64 if images else 1024), seed=settings.seed, patience=settings.patience,
+            precision=settings.precision, run_dir=folder, checkpoint_every=500,
+            log_every=max(1, settings.steps // 100), progress=progress,
+            time_limit=time_limit, **options,
+        )  # fmt: skip
+    return run, result
+
+
+def _moments(rows: Rows, source: str) -> tuple[Any, Any]:
+    """Mean and standard deviation: of each column, or one for all coordinates; float64, in parts."""
+    values = rows.values
+    if len(values) < 2:
+        raise ValueError(f"{source}: expected two or more rows to train on, which set the scale, got {len(values)}.")
+    axes = 0 if values.ndim == 2 else tuple(range(values.ndim))
+
+    def average(function: Callable[[np.ndarray], np.ndarray]) -> Any:
+        found = [(len(block), function(block.astype(np.float64)).mean(axis=axes)) for _, block in blocks(values)]
+        return np.average([part for _, part in found], axis=0, weights=[size for size, _ in found])
+
+    mean = average(lambda block: block)
+    scale = np.sqrt(average(lambda block: np.square(block - mean)))
+    if not np.all(scale > 0.0):
+        place = int(np.argmax(np.atleast_1d(scale <= 0.0)))
+        name = rows.columns[place] if rows.columns else f"x{place}"
+        raise ValueError(
+            f"{source}: column {name!r} is constant over the training rows: it has no density. Leave it out."
+        )
+    return mean.tolist(), scale.tolist()
+
+
+@contextmanager
+def _kept(config: dict[str, Any], folder: Path) -> Iterator[None]:
+    """Write the configuration, or compare it with the one that is there; one that no training accepts does not stay."""
+    path = folder / "config.json"
+    if path.exists():
+        _compare(config, folder)
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(config | {"versions": versions()}, indent=1) + "\n").encode())
+    try:
+        yield
+    except (ValueError, TypeError):
+        if not (folder / "checkpoint.safetensors").exists():
+            path.unlink()
+        raise
+
+
+def _compare(config: dict[str, Any], folder: Path) -> None:
+    known = read_config(folder)
+    saved, now = ({**each["settings"], **each, "settings": None} for each in (known, config))
+    RunFolder(folder, repr(str(folder))).compare(saved, now)
