@@ -178,7 +178,7 @@ def write():
     ndm_ct.fit(model, rows(), steps=20, batch_size=8, lr=1e-2, progress=False)
     ndm_ct.save(model, "model.safetensors")
     with torch.no_grad():
-        numbers["prediction"] = model.predictor(rows(4), torch.full((4,), 0.5))[0].tolist()
+        numbers["prediction"] = model.predictor(rows(4), torch.full((4,), 0.5), model.schedule)[0].tolist()
     numbers["loglik"] = ndm_ct.loglik(model, rows(4)).tolist()
     other = plain()
     ndm_ct.fit(other, rows(), steps=20, batch_size=8, lr=1e-2, progress=False)

@@ -347,7 +347,7 @@ def test_mixed_prediction_is_exact_for_a_normal():
     with torch.no_grad():
         mixed.share.fill_(math.log(3.0))
     expected = 0.25 * schedule(t).sigma.float()[:, None, None, None] * z + 0.75 * net
-    torch.testing.assert_close(mixed(z, t).detach(), expected)
+    torch.testing.assert_close(mixed(z, t, schedule).detach(), expected)
 
 
 class _Constant(torch.nn.Module):
