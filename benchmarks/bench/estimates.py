@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ndm_ct
 from ndm_ct import divergence
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct.likelihood import budget, quadrature
 from ndm_ct.likelihood import path as trajectory
 
@@ -33,7 +34,7 @@ Estimator = Callable[[ndm_ct.NDM, Tensor, torch.Generator], Estimate]
 
 def problem(model: ndm_ct.NDM, x: Tensor, tol: float, method: str = "ode") -> trajectory.Problem:
     """The path of x from t_min to 1 at a tolerance."""
-    return trajectory.Problem(model, x, (model.t_min, 1.0), tol, tol, method, "raise", False, {})
+    return trajectory.Problem(model, x, (model.t_min, 1.0), tol, tol, method, "raise", False, Conditioning({}, len(x)))
 
 
 def solve(model: ndm_ct.NDM, x: Tensor, tol: float, method: str = "ode", **options: Any) -> Any:
