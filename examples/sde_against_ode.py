@@ -46,7 +46,7 @@ from ndm_ct.reference import GaussianMixture
 
 SCORES = {"exact": "exact score", "early": "score wrong while σ/α > 2.7", "late": "score wrong while σ/α < 0.37"}
 METHODS = ("ddpm", "dpmpp_2m_sde", "sde")
-ADAPTIVE = "sde_adaptive"
+ADAPTIVE = "sde, adaptive"
 STOCHASTICITIES = (0.0, 0.5, 1.0, 2.0)
 COLOURS = ("black", "tab:blue", "tab:orange", "tab:red")
 DIRECTIONS, BLOCKS = 8, 10
@@ -131,7 +131,8 @@ def measure(rows: int, evaluations: Sequence[int], tolerances: Sequence[float], 
 
     def add(score: str, method: str, eta: float, **options: Any) -> None:
         model, generator = model_of(score), torch.Generator().manual_seed(seed)
-        x = ndm_ct.sample(model, rows, method=method, dtype=torch.float64, generator=generator, **options)
+        name = "sde" if method == ADAPTIVE else method
+        x = ndm_ct.sample(model, rows, method=name, dtype=torch.float64, generator=generator, **options)
         table.append(Draw(score, method, eta, model.predictor.rows / rows, *law.distance(x)))
         print(f"  {table[-1].distance:.3f} ± {table[-1].stderr:.3f}", end="", flush=True)
 

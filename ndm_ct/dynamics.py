@@ -1,4 +1,4 @@
-r"""The generative dynamics: the process with the model's prediction in the place of x.
+r"""The generative dynamics: the process with the model's prediction in place of x.
 
 .. math::
     \text{probability flow} \quad dz = v\,dt, \qquad
@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import event_size, expand
+from ndm_ct._core.checks import as_time, event_size, expand
 from ndm_ct.process import ForwardProcess, drift
 from ndm_ct.schedules.fixed import Coefficients
 
@@ -38,16 +38,20 @@ class MomentsFunction(Protocol):
 
 
 class ProbabilityFlow:
-    r"""The field :math:`v(z, t)` of the deterministic generator.
+    r"""The field :math:`v(z, t)` of the deterministic generator, callable as torchdiffeq wants: ``flow(t, z)``.
 
     Args:
         process: the forward process.
         moments: the model's :math:`(\hat F, \hat{\dot F})`.
-        dtype: precision in which the network is evaluated; the algebra around it keeps the precision of z.
+        dtype: precision in which the network is evaluated; the algebra around it keeps the precision of z. None is that
+            of z.
+        t_min: the data end; times outside [t_min, 1], which adaptive solvers try, are moved to it.
     """
 
-    def __init__(self, process: ForwardProcess, moments: MomentsFunction, dtype: torch.dtype) -> None:
-        self.process, self.moments, self.dtype = process, moments, dtype
+    def __init__(
+        self, process: ForwardProcess, moments: MomentsFunction, dtype: torch.dtype | None, t_min: float = 0.0
+    ) -> None:
+        self.process, self.moments, self.dtype, self.t_min = process, moments, dtype, t_min
         self._last: tuple[Tensor, bool, Coefficients] | None = None
 
     def _coefficients(self, t: Tensor) -> Coefficients:
@@ -58,7 +62,11 @@ class ProbabilityFlow:
         return self._last[2]
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        """Velocity at time ``t`` (float64, ``()`` or ``(B,)``) and state ``z`` ``(B, *E)``; shape of z."""
+        """Velocity at any time ``t``, ``()`` or ``(B,)``, and state ``z`` ``(B, *E)``; shape of z."""
+        return self.velocity(as_time(t, z.device).clamp(self.t_min, 1.0), z)
+
+    def velocity(self, t: Tensor, z: Tensor) -> Tensor:
+        """The same at a float64 time in [t_min, 1]."""
         t = t.expand(z.shape[0])
         return drift(z, *_in_dtype(self.moments, z, t, self.dtype), self.process.schedule(t), self.process.transform)
 
@@ -97,17 +105,46 @@ class ReverseSDE:
 
     States are in the transform's basis, where g is diagonal (pixels, unless the transform says otherwise).
 
+    ``f``, ``g``, ``noise_type`` and ``sde_type`` are what torchsde asks for. Its time runs from 0 (noise) to
+    ``1 - t_min`` (data), and its states are flat, ``(B, d)``. The Ito and Stratonovich readings agree, because g does
+    not depend on the state: set ``sde_type = "stratonovich"`` for the methods of torchsde that want it.
+
     Args:
         process: the forward process.
         moments: the model's :math:`(\hat F, \hat{\dot F})`.
-        dtype: precision in which the network is evaluated.
+        dtype: precision in which the network is evaluated; None is that of the state.
+        event_shape: E.
+        t_min: the data end; later times of torchsde are moved to it.
     """
 
-    def __init__(self, process: ForwardProcess, moments: MomentsFunction, dtype: torch.dtype) -> None:
-        self.process, self.moments, self.dtype = process, moments, dtype
+    noise_type = "diagonal"
+    sde_type = "ito"
+
+    def __init__(
+        self, process: ForwardProcess, moments: MomentsFunction, dtype: torch.dtype | None,
+        event_shape: tuple[int, ...], t_min: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.process, self.moments, self.dtype, self.event_shape, self.t_min = (
+            process, moments, dtype, event_shape, t_min,
+        )  # fmt: skip
+
+    def f(self, s: Tensor, y: Tensor) -> Tensor:
+        """Drift in torchsde's time ``s``, ``()``, and flat states ``(B, d)``; shape of y."""
+        return -self.drift(self._time(s, y), self._state(y)).reshape_as(y)
+
+    def g(self, s: Tensor, y: Tensor) -> Tensor:
+        """The diagonal of g in torchsde's time ``s``, ``()``; shape of y, flat states ``(B, d)``."""
+        state = self._state(y)
+        return self.diffusion(self._time(s, y), state).to(y.dtype).expand_as(state).reshape_as(y)
+
+    def _time(self, s: Tensor, y: Tensor) -> Tensor:
+        return (1.0 - as_time(s, y.device)).clamp(self.t_min, 1.0)
+
+    def _state(self, y: Tensor) -> Tensor:
+        return y.reshape(len(y), *self.event_shape)
 
     def drift(self, t: Tensor, y: Tensor) -> Tensor:
-        """Drift at time ``t`` and state ``y`` ``(B, *E)`` in the basis; shape of y."""
+        """Drift at float64 time ``t``, ``()`` or ``(B,)``, and state ``y`` ``(B, *E)`` in the basis; shape of y."""
         process, t = self.process, t.expand(y.shape[0])
         z = process.transform.from_basis(y)
         F, dF = _in_dtype(self.moments, z, t, self.dtype)
@@ -118,6 +155,6 @@ class ReverseSDE:
         return expand(self.process.diffusion(t.expand(y.shape[0])), y)
 
 
-def _in_dtype(moments: MomentsFunction, z: Tensor, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    F, dF = moments(z.to(dtype), t)
+def _in_dtype(moments: MomentsFunction, z: Tensor, t: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    F, dF = moments(z.to(dtype=dtype), t)
     return F.to(z.dtype), dF.to(z.dtype)

@@ -336,13 +336,25 @@ class NDM(nn.Module):
             )
         return output
 
-    def flow(self, dtype: torch.dtype, /, **cond: Any) -> ProbabilityFlow:
-        """The probability flow under fixed conditioning, its network evaluated in ``dtype``."""
-        return ProbabilityFlow(self.process, lambda z, t: self.moments(z, t, **cond), dtype)
+    def flow(self, dtype: torch.dtype | None = None, /, **cond: Any) -> ProbabilityFlow:
+        """The probability flow under fixed conditioning, for ``torchdiffeq.odeint(flow, z, times)``.
 
-    def reverse_sde(self, dtype: torch.dtype, /, **cond: Any) -> ReverseSDE:
-        """The reverse SDE under fixed conditioning, its network evaluated in ``dtype``."""
-        return ReverseSDE(self.process, lambda z, t: self.moments(z, t, **cond), dtype)
+        Args:
+            dtype: precision in which the network is evaluated; None is that of its parameters.
+            cond: conditioning.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        return ProbabilityFlow(self.process, lambda z, t: self.moments(z, t, **cond), dtype, self.t_min)
+
+    def reverse_sde(self, dtype: torch.dtype | None = None, /, **cond: Any) -> ReverseSDE:
+        """The reverse SDE under fixed conditioning, for ``torchsde.sdeint(sde, y, times)``.
+
+        Args:
+            dtype: precision in which the network is evaluated; None is that of its parameters.
+            cond: conditioning.
+        """
+        dtype, shape = self.dtype if dtype is None else dtype, self.event_shape
+        return ReverseSDE(self.process, lambda z, t: self.moments(z, t, **cond), dtype, shape, self.t_min)
 
     def velocity(self, z: Tensor, t: float | Tensor, /, **cond: Any) -> Tensor:
         r"""Velocity of the probability flow, :math:`v(z, t)`.

@@ -1,18 +1,18 @@
-"""Jacobian products that pass through attention.
+"""Jacobian products that pass through attention, and the tensors behind a result.
 
 Fused scaled-dot-product attention has no forward-mode derivative and no second derivative, and the inference fast
 path of ``nn.TransformerEncoderLayer`` has none at all. The two products here run the function with torch's plain
 matrix-product kernel, which has both.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["jvp", "vjp"]
+__all__ = ["jvp", "tensors_behind", "vjp"]
 
 
 def jvp(
@@ -47,3 +47,26 @@ def _differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def tensors_behind(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cond: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Every tensor, besides ``inputs``, whose gradient an adjoint equation for ``outputs`` has to find.
+
+    Args:
+        outputs: tensors with a graph.
+        inputs: leaves that are left out.
+        cond: tensors of the conditioning; they stand for everything that they were computed from.
+    """
+    given = [value for value in cond if value.requires_grad]
+    queue, found = [output.grad_fn for output in outputs if output.requires_grad], dict[int, Tensor]()
+    seen = {id(tensor.grad_fn) for tensor in given if tensor.grad_fn is not None}
+    while queue:
+        node = queue.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        queue.extend(following for following, _ in node.next_functions)
+    known = {id(tensor) for tensor in (*inputs, *given)}
+    return (*given, *(leaf for key, leaf in found.items() if key not in known))

@@ -176,7 +176,7 @@ def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor
     transform = model.transform.along
 
     def moved(z: Tensor) -> Tensor:
-        return transform(z.to(flow.dtype), **path.cond)(t).to(z.dtype) - z
+        return transform(z.to(dtype=flow.dtype), **path.cond)(t).to(z.dtype) - z
 
     shift, forms = bound(moved, x)
     return change - bound.combine(forms)[0] - sum_event(shift * s), bound.vjps

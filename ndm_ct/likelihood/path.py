@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ndm_ct._core.autodiff import vjp
+from ndm_ct._core.autodiff import tensors_behind, vjp
 from ndm_ct._core.checks import choose, expand
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
@@ -137,7 +137,7 @@ class Problem:
         """
 
         def field(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, None]:
-            return (self.flow(rows)(t, state[0]),), None
+            return (self.flow(rows).velocity(t, state[0]),), None
 
         return self._solve(field, (self.start.double(),), nodes, in_noise_units)
 
@@ -187,31 +187,10 @@ class Problem:
     def _adjoint_tensors(
         self, field: Callable[[Tensor, State, Tensor | None], tuple[State, State | None]], state: State
     ) -> tuple[Tensor, ...]:
-        """Every tensor the field depends on: conditioning, and whatever leaves its graph has."""
-        cond = [value for value in self.cond.tensors if value.requires_grad]
         with torch.enable_grad():
             start = tuple(part.detach().requires_grad_() for part in state)
             t = torch.tensor(self.interval[0], dtype=torch.float64, device=state[0].device)
-            derivative, _ = field(t, start, None)
-        own = {id(tensor) for tensor in (*start, *cond)}
-        stop = {id(tensor.grad_fn) for tensor in cond if tensor.grad_fn is not None}
-        leaves = _leaves([part for part in derivative if part.requires_grad], stop)
-        return (*cond, *(leaf for leaf in leaves if id(leaf) not in own))
-
-
-def _leaves(outputs: list[Tensor], stop: set[int]) -> list[Tensor]:
-    """The leaf tensors that ``outputs`` were computed from, not looking behind the nodes ``stop``."""
-    found: dict[int, Tensor] = {}
-    queue, seen = [output.grad_fn for output in outputs], set(stop)
-    while queue:
-        node = queue.pop()
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        queue.extend(following for following, _ in node.next_functions)
-    return list(found.values())
+            return tensors_behind(field(t, start, None)[0], start, self.cond.tensors)
 
 
 def validate_attached(flow: ProbabilityFlow, t: Tensor, z: Tensor) -> None:

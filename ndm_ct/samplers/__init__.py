@@ -32,8 +32,8 @@ name                    class                                                   
 ``"pc"``                ``PredictorCorrector``, "ddpm" and one Langevin step     bias left     2N
 ======================  =======================================================  ============  =======================
 
-``"sde_adaptive"``, without a grid, is :mod:`ndm_ct.samplers.adaptive`. Orders are measured by the tests on exactly
-solvable models. Where alpha(1) = 0 the first step of a method in the noise level is of first order and takes one
+``"sde"`` without a grid is :mod:`ndm_ct.samplers.adaptive`. Orders are measured by the tests on exactly solvable
+models. Where alpha(1) = 0 the first step of a method in the noise level is of first order and takes one
 evaluation ("langevin" takes one more there). Langevin steps keep a bias of the order of their size however many steps
 the grid has.
 """

@@ -1,6 +1,7 @@
-r"""The adaptive reverse SDE: each row goes from t = 1 down to t_min with its own steps and its own Brownian path.
+r"""The reverse SDE from t = 1 down to t_min by adaptive steps.
 
-The steps are those of :mod:`ndm_ct.solvers.sde`, with the drift and the diffusion of :mod:`ndm_ct.dynamics`. Where
+With :func:`sample_rows` each row has its own steps and its own Brownian path (:mod:`ndm_ct.solvers.sde`); with
+:func:`sample_torchsde` the batch shares torchsde's (:mod:`ndm_ct.solvers.torchsde`). Where
 :math:`\sigma/\alpha` exceeds 1000 at t = 1, and g may be infinite, the first step is the transition with frozen
 prediction down to 1000.
 """
@@ -8,7 +9,7 @@ prediction down to 1000.
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
 from ndm_ct.dynamics import ReverseSDE
 from ndm_ct.model import NDM
 from ndm_ct.samplers.frozen import DDPM
+from ndm_ct.samplers.stochastic import torchsde_fields
 from ndm_ct.schedules.fixed import SAFE_NOISE
-from ndm_ct.solvers import Solution
-from ndm_ct.solvers.sde import MAX_EVALUATIONS, sdeint_rows
+from ndm_ct.solvers import Solution, sdeint_adaptive, sdeint_rows
+from ndm_ct.solvers.sde import MAX_EVALUATIONS
 
-__all__ = ["finite_start", "sample_rows"]
+__all__ = ["finite_start", "sample_rows", "sample_torchsde"]
 
 FIRST = 0.1
 """The first step in units of the log-SNR."""
@@ -70,16 +72,67 @@ def sample_rows(
         given = model.conditioning(cond, z, sample_rows)
         z, start, frozen = finite_start(model, z, generator, given)
         transform, fields = model.transform, _Fields(model, given, z.dtype)
-        first = FIRST * float(model.schedule(as_time(start, model.schedule.device)).inverse_dgamma)
         solution = sdeint_rows(
             lambda t, y, rows: fields(rows).drift(t, y), lambda t, y, rows: fields(rows).diffusion(t, y),
-            transform.to_basis(z), start, model.t_min, first_step=first, rtol=rtol, atol=atol, generator=generator,
-            max_evaluations=max_evaluations, callback=callback,
+            transform.to_basis(z), start, model.t_min, first_step=_first_step(model, start), rtol=rtol,
+            atol=atol, generator=generator, max_evaluations=max_evaluations, callback=callback,
         )  # fmt: skip
-        return replace(
-            solution, state=(transform.from_basis(solution.state[0]),), nfe=solution.nfe + frozen,
-            accepted=solution.accepted + frozen,
-        )  # fmt: skip
+        return _from_basis(model, solution, frozen)
+
+
+def sample_torchsde(
+    model: NDM,
+    z: Tensor,
+    /,
+    *,
+    method: str = "heun",
+    rtol: float = 1e-2,
+    atol: float = 1e-2,
+    generator: GeneratorLike = None,
+    differentiable: bool | Literal["adjoint"] = False,
+    callback: Callable[[float], None] | None = None,
+    **cond: Any,
+) -> Solution:
+    r"""Solve the model's reverse SDE from t = 1 down to t_min with torchsde's adaptive steps, one size for the batch.
+
+    Args:
+        model: the model, in eval mode.
+        z: state at t = 1, shape ``(B, *E)``.
+        method: one of ``solvers.SDE_METHODS``.
+        rtol: error allowed in one step, relative to the size of the state.
+        atol: error allowed in one step where the state is near zero, in its own units.
+        generator: source of the noise, one or one per row.
+        differentiable: "adjoint" gets gradients from torchsde's adjoint equation. Otherwise they go through the steps,
+            where the caller has gradients enabled.
+        callback: called with the time of every evaluation.
+        cond: conditioning, tensors with B rows.
+
+    Returns:
+        The solution at t_min. Its counts include the first step with frozen prediction.
+
+    Raises:
+        SolverError: a prediction is NaN or infinite, the step vanished, or too many evaluations are needed.
+    """
+    generator = as_randomness(generator, len(z), z.device, "sample_torchsde")
+    given = model.conditioning(cond, z, sample_torchsde)
+    z, start, frozen = finite_start(model, z, generator, given)
+    drift, diffusion, adjoint = torchsde_fields(model, z, start, differentiable, given)
+    solution = sdeint_adaptive(
+        drift, diffusion, model.transform.to_basis(z), start, model.t_min, first_step=_first_step(model, start),
+        method=method, rtol=rtol, atol=atol, generator=generator, adjoint=adjoint, callback=callback,
+    )  # fmt: skip
+    return _from_basis(model, solution, frozen)
+
+
+def _first_step(model: NDM, t: float) -> float:
+    with torch.no_grad():
+        return FIRST * float(model.schedule(as_time(t, model.schedule.device)).inverse_dgamma)
+
+
+def _from_basis(model: NDM, solution: Solution, frozen: int) -> Solution:
+    """The solution of the model, with the frozen step counted."""
+    state = (model.transform.from_basis(solution.state[0]),)
+    return replace(solution, state=state, nfe=solution.nfe + frozen, accepted=solution.accepted + frozen)
 
 
 def finite_start(model: NDM, z: Tensor, generator: Randomness, cond: Conditioning) -> tuple[Tensor, float, int]:
@@ -95,10 +148,11 @@ def finite_start(model: NDM, z: Tensor, generator: Randomness, cond: Conditionin
         The state where :math:`\sigma/\alpha \le 1000`, its time, and the number of steps taken to get there: 0 or 1.
     """
     schedule = model.schedule
-    at_one = schedule(as_time(1.0, schedule.device))
-    if float(at_one.alpha) >= SAFE_NOISE * float(at_one.sigma):
-        return z, 1.0, 0
-    top = max(model.t_min, float(schedule.time_at(as_time(math.atan(1.0 / SAFE_NOISE), schedule.device))))
+    with torch.no_grad():
+        at_one = schedule(as_time(1.0, schedule.device))
+        if float(at_one.alpha) >= SAFE_NOISE * float(at_one.sigma):
+            return z, 1.0, 0
+        top = max(model.t_min, float(schedule.time_at(as_time(math.atan(1.0 / SAFE_NOISE), schedule.device))))
     return DDPM(model).step(z, 1.0, top, generator=generator, **cond), top, 1
 
 

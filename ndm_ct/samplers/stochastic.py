@@ -1,6 +1,7 @@
 r"""The reverse SDE :math:`dz = (v - \tfrac12 g^2 s)\,dt + g\,d\bar w`, one step of an SDE solver per interval.
 
-g depends on time alone, so the Ito and Stratonovich readings agree, and a stochastic Runge-Kutta method is
+:class:`SDE` takes the steps of this library, :class:`TorchSDE` those of torchsde. g depends on time alone, so the Ito
+and Stratonovich readings agree, and a stochastic Runge-Kutta method is
 
 .. math::
     z_i = z_t + (s - t) \sum_{j<i} a_{ij} f(z_j, t_j) + \sum_c g(t + c\,(s - t)) \bigl( b_{ic} W + d_{ic} U \bigr) ,
@@ -20,22 +21,25 @@ References:
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import choose
+from ndm_ct._core.autodiff import tensors_behind
+from ndm_ct._core.checks import as_time, choose
+from ndm_ct._core.conditioning import tensors_in
 from ndm_ct._core.noise import Randomness, normal_like
 from ndm_ct.model import NDM
 from ndm_ct.samplers.base import Factor, Sampler, by_time, inner_times
 from ndm_ct.samplers.frozen import DDPM
 from ndm_ct.samplers.runge_kutta import advance
 from ndm_ct.schedules.fixed import Level
-from ndm_ct.solvers import validate_slope
+from ndm_ct.solvers import SDE_METHODS, sdeint, validate_slope
 
-__all__ = ["SCHEMES", "SDE"]
+__all__ = ["SCHEMES", "SDE", "TorchSDE", "torchsde_fields"]
 
 Weights = tuple[tuple[float, float], ...]
 
@@ -69,7 +73,31 @@ SCHEMES = {
 """Methods of :class:`SDE`: their stages, one evaluation each."""
 
 
-class SDE(Sampler):
+class _ReverseSDE(Sampler):
+    """A sampler of the reverse SDE, whose steps next to infinite coefficients are the frozen-prediction transition."""
+
+    uses_volatility = True
+
+    def __init__(self, model: NDM, stages: int) -> None:
+        super().__init__(model)
+        self.stages = stages
+        self._first = DDPM(model)
+
+    def cost(self, steps: int) -> int:
+        """See :class:`Sampler`; the step from alpha = 0 takes one evaluation."""
+        return self.stages * steps - (self.stages - 1 if self.level(1.0).alpha == 0.0 else 0)
+
+    def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
+        if t.alpha == 0.0 or s.sigma == 0.0:
+            self.evaluations += 1
+            return self._first.step(z, t.t, s.t, generator=generator, **cond)
+        return self._inside(z, t, s, generator, cond)
+
+    def _inside(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+
+class SDE(_ReverseSDE):
     """One step of a stochastic Runge-Kutta method.
 
     Args:
@@ -78,18 +106,10 @@ class SDE(Sampler):
             additive noise, strong order 1.5).
     """
 
-    uses_volatility = True
-
     def __init__(self, model: NDM, method: str = "heun") -> None:
-        super().__init__(model)
         self.scheme = SCHEMES[choose("method", method, SCHEMES)]
-        self.stages = len(self.scheme)
-        self._first = DDPM(model)
+        super().__init__(model, len(self.scheme))
         self._rates: dict[float, tuple[Factor, Factor]] = {}
-
-    def cost(self, steps: int) -> int:
-        """See :class:`Sampler`; the step from alpha = 0 takes one evaluation."""
-        return self.stages * steps - (self.stages - 1 if self.level(1.0).alpha == 0.0 else 0)
 
     def visited(self, grid: Tensor) -> Tensor:
         """See :class:`Sampler`."""
@@ -102,10 +122,7 @@ class SDE(Sampler):
             rates = self.model.process.half_rate(times), self.model.process.diffusion(times)
         self._rates.update(zip(times.tolist(), by_time(*rates), strict=True))
 
-    def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
-        if t.alpha == 0.0 or s.sigma == 0.0:
-            self.evaluations += 1
-            return self._first.step(z, t.t, s.t, generator=generator, **cond)
+    def _inside(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         h, paths, slopes = t.t - s.t, self._paths(z, generator), list[Tensor]()
         state, at = z, t
         for stage in self.scheme:
@@ -125,3 +142,57 @@ class SDE(Sampler):
         if not any(stage.U for stage in self.scheme):
             return [W]
         return [W, torch.add(0.5 * W, normal_like(z, generator), alpha=1.0 / math.sqrt(12.0))]
+
+
+class TorchSDE(_ReverseSDE):
+    """One step of torchsde's solver.
+
+    Args:
+        model: the model.
+        method: one of ``solvers.SDE_METHODS``.
+        differentiable: "adjoint" gets gradients from torchsde's adjoint equation. Otherwise they go through the steps,
+            where the caller has gradients enabled.
+    """
+
+    def __init__(self, model: NDM, method: str = "heun", differentiable: bool | Literal["adjoint"] = False) -> None:
+        self.method, self.differentiable = choose("method", method, SDE_METHODS), differentiable
+        super().__init__(model, SDE_METHODS[method][1])
+
+    def _inside(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
+        transform, grid = self.model.transform, torch.stack([t.time, s.time])
+        drift, diffusion, adjoint = torchsde_fields(self.model, z, t.t, self.differentiable, cond)
+        solution = sdeint(
+            drift, diffusion, transform.to_basis(z), grid, method=self.method, generator=generator, adjoint=adjoint
+        )
+        self.evaluations += int(solution.nfe.max()) if len(z) else 0
+        return transform.from_basis(solution.state[0])
+
+
+Field = Callable[[Tensor, Tensor], Tensor]
+
+
+def torchsde_fields(
+    model: NDM, z: Tensor, t: float, differentiable: bool | Literal["adjoint"], cond: Mapping[str, Any]
+) -> tuple[Field, Field, tuple[Tensor, ...] | None]:
+    """Drift and diffusion of the reverse SDE, and the tensors whose gradients its adjoint equation has to find.
+
+    Args:
+        model: the model.
+        z: a state, shape ``(B, *E)``.
+        t: its time, at which the fields are evaluated once for "adjoint", to see what they depend on.
+        differentiable: whether gradients are wanted, and how; without "adjoint" the tensors are None.
+        cond: conditioning.
+    """
+    sde = model.reverse_sde(z.dtype, **cond)
+    if differentiable != "adjoint":
+        return sde.drift, sde.diffusion, None
+
+    def drift(t: Tensor, y: Tensor) -> Tensor:
+        # The adjoint equation is solved in the backward pass, when eval mode has been left.
+        with model.evaluating():
+            return sde.drift(t, y)
+
+    with torch.enable_grad():
+        y, time = model.transform.to_basis(z).detach().requires_grad_(), as_time(t, z.device)
+        outputs = [drift(time, y), sde.diffusion(time, y)]
+        return drift, sde.diffusion, tensors_behind(outputs, [y], tensors_in(dict(cond)))

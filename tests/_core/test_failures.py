@@ -75,10 +75,15 @@ def test_likelihoods_of_rows_that_fail_near_the_data_only(value):
 
 
 @VALUES
-@pytest.mark.parametrize("method", ["ode", "dopri5", "sde_adaptive", *sorted(NAMES)])
-def test_samplers_name_rows_and_time(value, method):
+@pytest.mark.parametrize(
+    ("method", "grid"),
+    [
+        *((name, {}) for name in ("ode", "dopri5", "sde", "torchsde:srk")),
+        *((name, {"steps": 8}) for name in ("ode", "torchsde:heun", *sorted(NAMES))),
+    ],
+)
+def test_samplers_name_rows_and_time(value, method, grid):
     """Every one of them; and no bad number is in what is returned."""
-    grid = {} if method in ("ode", "dopri5", "sde_adaptive") else {"steps": 8}
     broken = model(value, -1.0, 0.6)
     healthy = model(value, 2.0)
     for each in (broken, healthy):  # which "ddpm_analytic" needs

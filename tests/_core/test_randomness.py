@@ -167,6 +167,7 @@ FOLLOWS = {
     "data.Bins.elbo": lambda g: bins(False).elbo(model(), X, g, {}),
     "data.Source.batch": lambda g: Source(LEVELS, {}, bins(), "data", ndm_ct.fit).batch(torch.arange(3), g)[0],
     "samplers.finite_start": lambda g: samplers.adaptive.finite_start(built(infinite), X, g, {})[0],
+    "samplers.sample_torchsde": lambda g: samplers.adaptive.sample_torchsde(model(), X, generator=g).state[0],
     "samplers.sample_rows": lambda g: samplers.adaptive.sample_rows(model(), X, generator=g).state[0],
     "samplers.sample": lambda g: ndm_ct.sample(model(), 3, method="sde", steps=3, generator=g),
     "solvers.sdeint": sde,

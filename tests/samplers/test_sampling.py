@@ -263,7 +263,7 @@ def test_only_the_flow_knows_the_density_of_its_samples(method):
     assert (info.logp is None) == (info.stderr is None) == (method != "ode")
 
 
-@pytest.mark.parametrize("method", ["ode", "dopri5", "sde_adaptive"])
+@pytest.mark.parametrize("method", ["ode", "dopri5", "sde"])
 def test_denoise_after_adaptive_steps(method):
     """One evaluation more, of the estimate of x at the state without it; no density."""
     model = blurred()[0]
@@ -274,11 +274,11 @@ def test_denoise_after_adaptive_steps(method):
         model, 4, method=method, dtype=torch.float64, generator=generator, return_info=True, denoise=True
     )
     t_min = torch.tensor(model.t_min, dtype=torch.float64)
-    if method == "sde_adaptive":
+    if method == "sde":
         assert info.nfe == plain.nfe + 1
     torch.testing.assert_close(x, model.predict_x(z, t_min), rtol=1e-4, atol=1e-4)
     assert float((x - z).abs().max()) > 1e-3
     assert info.logp is info.stderr is None
-    if method != "sde_adaptive":
+    if method != "sde":
         with pytest.raises(ValueError, match=r"trace has no effect.*denoise=True"):
             ndm_ct.sample(model, 4, method=method, trace="exact", denoise=True, return_info=True)

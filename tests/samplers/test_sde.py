@@ -267,7 +267,7 @@ def test_without_noise_the_error_falls_with_the_tolerance():
 def test_at_a_tight_tolerance_mean_and_covariance_are_the_datas(name, transform, generator):
     schedule = SMOOTH if name == "LinearLogSNR" else SCHEDULES[name]()
     model, n = gaussian(schedule, transform(), d=2, volatility=1.3), 1500
-    x = ndm_ct.sample(model, n, method="sde_adaptive", generator=generator, dtype=torch.float64)
+    x = ndm_ct.sample(model, n, method="sde", generator=generator, dtype=torch.float64)
     mean, cov = marginal(model, model.t_min)
     assert bool(((x.mean(0) - mean).abs() < 4.0 * (cov.diagonal() / n).sqrt() + 0.005).all())
     factor = torch.linalg.cholesky(cov)
@@ -296,7 +296,7 @@ def test_a_mixture_is_sampled_with_the_weights_of_its_modes(generator):
     covs = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1) * torch.tensor([0.3, 0.2, 0.1]).reshape(3, 1, 1)
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     model, n = ndm_ct.reference.GaussianMixture(weights, means, covs, schedule=SCHEDULES["Rectified"]()), 1000
-    x = ndm_ct.sample(model, n, method="sde_adaptive", rtol=0.03, atol=0.03, generator=generator, dtype=torch.float64)
+    x = ndm_ct.sample(model, n, method="sde", rtol=0.03, atol=0.03, generator=generator, dtype=torch.float64)
     nearest = torch.cdist(x, means).argmin(1)
     share = torch.stack([(nearest == k).double().mean() for k in range(3)])
     assert bool(((share - weights).abs() < 4.0 * (weights * (1.0 - weights) / n).sqrt()).all())
@@ -306,9 +306,7 @@ def test_a_mixture_is_sampled_with_the_weights_of_its_modes(generator):
 
 def test_a_volatility_per_frequency_is_followed_in_its_basis(generator):
     model, spectrum = blurred()
-    x = ndm_ct.sample(
-        model, 1500, method="sde_adaptive", rtol=0.03, atol=0.03, generator=generator, dtype=torch.float64
-    )
+    x = ndm_ct.sample(model, 1500, method="sde", rtol=0.03, atol=0.03, generator=generator, dtype=torch.float64)
     measured = model.transform.to_basis(x).flatten(1).square().mean(0)
     assert bool(((measured / spectrum - 1.0).abs() < 4.0 * math.sqrt(2.0 / 1500) + 0.03).all())
 
@@ -322,7 +320,7 @@ def test_a_row_does_not_depend_on_its_batch(name):
 
     def run(seeds, batch_size=None):
         return ndm_ct.sample(
-            model, len(seeds), method="sde_adaptive", rtol=0.1, atol=0.1, generator=seeded(*seeds),
+            model, len(seeds), method="sde", rtol=0.1, atol=0.1, generator=seeded(*seeds),
             dtype=torch.float64, return_info=True, batch_size=batch_size,
         )  # fmt: skip
 
@@ -364,7 +362,7 @@ def test_evaluations_are_counted_exactly(name):
     frozen = 1 if name == "Rectified" else 0
     assert torch.equal(drawn.nfe, frozen + 2 * (drawn.accepted - frozen) + drawn.rejected)
     counting.calls = 0
-    _, info = ndm_ct.sample(model, 5, method="sde_adaptive", rtol=0.05, atol=0.05, return_info=True)
+    _, info = ndm_ct.sample(model, 5, method="sde", rtol=0.05, atol=0.05, return_info=True)
     assert info.nfe == counting.calls
     assert info.logp is None
     assert info.times is None
@@ -373,7 +371,7 @@ def test_evaluations_are_counted_exactly(name):
 def test_a_guided_prediction_counts_twice():
     model = NDM(lambda z, t, label: 0.3 * z + label[:, None], (2,), schedule=SMOOTH)
     model.predictor.null = {"label": 0.0}
-    options = {"method": "sde_adaptive", "label": torch.tensor([1.0, 2.0]), "return_info": True}
+    options = {"method": "sde", "label": torch.tensor([1.0, 2.0]), "return_info": True}
     _, plain = ndm_ct.sample(model, 2, generator=seeded(1, 2), **options)
     _, guided = ndm_ct.sample(model, 2, generator=seeded(1, 2), guidance=1.5, **options)
     assert guided.nfe % 2 == 0
@@ -383,7 +381,7 @@ def test_a_guided_prediction_counts_twice():
 def test_conditioning_follows_its_rows():
     model = NDM(lambda z, t, shift: 0.1 * torch.tanh(z) + shift[:, None], (2,), schedule=schedules.LinearLogSNR(-6, 5))
     shift = torch.linspace(-3.0, 3.0, 7)
-    x = ndm_ct.sample(model, 7, method="sde_adaptive", rtol=0.05, atol=0.05, shift=shift)
+    x = ndm_ct.sample(model, 7, method="sde", rtol=0.05, atol=0.05, shift=shift)
     assert x.dtype == torch.float32
     torch.testing.assert_close(x.mean(1), shift, rtol=0.0, atol=0.5)
 
@@ -392,7 +390,7 @@ def test_conditioning_follows_its_rows():
 def test_any_event_shape_and_no_rows(shape):
     model = NDM(lambda z, t: 0.5 * z, shape, schedule=SMOOTH)
     for n in (0, 1, 3):
-        x, info = ndm_ct.sample(model, n, method="sde_adaptive", rtol=0.1, atol=0.1, return_info=True)
+        x, info = ndm_ct.sample(model, n, method="sde", rtol=0.1, atol=0.1, return_info=True)
         assert x.shape == (n, *shape)
         assert (info.nfe > 0) == (n > 0)
 
@@ -403,7 +401,7 @@ def test_reproducible_and_stochasticity():
     def run(seed, **options):
         generator = torch.Generator().manual_seed(seed)
         return ndm_ct.sample(
-            model, 3, method="sde_adaptive", rtol=0.05, atol=0.05, generator=generator, dtype=torch.float64, **options
+            model, 3, method="sde", rtol=0.05, atol=0.05, generator=generator, dtype=torch.float64, **options
         )
 
     assert torch.equal(run(1), run(1))
@@ -418,7 +416,7 @@ def test_progress(capsys):
     sample_rows(model, start(model, 4, None), rtol=0.1, atol=0.1, callback=times.append)
     assert times[0] == 1.0
     assert times == sorted(times, reverse=True)
-    ndm_ct.sample(model, 2, method="sde_adaptive", progress=True)
+    ndm_ct.sample(model, 2, method="sde", progress=True)
     assert "sampling" in capsys.readouterr().err
 
 
@@ -465,9 +463,9 @@ def test_a_vanishing_step_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 5}, "steps has no effect with method='sde_adaptive', which chooses its own steps along the reverse"),
-        ({"nfe": 5}, "nfe has no effect"),
-        ({"grid": "logsnr"}, "grid has no effect"),
+        ({"steps": 5, "rtol": 0.1}, "rtol has no effect with method='sde', which takes fixed steps"),
+        ({"nfe": 5, "atol": 0.1}, "atol has no effect"),
+        ({"grid": "logsnr"}, "grid has no effect with method='sde', which chooses its own steps along the reverse"),
         ({"trace": "exact"}, "trace has no effect"),
         ({"trajectory": True}, "trajectory has no effect"),
         ({"callback": print}, "callback has no effect"),
@@ -478,4 +476,4 @@ def test_a_vanishing_step_is_refused(monkeypatch):
 )
 def test_options_without_effect_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        ndm_ct.sample(mixture(SMOOTH, d=2), 2, method="sde_adaptive", **options)
+        ndm_ct.sample(mixture(SMOOTH, d=2), 2, method="sde", **options)
