@@ -160,7 +160,7 @@ def _add_sample(command: Command) -> None:
         default="ode",
         help="a sampler: ode, sde, unipc, dpmpp_2m, ddpm, ...; a wrong name is answered by all (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, help="steps of a method on a grid; ode and other adaptive ones take none")
+    parser.add_argument("--steps", type=int, help="steps on a grid; without it ode, sde and others choose their own")
     _add_batch_size(parser, "drawn")
     _add_seed(parser)
     _add_common(parser)
