@@ -48,13 +48,15 @@ def reference() -> dict[str, list[tuple[str, str]]]:
     A name that several modules export has its entry under ``ndm_ct`` or under the first of them.
     """
     modules = re.findall(r"^ +(ndm_ct\.\w+)$", (HERE / "reference" / "index.md").read_text(), re.MULTILINE)
-    seen, found = {id(getattr(ndm_ct, name)): f"ndm_ct.{name}" for name in ndm_ct.__all__}, {}
+    public = {name: getattr(ndm_ct, name) for name in ndm_ct.__all__}
+    seen, found = {id(value): f"ndm_ct.{name}" for name, value in public.items()}, {}
     done = set[str]()
     for path in modules:
         found[path] = []
         module = importlib.import_module(path)
-        for name in module.__all__:
-            value = getattr(module, name)
+        verbs = [name for name, value in public.items() if getattr(value, "__module__", "").startswith(f"{path}.")]
+        for name in dict.fromkeys([*verbs, *module.__all__]):
+            value = public[name] if name in verbs else getattr(module, name)
             kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "data"
             entry = seen.setdefault(id(value), f"{path}.{name}")
             found[path].append(("see" if entry in done else kind, entry))
