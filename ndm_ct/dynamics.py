@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ndm_ct._core.checks import as_time, event_size, expand
 from ndm_ct.process import ForwardProcess, drift
-from ndm_ct.schedules.fixed import Coefficients
+from ndm_ct.schedules.base import Coefficients
 
 __all__ = ["ProbabilityFlow", "ReverseSDE"]
 

@@ -35,7 +35,8 @@ from ndm_ct._core.parallel import unwrapped
 from ndm_ct._core.precision import run_network
 from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
 from ndm_ct.process import ForwardProcess, Volatility
-from ndm_ct.schedules.fixed import LinearLogSNR, Schedule, VarianceExploding
+from ndm_ct.schedules.base import Schedule
+from ndm_ct.schedules.fixed import LinearLogSNR, VarianceExploding
 from ndm_ct.transforms import Identity, Path, Transform
 
 __all__ = ["NDM", "IsotropicNormal", "NormalKL", "Prior", "validate_prediction"]

@@ -62,7 +62,7 @@ from ndm_ct.model import NDM
 from ndm_ct.nn import FromScore, FromVelocity, Mixed, Preconditioned
 from ndm_ct.objectives.regression import Regression
 from ndm_ct.objectives.time_samplers import LearnedBuckets
-from ndm_ct.schedules.fixed import Coefficients, Schedule
+from ndm_ct.schedules.base import Coefficients, Schedule
 from ndm_ct.transforms import Blur, Encoder, Flow
 
 __all__ = [

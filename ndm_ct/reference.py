@@ -22,7 +22,8 @@ from ndm_ct._core.checks import as_time, event_size, validate_data, validate_tim
 from ndm_ct._core.noise import GeneratorLike, as_randomness
 from ndm_ct.model import NDM
 from ndm_ct.process import Volatility
-from ndm_ct.schedules.fixed import LinearLogSNR, Schedule
+from ndm_ct.schedules.base import Schedule
+from ndm_ct.schedules.fixed import LinearLogSNR
 from ndm_ct.transforms import Identity, TimeScaling, Transform
 
 __all__ = ["Gaussian", "GaussianMixture"]

@@ -13,7 +13,7 @@ from ndm_ct import NDM, schedules
 from ndm_ct.samplers import NAMES
 from ndm_ct.samplers.frozen import DDPM, _Interpolant, estimate_residuals
 from ndm_ct.samplers.grids import time_grid
-from ndm_ct.schedules.fixed import levels
+from ndm_ct.schedules.base import levels
 from ndm_ct.transforms import Blur
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)

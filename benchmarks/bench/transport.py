@@ -16,7 +16,7 @@ from ndm_ct import objectives, schedules, transforms
 from ndm_ct._core.seeds import make_generator
 from ndm_ct.nn import Preconditioned
 from ndm_ct.objectives import straight
-from ndm_ct.schedules.fixed import Schedule
+from ndm_ct.schedules.base import Schedule
 from ndm_ct.schedules.volatility import LearnedVolatility
 
 from .data import Split

@@ -29,7 +29,8 @@ from ndm_ct._core.checks import validate_count, validate_positive
 from ndm_ct.model import NDM
 from ndm_ct.nn import FromDenoiser, FromScore, FromVelocity
 from ndm_ct.nn.heads import Wrapper
-from ndm_ct.schedules.fixed import Rectified, Schedule, Tabulated, VarianceExploding
+from ndm_ct.schedules.base import Schedule
+from ndm_ct.schedules.fixed import Rectified, Tabulated, VarianceExploding
 
 __all__ = ["FlowTime", "OnTable", "from_denoiser", "from_eps", "from_score", "from_v", "from_velocity"]
 

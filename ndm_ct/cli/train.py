@@ -25,7 +25,8 @@ from ndm_ct.cli.settings import Settings, settings_from_file
 from ndm_ct.files.formats import Rows, blocks, read
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
-from ndm_ct.schedules.fixed import LearnedLogSNR, LinearLogSNR, Schedule
+from ndm_ct.schedules.base import Schedule
+from ndm_ct.schedules.fixed import LearnedLogSNR, LinearLogSNR
 from ndm_ct.storage import PathLike, RunFolder, write_atomically
 from ndm_ct.training import FitResult, fit
 

@@ -3,17 +3,13 @@ r"""What is minimised: the bound, regressions, straight paths; and where their t
 from ndm_ct.objectives.bound import (
     Bound,
     ElboInfo,
-    diffusion_integrand,
     elbo,
     elbo_discrete,
     loss,
-    prior_term,
-    reconstruction_term,
-    times,
-    transition_kl,
 )
 from ndm_ct.objectives.regression import Regression
 from ndm_ct.objectives.straight import Straight, acceleration, curvature
+from ndm_ct.objectives.terms import diffusion_integrand, prior_term, reconstruction_term, times, transition_kl
 from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory, TimeSampler, low_discrepancy
 
 __all__ = [

@@ -16,10 +16,7 @@ Real-valued data are decoded by :math:`N(z_0/\alpha_0, e^{\gamma_0} I)`, so the 
 kernel; integer data by the softmax of the same exponent over the levels.
 
 Behind a Flow or Encoder all of this is about its latents y, and the bound is
-:math:`E[\mathrm{ELBO}(y) + w]` (:mod:`ndm_ct.transforms.latent`); functions of a single term take y for x.
-
-Times are drawn uniformly in :math:`\gamma`, or, where the schedule has :math:`\gamma(1) = \infty`, uniformly in
-:math:`\arctan(\sigma/\alpha)`.
+:math:`E[\mathrm{ELBO}(y) + w]` (:mod:`ndm_ct.transforms.latent`).
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
@@ -34,26 +31,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.checks import as_time, expand, sum_event, validate_count
+from ndm_ct._core.checks import expand, sum_event, validate_count
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, uniform
-from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.model import NDM
+from ndm_ct.objectives.terms import diffusion, diffusion_along, predict, reconstruct, times, transition_along
 from ndm_ct.objectives.time_samplers import TimeSampler, low_discrepancy
 from ndm_ct.quantisation import Quantisation, resolve_optional
 from ndm_ct.transforms import Identity, Path
 
-__all__ = [
-    "Bound",
-    "ElboInfo",
-    "diffusion_integrand",
-    "elbo",
-    "elbo_discrete",
-    "loss",
-    "prior_term",
-    "reconstruction_term",
-    "times",
-    "transition_kl",
-]
+__all__ = ["Bound", "ElboInfo", "elbo", "elbo_discrete", "loss"]
 
 
 @dataclass(frozen=True)
@@ -73,108 +60,6 @@ class ElboInfo:
     reconstruction: Tensor
     stderr: Tensor
     nfe: int
-
-
-def times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Map uniform numbers to times, uniformly in :math:`\gamma` (or in the angle where :math:`\gamma(1) = \infty`).
-
-    Args:
-        model: gives schedule and interval.
-        u: float64 in [0, 1], any shape.
-
-    Returns:
-        t and the weight :math:`1/p(t)` of an integral over t, both of the shape of ``u``, without gradient.
-    """
-    schedule = model.schedule
-    with torch.no_grad():
-        low, high = schedule(as_time(model.t_min, u.device)), schedule(as_time(1.0, u.device))
-        if bool(torch.isfinite(high.gamma)):
-            start, span = low.gamma, high.gamma - low.gamma
-            t = schedule.time_at(torch.atan(torch.exp(0.5 * (start + span * u))))
-            t = t.clamp(model.t_min, 1.0)
-            return t, span / schedule(t).dgamma
-        start, span = low.angle, high.angle - low.angle
-        t = schedule.time_at(start + span * u).clamp(model.t_min, 1.0)
-        return t, span / schedule(t).dangle
-
-
-def diffusion_integrand(model: NDM, x: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:
-    r"""The integrand of :math:`L_{diff}` at time t for one noise, nats per unit time.
-
-    Args:
-        model: the model; its volatility must be positive.
-        x: data, shape ``(B, *E)``.
-        t: float64 times, shape ``(B,)``.
-        eps: noise :math:`\epsilon`, shape ``(B, *E)``.
-        cond: conditioning.
-
-    Returns:
-        Shape ``(B,)``.
-    """
-    return _integrand_along(model, model.transform.along(x, **cond), t, eps, cond)
-
-
-def _integrand_along(model: NDM, path: Path, t: Tensor, eps: Tensor, cond: Mapping[str, Any]) -> Tensor:
-    F, dF = path.with_derivative(t)
-    return _integrand(model, F, dF, *_predicted(model, model.process.state(F, t, eps), t, cond), t)
-
-
-def _predicted(model: NDM, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    F_hat, dF_hat = model.moments(z, t, **cond)
-    validate_prediction(F_hat, t)
-    validate_prediction(dF_hat, t)
-    return F_hat, dF_hat
-
-
-def _integrand(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor) -> Tensor:
-    c, eta = model.schedule(t), model.process.eta(t)
-    if not bool((eta > 0.0).all()):
-        raise ValueError("volatility(t) is zero at some t, where the bound is minus infinity; keep it positive.")
-    delta, ddelta = F - F_hat, dF - dF_hat
-    if eta.ndim > 1:  # the volatility varies over the event, in the transform's basis
-        delta, ddelta = model.transform.to_basis(delta), model.transform.to_basis(ddelta)
-    eta = expand(eta, F)
-    residual = 0.5 * (1.0 + eta) * delta - expand(c.inverse_dgamma, F) * ddelta
-    return (0.5 * c.snr_rate).to(F.dtype) * sum_event(residual**2 / eta)
-
-
-def prior_term(model: NDM, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
-    r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior knows it, else one sample."""
-    return model.prior_divergence(model.transform.along(x, **cond), x, generator)
-
-
-def reconstruction_term(
-    model: NDM,
-    x: Tensor,
-    /,
-    *,
-    quantisation: int | Quantisation | None = None,
-    generator: GeneratorLike = None,
-    **cond: Any,
-) -> Tensor:
-    r""":math:`E[-\log p(x \mid z_0)]`, nats, ``(B,)``.
-
-    Exact for real-valued data; for integer data (``quantisation`` given, x at bin centres) one sample of z_0.
-    """
-    generator = as_randomness(generator, len(x), x.device, "reconstruction_term")
-    return _reconstruction(model, model.transform.along(x, **cond), x, resolve_optional(quantisation), generator)
-
-
-def _reconstruction(
-    model: NDM, path: Path, x: Tensor, quantisation: Quantisation | None, generator: Randomness
-) -> Tensor:
-    t = as_time(model.t_min, x.device).expand(x.shape[0])
-    F = x if model.t_min == 0.0 and model.transform.starts_at_data else path(t)
-    gamma = expand(model.schedule(t).gamma, x)
-    if quantisation is None:
-        # z_0/alpha_0 = F + e^{gamma_0/2} eps, so the expectation of the square is known.
-        return 0.5 * sum_event((F - x) ** 2 * torch.exp(-gamma) + 1.0 + math.log(2.0 * math.pi) + gamma)
-    eps = normal_like(x, generator)
-    decoded = F + torch.exp(0.5 * gamma) * eps
-    values = quantisation.values(x)
-    logits = -0.5 * (decoded[..., None] - values) ** 2 * torch.exp(-gamma)[..., None]
-    own = -0.5 * (decoded - x) ** 2 * torch.exp(-gamma)
-    return sum_event(torch.logsumexp(logits, -1) - own)
 
 
 @overload
@@ -234,7 +119,7 @@ def elbo(
     def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
         t, weight = times(model, u)
         eps = normal_like(y, generator)
-        return weight.to(y.dtype) * _integrand_along(model, path, t, eps, given)
+        return weight.to(y.dtype) * diffusion_along(model, path, t, eps, given)
 
     return _bound(model, x, draw, samples, bins, generator, return_info, given)
 
@@ -275,33 +160,9 @@ def elbo_discrete(
     def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
         index = (u * steps).long().clamp(max=steps - 1)
         eps = normal_like(y, generator)
-        return steps * _transition_kl(model, path, grid[index], grid[index + 1], eps, given)
+        return steps * transition_along(model, path, grid[index], grid[index + 1], eps, given)
 
     return _bound(model, x, draw, samples, bins, generator, return_info, given)
-
-
-def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:
-    r""":math:`KL(q(z_s \mid z_t, x) \,\|\, p(z_s \mid z_t))` at :math:`z_t = \alpha_t F + \sigma_t \epsilon`, ``(B,)``.
-
-    Args:
-        model: the model.
-        x: data, shape ``(B, *E)``.
-        s: the earlier times, shape ``(B,)``.
-        t: the later times, shape ``(B,)``.
-        eps: noise, shape ``(B, *E)``.
-        cond: conditioning.
-    """
-    return _transition_kl(model, model.transform.along(x, **cond), s, t, eps, cond)
-
-
-def _transition_kl(model: NDM, path: Path, s: Tensor, t: Tensor, eps: Tensor, cond: Mapping[str, Any]) -> Tensor:
-    process, transform = model.process, model.transform
-    F_t, F_s = path(t), path(s)
-    z = process.state(F_t, t, eps)
-    mean, std = process.posterior(z, F_s, F_t, s, t)
-    F_hat_t, F_hat_s = model.frozen(z, t, s, **cond)
-    model_mean, _ = process.posterior(z, F_hat_s, F_hat_t, s, t)
-    return 0.5 * sum_event(transform.diagonal(1.0 / std, mean - model_mean) ** 2)
 
 
 def _bound(
@@ -322,7 +183,7 @@ def _bound(
                 path = model.transform.along(y, **cond)
                 prior = model.prior_divergence(path, y, generator)
             if fresh or quantisation is not None:
-                reconstruction = _reconstruction(model, path, y, quantisation, generator)
+                reconstruction = reconstruct(model, path, y, quantisation, generator)
                 reconstruction = reconstruction if weight is None else reconstruction - weight
             points[k].append(torch.stack([prior, draw(path, y, (k + u) / strata), reconstruction]))
     (prior, diffusion, reconstruction), variance = _stratified(points)
@@ -404,14 +265,14 @@ def loss(
     z = model.process.state(held[0], t, eps)
     if split:
         z.requires_grad_()
-    F_hat, dF_hat = _predicted(model, z, t, given)
+    F_hat, dF_hat = predict(model, z, t, given)
     weight, rarity = weight.to(y.dtype), rarity.to(y.dtype)
-    bound = weight * _integrand(model, F, dF, F_hat, dF_hat, t)
+    bound = weight * diffusion(model, F, dF, F_hat, dF_hat, t)
     integrand = bound + weight * _regressions(model, *held, F_hat, dF_hat, t, weights) if regress else bound
     if sampler is not None:
         sampler.observe(v, integrand)
     nats = rarity * integrand + model.prior_divergence(path, y, generator)
-    nats = nats + _reconstruction(model, path, y, bins, generator)
+    nats = nats + reconstruct(model, path, y, bins, generator)
     if split:
         nats = nats + _through_state(rarity * bound, z, model.schedule(t).alpha, F)
     return nats if log_weight is None else nats - log_weight

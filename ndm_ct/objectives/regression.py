@@ -33,7 +33,7 @@ from ndm_ct._core.checks import choose, expand, sum_event
 from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.objectives.time_samplers import low_discrepancy
-from ndm_ct.schedules.fixed import Coefficients, Schedule
+from ndm_ct.schedules.base import Coefficients, Schedule
 
 __all__ = ["TARGETS", "Regression", "uniform"]
 

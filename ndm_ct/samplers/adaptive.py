@@ -21,7 +21,7 @@ from ndm_ct.dynamics import ReverseSDE
 from ndm_ct.model import NDM
 from ndm_ct.samplers.frozen import DDPM
 from ndm_ct.samplers.stochastic import torchsde_fields
-from ndm_ct.schedules.fixed import SAFE_NOISE
+from ndm_ct.schedules.base import SAFE_NOISE
 from ndm_ct.solvers import Solution, sdeint_adaptive, sdeint_rows
 from ndm_ct.solvers.sde import MAX_EVALUATIONS
 

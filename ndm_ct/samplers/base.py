@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
 from ndm_ct.model import NDM, validate_prediction
-from ndm_ct.schedules.fixed import Level, levels
+from ndm_ct.schedules.base import Level, levels
 from ndm_ct.transforms import Identity
 
 __all__ = ["Factor", "Sampler", "by_time", "exponential_euler", "inner_times", "steps_within", "walk"]

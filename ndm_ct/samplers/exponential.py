@@ -31,7 +31,7 @@ from torch import Tensor
 from ndm_ct._core.noise import Randomness, normal_like
 from ndm_ct.model import NDM
 from ndm_ct.samplers.base import Sampler, exponential_euler
-from ndm_ct.schedules.fixed import Level
+from ndm_ct.schedules.base import Level
 
 __all__ = ["DPMSolverPP", "DPMSolverPPSDE", "DPMSolverPPSingle", "Multistep"]
 

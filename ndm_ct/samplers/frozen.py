@@ -51,7 +51,7 @@ from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_
 from ndm_ct.model import NDM, validate_prediction
 from ndm_ct.samplers.base import Factor, Sampler
 from ndm_ct.samplers.grids import time_grid
-from ndm_ct.schedules.fixed import SAFE_NOISE, Level, levels
+from ndm_ct.schedules.base import SAFE_NOISE, Level, levels
 
 __all__ = ["DDIM", "DDPM", "VARIANCES", "Residuals", "estimate_residuals"]
 

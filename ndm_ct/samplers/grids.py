@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core import checks as _shapes
-from ndm_ct.schedules.fixed import SAFE_NOISE, Schedule
+from ndm_ct.schedules.base import SAFE_NOISE, Schedule
 
 __all__ = ["GRIDS", "time_grid"]
 

@@ -48,7 +48,7 @@ from ndm_ct.samplers.base import Sampler
 from ndm_ct.samplers.frozen import DDIM, DDPM
 from ndm_ct.samplers.multistep import UniPC
 from ndm_ct.samplers.stochastic import SDE
-from ndm_ct.schedules.fixed import SAFE_NOISE, Level
+from ndm_ct.schedules.base import SAFE_NOISE, Level
 
 __all__ = ["PREDICTORS", "AnnealedLangevin", "PredictorCorrector"]
 

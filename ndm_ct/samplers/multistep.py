@@ -36,7 +36,7 @@ from ndm_ct._core.noise import Randomness
 from ndm_ct.model import NDM
 from ndm_ct.samplers.base import exponential_euler
 from ndm_ct.samplers.exponential import Multistep
-from ndm_ct.schedules.fixed import Level
+from ndm_ct.schedules.base import Level
 
 __all__ = ["DEIS", "PNDM", "UniPC"]
 

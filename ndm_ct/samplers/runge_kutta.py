@@ -29,7 +29,7 @@ from ndm_ct._core.checks import choose
 from ndm_ct._core.noise import Randomness, normal_like
 from ndm_ct.model import NDM
 from ndm_ct.samplers.base import Sampler, exponential_euler, inner_times
-from ndm_ct.schedules.fixed import Level
+from ndm_ct.schedules.base import Level
 from ndm_ct.transforms import Identity
 
 __all__ = ["EDM", "TABLEAUX", "RungeKutta", "advance"]

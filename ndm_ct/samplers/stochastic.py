@@ -36,7 +36,7 @@ from ndm_ct.model import NDM
 from ndm_ct.samplers.base import Factor, Sampler, by_time, inner_times
 from ndm_ct.samplers.frozen import DDPM
 from ndm_ct.samplers.runge_kutta import advance
-from ndm_ct.schedules.fixed import Level
+from ndm_ct.schedules.base import Level
 from ndm_ct.solvers import SDE_METHODS, sdeint, validate_slope
 
 __all__ = ["SCHEMES", "SDE", "TorchSDE", "torchsde_fields"]

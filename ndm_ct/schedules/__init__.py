@@ -1,13 +1,11 @@
 r"""Noise schedules :math:`\alpha_t, \sigma_t, \gamma(t)`, fixed and learned, and volatilities :math:`\eta(t)`."""
 
+from ndm_ct.schedules.base import Coefficients, Level, Schedule
 from ndm_ct.schedules.fixed import (
-    Coefficients,
     Cosine,
     LearnedLogSNR,
-    Level,
     LinearLogSNR,
     Rectified,
-    Schedule,
     SubVariancePreserving,
     Tabulated,
     Trigonometric,

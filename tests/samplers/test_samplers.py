@@ -38,7 +38,7 @@ from ndm_ct.samplers import (
 )
 from ndm_ct.samplers.base import steps_within, walk
 from ndm_ct.samplers.grids import GRIDS, time_grid
-from ndm_ct.schedules.fixed import levels
+from ndm_ct.schedules.base import levels
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)
 
