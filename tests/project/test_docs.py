@@ -26,7 +26,7 @@ from ndm_ct.samplers import sample as sampling
 DOCS = ROOT / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if "```python" in path.read_text())
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
-TRAINED = re.compile(r"\bsteps=(\d{3,})")
+TRAINED = re.compile(r"(\b(?:fit|NDMDensity)\(.*?\bsteps=)\d{3,}")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
@@ -67,7 +67,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
         trained = trained or bool(TRAINED.search(code))
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(TRAINED.sub("steps=2", code), names)
+            exec(TRAINED.sub(r"\g<1>2", code), names)
         if written and not trained:
             assert_alike(printed.getvalue(), written)
         elif written:
