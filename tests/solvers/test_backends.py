@@ -285,6 +285,8 @@ METHODS = {
 def test_gradients_are_finite_differences(method, differentiable):
     """With respect to every parameter and condition, along one Brownian path."""
     options, model = METHODS[method][0], learned()
+    if differentiable == "adjoint" and options:
+        options = {"steps": 100}  # its error is that of discretising the equation backwards, and falls with the steps
     shift = torch.tensor([[0.2, -0.1], [0.5, 0.3], [-0.4, 0.1]], dtype=torch.float64, requires_grad=True)
     tensors = {"shift": shift} | dict(model.named_parameters())
 
@@ -296,10 +298,9 @@ def test_gradients_are_finite_differences(method, differentiable):
         return (x * torch.tensor([1.0, -0.5], dtype=torch.float64)).sum()
 
     value().backward()
-    # The adjoint equation is discretised on its own, to the order of its solver; the graph's gradient is exact, but for
-    # the step sizes, which it takes as fixed.
-    exact = differentiable is True and ("steps" in options or "ode" in method or method == "dopri5")
-    tolerance = 1e-4 if exact else 0.03
+    # The graph's gradient is exact, but for step sizes, which it takes as fixed. The adjoint equation is discretised on
+    # its own: by midpoints, or, for torchsde's Ito methods, by Euler steps, whose error at 100 of them is up to 0.05.
+    tolerance = 1e-4 if differentiable is True else 0.06 if method in ("torchsde:euler", "torchsde:srk") else 0.03
     for name, tensor in tensors.items():
         if name == "process.volatility.coefficients" and "torchsde" not in method:  # which the flow does not have
             assert tensor.grad is None
