@@ -1,7 +1,9 @@
 """Data as rows a model can be trained on: real values, or the levels of integer data and what their bounds mean."""
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +25,9 @@ __all__ = ["Bins", "Source", "Standardised"]
 
 _AT_ONCE = 2**22
 """Bytes of data that are checked or hashed at a time; no more of a memory-mapped array is in memory then."""
+
+_ITEMS = 8
+"""Items of a Dataset that processes compare."""
 
 
 class Bins:
@@ -203,14 +208,31 @@ class Source:
         elif isinstance(self.data, np.memmap | Standardised):
             x = self._mapped(self.data, rows.numpy())
         else:
-            items = [self.data[row] for row in rows.tolist()]
-            if not all(isinstance(item, Tensor) for item in items):
-                raise TypeError(
-                    f"an item of {self.name} is a {type(items[0]).__name__}, expected a tensor x; pass conditioning as "
-                    "cond={name: tensor}."
-                )
-            x = self.bins.validate(torch.stack(items), self.name)
+            x = self._items(self.data, rows)
         return self.bins.real(x, generator), self.cond.take(rows)
+
+    def _items(self, data: Dataset[Tensor], rows: Tensor) -> Tensor:
+        items = [data[row] for row in rows.tolist()]
+        if not all(isinstance(item, Tensor) for item in items):
+            raise TypeError(
+                f"an item of {self.name} is a {type(items[0]).__name__}, expected a tensor x; pass conditioning as "
+                "cond={name: tensor}."
+            )
+        return self.bins.validate(torch.stack(items), self.name)
+
+    def fingerprint_with_items(self) -> dict[str, Any]:
+        """What must agree between processes: the fingerprint, and digests of some items of a Dataset.
+
+        The items are read with fixed seeds, so that random augmentation is the same in every process. An item that
+        still differs from one reading to the next has no digest.
+        """
+        found = self.fingerprint()
+        if isinstance(self.data, Dataset):
+            places = torch.linspace(0, self.rows - 1, min(self.rows, _ITEMS)).long()
+            with _fixed_seeds():
+                once, again = ([hash_values(self._items(self.data, place[None])) for place in places] for _ in range(2))
+            found["items"] = [digest if digest == other else None for digest, other in zip(once, again, strict=True)]
+        return found
 
     def fingerprint(self) -> dict[str, Any]:
         """What must agree for a training to continue; of a Dataset only the length is known."""
@@ -218,6 +240,21 @@ class Source:
         if not isinstance(self.data, Dataset):
             digests[""] = hash_values(part for _, part in self._parts(self.data))
         return {"rows": self.rows, "sha256": digests}
+
+
+@contextmanager
+def _fixed_seeds() -> Iterator[None]:
+    """Seed the global generators of torch (on the CPU), numpy and Python, and restore them afterwards."""
+    state, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what others draw from)
+    try:
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            random.seed(0)
+            yield
+    finally:
+        np.random.set_state(legacy)  # noqa: NPY002
+        random.setstate(state)
 
 
 def _readable(dtype: np.dtype) -> np.dtype:

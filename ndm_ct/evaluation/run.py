@@ -210,15 +210,21 @@ class Run:
         generator = torch.Generator().manual_seed(derive_seeds(settings.seed, 0, 0, ORDER)[0])
         self.order = torch.randperm(self.source.rows, generator=generator)
         self.folder, self.resume = Folder(run_dir, kind), resume
-        self.models, self.group = models, self.folder.group
+        self.models, self.group, self.caller = models, self.folder.group, caller
         self.batches: list[Batch] = []
 
     @contextmanager
     def in_folder(self) -> Iterator[None]:
         """With the batches scored before, and no other process at work there."""
+        several, settings = self.group.size > 1, Record()
+        if several or self.folder.is_real:
+            settings = self._identity(self.models)
+        if several:
+            limits = {"stderr": self.limits.stderr, "max_rows": self.limits.max_rows}
+            data = {"data": self.source.fingerprint_with_items()}
+            self.folder.compare_processes(self.caller.__name__, settings | limits | data)
         with self.folder.locked("rows.jsonl", "scored rows", self.resume):
             if self.folder.is_real:
-                settings = self._identity(self.models)
                 self.batches = self.group.of_main(lambda: self.folder.read(settings, self.order))
             yield
 

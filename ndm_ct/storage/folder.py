@@ -96,6 +96,26 @@ class RunFolder:
                 "another place, or delete the folder to begin anew."
             )
 
+    def compare_processes(self, call: str, settings: Mapping[str, Any]) -> None:
+        """Check that all processes of the group were called with the same arguments and data.
+
+        Args:
+            call: name of the function that they called.
+            settings: what must agree, JSON-serialisable.
+
+        Raises:
+            ValueError: something differs; the message names it. Every process raises it.
+        """
+        first, *others = self.group.gathered(json.loads(json.dumps({**settings, "run_dir": self.is_real})))
+        for rank, other in enumerate(others, 1):
+            differing = _differences(first, other, wording=f"{{}} is {{!r}} in process 0, {{!r}} in process {rank}")
+            if differing:
+                raise ValueError(
+                    f"{call} got other arguments in process {rank} than in process 0: {'; '.join(differing)}. Pass the "
+                    f"same arguments and all rows in every process, because {call} itself shares the rows out. Leave "
+                    "out DistributedSampler, split_dataset_by_node and the like, or gather the shards before the call."
+                )
+
     def write_result(self, name: str, result: Mapping[str, Any]) -> None:
         """Write a JSON file with a result and the versions that it was computed by.
 
@@ -113,19 +133,21 @@ def _is_infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _differences(saved: Mapping[str, Any], settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Settings that differ, with their values where these are short."""
+def _differences(
+    saved: Mapping[str, Any], settings: Mapping[str, Any], prefix: str = "", wording: str = "{} was {!r}, now {!r}"
+) -> list[str]:
+    """Settings that differ, with their values where these are short; ``wording`` takes name and values."""
     found = []
     for key, value in settings.items():
         before, name = saved.get(key), f"{prefix}{key}".rstrip(".")
         if before == value:
             continue
         if isinstance(before, dict) and isinstance(value, dict):
-            found += _differences(before, value, f"{name}.") or [name]
+            found += _differences(before, value, f"{name}.", wording) or [name]
         elif max(len(repr(before)), len(repr(value))) > _LONGEST:
             found.append(name)
         else:
-            found.append(f"{name} was {before!r}, now {value!r}")
+            found.append(wording.format(name, before, value))
     return found
 
 

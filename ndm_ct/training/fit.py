@@ -32,6 +32,7 @@ References:
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ndm_ct import objectives
@@ -43,7 +44,7 @@ from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.training.loop import FitResult, Training
 from ndm_ct.training.settings import Intervals, Settings
-from ndm_ct.training.state import Folder, Objective, State
+from ndm_ct.training.state import Folder, Objective, Row, State
 
 __all__ = ["FitResult", "fit"]
 
@@ -167,8 +168,10 @@ def fit(
     bins = Bins(model, quantisation, choose("dequantisation", dequantisation, DEQUANTISATIONS))
     source = Source(data, cond, bins, "data", fit)
     held_out = None if validation is None else Source(validation, validation_cond or {}, bins, "validation", fit)
-    _validate_parts(settings.accumulate, min(batch_size, source.rows), group)
     folder = Folder(run_dir, group)
+    if group.size > 1:
+        folder.compare_processes("fit", _shared_arguments(settings, intervals, source, held_out))
+    _validate_parts(settings.accumulate, min(batch_size, source.rows), group)
     with folder.locked("checkpoint.safetensors", "a checkpoint", resume):
         state = State(model, settings, None if objective is objectives.loss else objective, group)
         training = Training(state=state, data=source, validation=held_out, folder=folder, intervals=intervals)
@@ -186,6 +189,19 @@ def _refuse_ineffective(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} has no effect without {needed}; pass {needed}= or leave {name} out.")
     if arguments["dequantisation"] != "uniform" and arguments["quantisation"] is None:
         raise ValueError("dequantisation has no effect without quantisation; it is for integer data.")
+
+
+def _shared_arguments(settings: Settings, intervals: Intervals, data: Source, validation: Source | None) -> Row:
+    """What must agree between processes, for the same rows to be shared out at the same steps."""
+    bins = data.bins.quantisation
+    return asdict(settings) | {
+        "validate_every": intervals.validate_every,
+        "checkpoint_every": intervals.checkpoint_every,
+        "quantisation": None if bins is None else repr(bins),
+        "dequantisation": data.bins.dequantisation,
+        "data": data.fingerprint_with_items(),
+        "validation": None if validation is None else validation.fingerprint_with_items(),
+    }
 
 
 def _validate_parts(accumulate: int, rows: int, group: Group) -> None:

@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from paths import TESTS
 
 import ndm_ct
+from ndm_ct.data.sources import Bins, Source
 from ndm_ct.nn import MLP, Preconditioned
 from ndm_ct.objectives.bound import Bound
 from ndm_ct.objectives.straight import Straight
@@ -340,6 +343,77 @@ def test_a_folder_in_use_is_refused_in_all(tmp_path):
 def test_parts_have_to_be_shared_equally(tmp_path):
     results = together(tmp_path, "train(model(), accumulate=3)")
     assert all("accumulate=3 parts of a batch cannot be shared equally by 2 processes" in text for text, _ in results)
+
+
+legacy = np.random.mtrand._rand  # the global generator behind np.random.random
+
+
+class Items(torch.utils.data.Dataset):
+    """Rows, each at a random place when it is read if there is a spread."""
+
+    def __init__(self, x, spread=0.0):
+        self.x, self.spread = x, spread
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, row):
+        return self.x[row] + self.spread * (torch.randn(2) + random.random() + legacy.random())
+
+
+def refusal(call):
+    """The message of a call that is refused."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_processes_of_different_rows_or_arguments_are_refused(tmp_path):
+    """Shards of the data are the habit with distributed samplers; all processes say what differs, and the cure."""
+    code = f"""
+    made, x, options = model(), rows(100), {{"bound": "elbo", "progress": False}}
+    own = x[50 * rank : 50 * rank + 50]
+    def score(data=x, **others):
+        return ndm_ct.evaluate(made, data, **options | others)
+    found = [refusal(call) for call in (
+        lambda: score(own),
+        lambda: ndm_ct.compare(made, made, own, **options),
+        lambda: train(made, validation=own),
+        lambda: ndm_ct.fit(made, own, steps=1, progress=False),
+        lambda: score(Items(own)),
+        lambda: score(x[: 50 + rank]),
+        lambda: score(seed=rank),
+        lambda: score(max_rows=50 + rank),
+        lambda: score(run_dir="{tmp_path}/main" if rank == 0 else None),
+    )]
+    result = score(Items(x, spread=0.1), time_limit=100.0 + rank)
+    torch.save([found, result.rows], f"{tmp_path}/{{rank}}.pt")
+    """
+    assert_done(together(tmp_path, code))
+    (found, scored), other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert [found, scored] == other
+    assert scored == 100
+    calls = ["evaluate", "compare", "fit", "fit"] + 5 * ["evaluate"]
+    differing = [
+        "data.sha256", "data.sha256", "validation.sha256", "data.sha256", "data.items",
+        "data.rows is 50 in process 0, 51 in process 1; data.sha256", "seed is 0 in process 0, 1 in process 1",
+        "max_rows is 50 in process 0, 51 in process 1", "run_dir is True in process 0, False in process 1",
+    ]  # fmt: skip
+    for message, call, words in zip(found, calls, differing, strict=True):
+        assert message.startswith(f"{call} got other arguments in process 1 than in process 0: {words}. Pass the same")
+        assert f"all rows in every process, because {call} itself shares the rows out. Leave out Distr" in message
+
+
+def test_reading_items_leaves_random_states_as_they_were():
+    source = Source(Items(rows(20), spread=1.0), {}, Bins(model(), None, "uniform"), "data", ndm_ct.fit)
+    states = torch.get_rng_state(), legacy.get_state()[1].tolist(), random.getstate()
+    first = source.fingerprint_with_items()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (legacy.get_state()[1].tolist(), random.getstate()) == states[1:]
+    torch.rand(3), legacy.random(3), random.random()
+    assert source.fingerprint_with_items() == first
+    assert set(first) == {"rows", "sha256", "items"}
+    assert "items" not in source.fingerprint()
 
 
 LAUNCHED = """
