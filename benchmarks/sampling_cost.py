@@ -10,6 +10,7 @@ import argparse
 import statistics
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,16 +88,17 @@ class _Nothing(torch.nn.Module):
 def measure(model: ndm_ct.NDM, rows: int, steps: int, repeats: int) -> list[dict[str, Any]]:
     """One row per sampler, in milliseconds per evaluation: walk, bare network, overhead."""
     idle = ndm_ct.NDM(_Nothing(), model.event_shape, schedule=model.schedule)
-    for each in (model, idle):
-        estimate_residuals(each, torch.randn(64, *model.event_shape))
+    residuals = estimate_residuals(model, torch.randn(64, *model.event_shape))
+    analytic = partial(NAMES["ddpm_analytic"], residuals=residuals)
+    samplers = NAMES | {"ddpm_analytic": analytic}
     results = []
     for name in [*NAMES, TORCHSDE]:
-        evaluations = 2 * steps if name == TORCHSDE else NAMES[name](model).cost(steps)
+        evaluations = 2 * steps if name == TORCHSDE else samplers[name](model).cost(steps)
 
         def walk(own: ndm_ct.NDM, name: str = name) -> Callable[[], Any]:
             if name == TORCHSDE:
                 return torchsde_loop(own, rows, steps)
-            return lambda: ndm_ct.sample(own, rows, method=name, steps=steps)
+            return lambda: ndm_ct.sample(own, rows, method=analytic if name == "ddpm_analytic" else name, steps=steps)
 
         calls = {"walk": walk(model), "network": bare(model, rows, evaluations), "overhead": walk(idle)}
         times = {what: 1e3 * seconds / evaluations for what, seconds in fastest(calls, repeats).items()}

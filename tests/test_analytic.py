@@ -1,8 +1,8 @@
 """The optimal variance: for isotropic Gaussian data residuals are known and a reverse step of any length is exact."""
 
-import copy
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +11,11 @@ from oracles import SCHEDULES, TRANSFORMS, gaussian, mixture, rotated_covariance
 import ndm_ct
 from ndm_ct import NDM, schedules
 from ndm_ct.samplers import NAMES
-from ndm_ct.samplers.frozen import DDPM, _Interpolant, estimate_residuals
+from ndm_ct.samplers.frozen import DDPM, Residuals, _Interpolant, estimate_residuals
 from ndm_ct.samplers.grids import time_grid
 from ndm_ct.schedules.base import levels
+from ndm_ct.storage.models import describe
+from ndm_ct.storage.tensors import write
 from ndm_ct.transforms import Blur
 
 SMOOTH = schedules.LinearLogSNR(-5.0, 4.0)
@@ -46,11 +48,14 @@ def exact_moments(model, times):
     return torch.stack([scale**2, scale * rate, rate**2]) * posterior
 
 
-def with_exact_table(model, times):
+def exact_table(model, times):
     times = times.sort().values
     moments = exact_moments(model, times)
-    model.residuals = torch.cat([times[None], moments, torch.zeros_like(moments)])
-    return model
+    return Residuals(times, moments, torch.zeros_like(moments))
+
+
+def analytic(residuals):
+    return partial(DDPM, variance="analytic", residuals=residuals)
 
 
 def marginal(model, t):
@@ -92,7 +97,6 @@ def test_measured_moments_are_the_posterior_variance_within_their_standard_error
     torch.testing.assert_close(found.stderr[0] / exact[0], torch.full((48,), 500**-0.5).double(), rtol=0.4, atol=0.0)
     # The residuals of F and of its slope are proportional here, so the others are exact multiples.
     torch.testing.assert_close(found.moments / found.moments[0], exact / exact[0])
-    torch.testing.assert_close(model.residuals, torch.cat([found.times[None], found.moments, found.stderr]))
 
 
 def test_a_wrong_prediction_adds_its_square(generator):
@@ -143,22 +147,22 @@ def test_rows_take_their_own_conditioning(generator):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_between_its_times_the_table_is_smooth_and_accurate(name, transform):
     model = isotropic(SCHEDULES[name](), transform())
-    with_exact_table(model, time_grid(model.schedule, model.t_min, 63, "logsnr"))
-    table = _Interpolant(model)
+    residuals = exact_table(model, time_grid(model.schedule, model.t_min, 63, "logsnr"))
+    table = _Interpolant(model.schedule, residuals)
     inside = model.t_min + (1.0 - model.t_min) * torch.linspace(0.0, 1.0, 301).double()
     own = torch.tensor([table(level) for level in levels(model.schedule, inside)], dtype=torch.float64).mT
     exact = exact_moments(model, inside)
     torch.testing.assert_close(own, exact, rtol=2e-3, atol=1e-12)
     assert bool((own[1] ** 2 <= own[0] * own[2] * (1.0 + 1e-9)).all())
-    knots = levels(model.schedule, model.residuals[0])
+    knots = levels(model.schedule, residuals.times)
     own = torch.tensor([table(level) for level in knots], dtype=torch.float64).mT
-    torch.testing.assert_close(own, exact_moments(model, model.residuals[0]), rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(own, exact_moments(model, residuals.times), rtol=1e-7, atol=1e-12)
 
 
 def test_beyond_its_times_the_table_follows_the_share_of_noise():
     """A over sigma^2 / (alpha^2 + sigma^2) stays what it was at the end; two times are a line."""
-    model = with_exact_table(isotropic(), torch.tensor([0.4, 0.6], dtype=torch.float64))
-    table = _Interpolant(model)
+    model = isotropic()
+    table = _Interpolant(model.schedule, exact_table(model, torch.tensor([0.4, 0.6], dtype=torch.float64)))
     low, end, high, top = levels(SMOOTH, torch.tensor([0.2, 0.4, 0.6, 0.9], dtype=torch.float64))
     assert table(low)[0] == pytest.approx(table(end)[0] * low.sigma**2 / end.sigma**2)
     assert table(top)[0] == pytest.approx(table(high)[0] * top.sigma**2 / high.sigma**2)
@@ -181,8 +185,7 @@ def test_few_steps_end_at_the_exact_law_of_isotropic_data(name, transform, head,
     mean, cov = marginal(model, model.t_min)
     for steps in (1, 5):
         grid = time_grid(model.schedule, model.t_min, steps, "logsnr")
-        with_exact_table(model, grid)
-        own_mean, own = propagate(DDPM(model, "analytic"), grid, monkeypatch)
+        own_mean, own = propagate(DDPM(model, "analytic", exact_table(model, grid)), grid, monkeypatch)
         torch.testing.assert_close(own_mean, mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(own, cov, rtol=1e-6, atol=1e-6)
 
@@ -191,11 +194,11 @@ def test_few_steps_end_at_the_exact_law_of_isotropic_data(name, transform, head,
 def test_where_the_fixed_variances_miss(steps, monkeypatch):
     model = isotropic()
     grid = time_grid(SMOOTH, model.t_min, steps)
-    with_exact_table(model, grid)
     _, cov = marginal(model, model.t_min)
+    samplers = NAMES | {"ddpm_analytic": partial(NAMES["ddpm_analytic"], residuals=exact_table(model, grid))}
 
     def variance(name):
-        return float((propagate(NAMES[name](model), grid, monkeypatch)[1] / cov).diagonal().mean())
+        return float((propagate(samplers[name](model), grid, monkeypatch)[1] / cov).diagonal().mean())
 
     assert variance("ddpm_analytic") == pytest.approx(1.0, abs=1e-6)
     assert variance("ddpm_small") < 0.85
@@ -215,8 +218,7 @@ def test_of_anisotropic_data_the_mean_variance_is_exact(transform, monkeypatch):
     signal = (c.alpha[:, None] * scale) ** 2
     posterior = (spectrum * c.sigma[:, None] ** 2 / (signal * spectrum + c.sigma[:, None] ** 2)).mean(1)
     moments = torch.stack([scale**2, scale * rate, rate**2])[:, :, 0] * posterior
-    model.residuals = torch.cat([times[None], moments, torch.zeros_like(moments)])
-    sampler = DDPM(model, "analytic")
+    sampler = DDPM(model, "analytic", Residuals(times, moments, torch.zeros_like(moments)))
     eye, zero = torch.eye(4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
     noise = torch.cat([zero, 0.0 * eye, eye])
     monkeypatch.setattr("ndm_ct.samplers.frozen.normal_like", lambda z, generator: noise)
@@ -229,9 +231,10 @@ def test_of_anisotropic_data_the_mean_variance_is_exact(transform, monkeypatch):
 @pytest.mark.parametrize("head", ["x", "moments"])
 def test_measured_residuals_make_few_steps_exact_to_their_error(head, generator):
     model, n = isotropic(SMOOTH, TRANSFORMS["moving scale"](), head=head), 4000
-    estimate_residuals(model, isotropic().sample_data(1000, generator=generator), generator=generator, times=32)
+    data = isotropic().sample_data(1000, generator=generator)
+    method = analytic(estimate_residuals(model, data, generator=generator, times=32))
     mean, cov = marginal(model, model.t_min)
-    x = ndm_ct.sample(model, n, method="ddpm_analytic", steps=6, generator=generator, dtype=torch.float64)
+    x = ndm_ct.sample(model, n, method=method, steps=6, generator=generator, dtype=torch.float64)
     allowed = 4.0 * math.sqrt(2.0 / (3 * n)) + 0.01
     assert float((x - mean).square().mean() / cov[0, 0]) == pytest.approx(1.0, abs=allowed)
     x = ndm_ct.sample(model, n, method="ddpm", steps=6, generator=generator, dtype=torch.float64)
@@ -240,11 +243,12 @@ def test_measured_residuals_make_few_steps_exact_to_their_error(head, generator)
 
 def test_stochasticity_zero_is_analytic_ddim():
     """All the noise that is left is what the uncertain x needs."""
-    model = with_exact_table(isotropic(), torch.linspace(0.0, 1.0, 9, dtype=torch.float64))
+    model = isotropic()
+    residuals = exact_table(model, torch.linspace(0.0, 1.0, 9, dtype=torch.float64))
     t, s = levels(SMOOTH, torch.tensor([0.6, 0.4], dtype=torch.float64))
     z = torch.zeros(20000, 3).double()
-    step = DDPM(model.with_volatility(scale=0.0), "analytic").step(z, t.t, s.t)
-    (A, _, _), kappa = _Interpolant(model)(t), s.sigma / t.sigma
+    step = DDPM(model.with_volatility(scale=0.0), "analytic", residuals).step(z, t.t, s.t)
+    (A, _, _), kappa = _Interpolant(model.schedule, residuals)(t), s.sigma / t.sigma
     assert float(step.var(0).mean()) == pytest.approx((s.alpha - kappa * t.alpha) ** 2 * A, rel=0.05)
 
 
@@ -254,12 +258,12 @@ def test_a_volatility_over_the_event_gets_one_average(generator):
         torch.zeros(2, 2), torch.eye(4), schedule=SMOOTH, transform=blur,
         volatility=lambda t: 1.0 + 0.5 * torch.arange(4.0).reshape(2, 2).expand(*t.shape, 2, 2) * t[..., None, None],
     )  # fmt: skip
-    estimate_residuals(model, model.sample_data(50, generator=generator), times=8, generator=generator)
-    x = ndm_ct.sample(model, 500, method="ddpm_analytic", steps=40, generator=generator, dtype=torch.float64)
+    residuals = estimate_residuals(model, model.sample_data(50, generator=generator), times=8, generator=generator)
+    x = ndm_ct.sample(model, 500, method=analytic(residuals), steps=40, generator=generator, dtype=torch.float64)
     assert float(x.var()) == pytest.approx(1.0, abs=0.15)
 
 
-# --- the table belongs to the model ----------------------------------------------------------------------------------
+# --- the table beside the model -------------------------------------------------------------------------------------
 
 
 def network(**kwargs):
@@ -267,53 +271,46 @@ def network(**kwargs):
     return NDM(ndm_ct.nn.Preconditioned(ndm_ct.nn.MLP(2, width=8)), event_shape=(2,), **kwargs)
 
 
-def measured(times=5):
+def measured(model, times=5):
+    return estimate_residuals(model, torch.randn(20, 2), times=times, generator=torch.Generator().manual_seed(0))
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("times", "moments", "stderr"))
+
+
+def draw(model, residuals):
+    return ndm_ct.sample(model, 3, method=analytic(residuals), steps=4, generator=1)
+
+
+def test_measuring_leaves_the_model_as_it_was():
     model = network()
-    estimate_residuals(model, torch.randn(20, 2), times=times, generator=torch.Generator().manual_seed(0))
-    return model
+    measured(model)
+    assert model.state_dict().keys() == network().state_dict().keys()
+    assert not hasattr(model, "residuals")
 
 
-def draw(model):
-    generator = torch.Generator().manual_seed(1)
-    return ndm_ct.sample(model, 3, method="ddpm_analytic", steps=4, generator=generator)
+def test_a_file_carries_it_beside_the_model(tmp_path):
+    model, path = network(), tmp_path / "model.safetensors"
+    residuals = measured(model)
+    ndm_ct.save(model, path, residuals=residuals)
+    loaded, found = ndm_ct.load(path), ndm_ct.discrete.load_residuals(path)
+    assert same(found, residuals)
+    assert found.moments.dtype == torch.float64
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(draw(loaded, found), draw(model, residuals))
+    ndm_ct.save(loaded, path)
+    with pytest.raises(ndm_ct.CheckpointError, match=r"holds no residuals; measure them with .*estimate_residuals"):
+        ndm_ct.discrete.load_residuals(path)
 
 
-def test_files_states_and_copies_carry_it(tmp_path):
-    model = measured()
-    ndm_ct.save(model, tmp_path / "model.safetensors")
-    loaded = ndm_ct.load(tmp_path / "model.safetensors")
-    assert loaded.residuals.dtype == torch.float64
-    stated = network()
-    stated.load_state_dict(model.state_dict())
-    for other in (loaded, stated, copy.deepcopy(model), model.with_volatility(scale=1.0)):
-        assert torch.equal(other.residuals, model.residuals)
-        assert torch.equal(draw(other), draw(model))
-    longer = measured(times=9)
-    longer.load_state_dict(model.state_dict())
-    assert torch.equal(longer.residuals, model.residuals)
-    torch.testing.assert_close(draw(copy.deepcopy(model).to(torch.float64).to(torch.float32)), draw(model))
-    rounded = copy.deepcopy(model).float()
-    assert rounded.residuals.dtype == torch.float32
-    torch.testing.assert_close(draw(rounded), draw(model), rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_without_it_is_as_before(tmp_path):
-    model = network()
-    assert model.residuals is None
-    assert "residuals" not in model.state_dict()
-    ndm_ct.save(model, tmp_path / "model.safetensors")
-    assert ndm_ct.load(tmp_path / "model.safetensors").residuals is None
-    other = measured()
-    other.load_state_dict(model.state_dict())  # those of other weights would be wrong
-    assert other.residuals is None
-
-
-def test_a_damaged_table_is_refused(tmp_path):
-    model = measured()
-    model.residuals = model.residuals[:5]
-    ndm_ct.save(model, tmp_path / "model.safetensors")
+@pytest.mark.parametrize("read", [ndm_ct.load, ndm_ct.discrete.load_residuals])
+@pytest.mark.parametrize("broken", [torch.zeros(5, 4), torch.zeros(7), torch.zeros(7, 1), torch.zeros(7, 4).long()])
+def test_a_damaged_table_is_refused(tmp_path, read, broken):
+    model, path = network(), tmp_path / "model.safetensors"
+    write(path, {**model.state_dict(), "residuals": broken}, {"kind": "model", "model": describe(model)})
     with pytest.raises(ndm_ct.CheckpointError, match="residuals"):
-        ndm_ct.load(tmp_path / "model.safetensors")
+        read(path)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -321,8 +318,13 @@ def test_a_damaged_table_is_refused(tmp_path):
 
 def test_without_a_table_the_error_names_the_cure():
     for model in (gaussian(SMOOTH), network()):
-        with pytest.raises(ValueError, match=r"estimate_residuals\(model, data\)"):
+        with pytest.raises(ValueError, match=r"estimate_residuals\(model, data\).*partial\(.*residuals=residuals\)"):
             ndm_ct.sample(model, 2, method="ddpm_analytic", steps=4)
+    residuals = measured(network())
+    with pytest.raises(ValueError, match="residuals= go together"):
+        DDPM(network(), "small", residuals)
+    with pytest.raises(TypeError, match="residuals must come from estimate_residuals, got Tensor"):
+        DDPM(network(), "analytic", residuals.moments)
     with pytest.raises(ValueError, match="variance='analytical' is unknown; did you mean 'analytic'"):
         DDPM(gaussian(SMOOTH), "analytical")
 
@@ -342,12 +344,12 @@ def test_without_a_table_the_error_names_the_cure():
     ],
 )
 def test_errors_name_the_argument(options, error, message):
+    data, more = options.get("data", torch.zeros(4, 2)), {key: options[key] for key in options.keys() - {"data"}}
     with pytest.raises(error, match=message):
-        estimate_residuals(network(), **({"data": torch.zeros(4, 2)} | options))
+        estimate_residuals(network(), data, **more)
 
 
 def test_a_prediction_that_is_not_finite_is_named():
     model = NDM(lambda z, t: torch.where(t[:, None] > 0.5, math.nan, z), (2,), schedule=SMOOTH)
     with pytest.raises(ndm_ct.PredictorError, match="NaN or inf at t="):
         estimate_residuals(model, torch.zeros(4, 2), times=4)
-    assert model.residuals is None

@@ -18,6 +18,7 @@ __all__ = [
     "event_size",
     "expand",
     "expand_time",
+    "first_parameter",
     "of_time",
     "sum_event",
     "validate_count",
@@ -68,11 +69,16 @@ def as_time(t: float | list[float] | Tensor, device: torch.device | None = None)
 
 def of_time(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Evaluate a user's function of time at float64 ``t``, in the dtype of its parameters if it has any."""
-    if isinstance(function, nn.Module):
-        parameter = next((p for p in function.parameters() if p.is_floating_point()), None)
-        if parameter is not None:
-            return function(t.to(dtype=parameter.dtype, device=parameter.device)).to(torch.float64)
+    parameter = first_parameter(function)
+    if parameter is not None:
+        return function(t.to(dtype=parameter.dtype, device=parameter.device)).to(torch.float64)
     return torch.as_tensor(function(t), dtype=torch.float64, device=t.device)
+
+
+def first_parameter(*objects: Any) -> Tensor | None:
+    """The first floating-point parameter of those objects that are modules; None if they have none."""
+    modules = (each for each in objects if isinstance(each, nn.Module))
+    return next((p for module in modules for p in module.parameters() if p.is_floating_point()), None)
 
 
 def sum_event(y: Tensor) -> Tensor:

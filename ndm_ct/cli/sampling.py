@@ -3,12 +3,14 @@
 import argparse
 import io
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ndm_ct.cli.batches import finished_columns, generators_of, load_run
 from ndm_ct.cli.parser import UsageError
+from ndm_ct.discrete import DDPM, load_residuals
 from ndm_ct.files.formats import TABLES, write_table
 from ndm_ct.samplers.sample import sample
 from ndm_ct.storage import write_atomically
@@ -24,9 +26,13 @@ def run_sample(options: argparse.Namespace) -> int:
     if (options.out.suffix == ".png") != images and options.out.suffix != ".npz":
         raise UsageError("images are written as .npz or .png." if images else "a png is for images; write a table.")
 
+    method = options.method
+    if method == "ddpm_analytic":
+        method = partial(DDPM, variance="analytic", residuals=load_residuals(options.model / "model.safetensors"))
+
     def make(rows: slice) -> dict[str, Tensor]:
         n, generators = rows.stop - rows.start, generators_of(options, rows)
-        z = sample(run.model, n, method=options.method, steps=options.steps, generator=generators)
+        z = sample(run.model, n, method=method, steps=options.steps, generator=generators)
         return {"x": run.units(z.cpu())}
 
     with finished_columns(options, options.n, {"method": options.method, "steps": options.steps}, make) as columns:

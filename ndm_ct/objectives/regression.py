@@ -31,8 +31,9 @@ from torch import Tensor
 
 from ndm_ct._core.checks import choose, expand, sum_event
 from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
-from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.model import NDM
 from ndm_ct.objectives.time_samplers import low_discrepancy
+from ndm_ct.prediction import validate_finite
 from ndm_ct.schedules.base import Coefficients, Schedule
 
 __all__ = ["TARGETS", "Regression", "uniform"]
@@ -106,7 +107,7 @@ class Regression:
         F, dF = model.transform.with_derivative(x, t, **cond)
         F_hat, dF_hat = model.moments(model.process.state(F, t, eps), t, **cond)
         error = self._error(c, F - F_hat, dF - dF_hat)
-        validate_prediction(error, t)
+        validate_finite(error, t)
         square = sum_event(error**2)
         return square if self.weight is None else self.weight(c).to(square.dtype) * square
 

@@ -61,9 +61,10 @@ from ndm_ct._core.autodiff import jvp
 from ndm_ct._core.checks import sum_event
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like
 from ndm_ct.dynamics import ProbabilityFlow
-from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.model import NDM
 from ndm_ct.objectives import bound as objectives
 from ndm_ct.objectives.time_samplers import low_discrepancy
+from ndm_ct.prediction import validate_finite
 from ndm_ct.process import ForwardProcess
 
 __all__ = ["Straight", "acceleration", "curvature"]
@@ -140,7 +141,7 @@ def _curvature(model: NDM, x: Tensor, flow: Flow, generator: Randomness, cond: M
     y, _ = model.to_latent(x, generator=generator, **cond)
     z = model.process.state(model.transform(y, t, **cond), t, normal_like(y, generator))
     a = acceleration(model.flow(z.dtype, **cond) if flow == "model" else _flow_of(model.process, y, count), z, t)
-    validate_prediction(a, t)
+    validate_finite(a, t)
     return length**4 / 12.0 * sum_event(a**2)  # the weight tau (1 - tau)/2 is 1/12 of the density
 
 

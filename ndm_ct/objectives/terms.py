@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ndm_ct._core.checks import as_time, expand, sum_event
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like
-from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.model import NDM
+from ndm_ct.prediction import validate_finite
 from ndm_ct.quantisation import Quantisation, resolve_optional
 from ndm_ct.transforms import Path
 
@@ -71,8 +72,8 @@ def diffusion_along(model: NDM, path: Path, t: Tensor, eps: Tensor, cond: Mappin
 def predict(model: NDM, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The model's moments, checked for NaN and infinity."""
     F_hat, dF_hat = model.moments(z, t, **cond)
-    validate_prediction(F_hat, t)
-    validate_prediction(dF_hat, t)
+    validate_finite(F_hat, t)
+    validate_finite(dF_hat, t)
     return F_hat, dF_hat
 
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
-from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.model import NDM
+from ndm_ct.prediction import validate_finite
 from ndm_ct.schedules.base import Level, levels
 from ndm_ct.transforms import Identity
 
@@ -116,7 +117,7 @@ class Sampler:
         """
         self.evaluations += 1
         F, dF = self.model.moments(z, level.time, **cond)
-        validate_prediction(F if self._plain else F + dF, level.time)
+        validate_finite(F if self._plain else F + dF, level.time)
         return F, dF
 
     def predict(self, z: Tensor, level: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -146,7 +147,7 @@ class Sampler:
         self.evaluations += 1
         time = self.level(t).time
         x = self.model.predict_x(z, time, **cond)
-        validate_prediction(x, time)
+        validate_finite(x, time)
         return x
 
     def step(

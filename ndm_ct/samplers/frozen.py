@@ -8,8 +8,8 @@ DDPM takes the :math:`\tilde\sigma` of the model's own volatility (:mod:`ndm_ct.
 :math:`\eta_{DDIM}` times the DDPM value at volatility one. With :math:`\tilde\sigma = 0` the step is the first-order
 exponential integrator of the probability flow.
 
-:math:`\hat F_t, \hat F_s` come from one prediction at t: of a predicted x the transform at both times, of the head
-"moments" :math:`\hat F` and :math:`\hat F + (s - t) \hat{\dot F}`.
+:math:`\hat F_t, \hat F_s` come from one prediction at t. A predicted x is transformed for both times; a prediction of
+"moments" gives :math:`\hat F` and :math:`\hat F + (s - t) \hat{\dot F}`.
 
 **The optimal variance.** Freezing the prediction leaves out that x is uncertain given :math:`z_t`. With the residuals
 :math:`\Delta F = F(x, t) - \hat F` and :math:`\Delta \dot F` the law of :math:`z_s` given :math:`z_t`, about the mean
@@ -24,9 +24,9 @@ above, has the second moment, averaged over :math:`z_t` and over the d coordinat
     C = \tfrac1d E\|\Delta\dot F\|^2 ,
 
 to first order in :math:`\Delta F_s = \Delta F + (s - t)\,\Delta\dot F + \ldots`, exactly where F is linear in t.
-For F the identity only A remains. There it is Analytic-DPM's variance if :math:`\hat x` is the posterior mean, where
-:math:`A = (\sigma^2/\alpha^2)(1 - \sigma^2 E\|s\|^2/d)`, and the best variance for the mean at hand if it is not.
-:func:`estimate_residuals` measures A, B and C once and keeps them in the model.
+If F is the identity only the term in A remains. It equals Analytic-DPM's variance when :math:`\hat x` is the posterior
+mean, where :math:`A = (\sigma^2/\alpha^2)(1 - \sigma^2 E\|s\|^2/d)`, and otherwise is the optimal variance for the mean
+actually used. :func:`estimate_residuals` measures A, B and C once.
 
 References:
     Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, https://arxiv.org/abs/2006.11239
@@ -48,10 +48,11 @@ from torch import Tensor
 from ndm_ct._core import checks as _shapes
 from ndm_ct._core.checks import choose, sum_event
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, rows_of
-from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.model import NDM
+from ndm_ct.prediction import validate_finite
 from ndm_ct.samplers.base import Factor, Sampler
 from ndm_ct.samplers.grids import time_grid
-from ndm_ct.schedules.base import SAFE_NOISE, Level, levels
+from ndm_ct.schedules.base import SAFE_NOISE, Level, Schedule, levels
 
 __all__ = ["DDIM", "DDPM", "VARIANCES", "Residuals", "estimate_residuals"]
 
@@ -67,6 +68,9 @@ class Residuals:
         times: increasing, float64, ``(N,)``.
         moments: A, B and C, ``(3, N)``.
         stderr: their standard errors, ``(3, N)``; NaN if they come from a single data point.
+
+    They belong to the model that they were measured on, with its weights and its guidance. Measure them again after
+    further training.
     """
 
     times: Tensor
@@ -84,17 +88,18 @@ def estimate_residuals(
     generator: GeneratorLike = None,
     **cond: Any,
 ) -> Residuals:
-    r"""Measure the residuals of the model's predictions, and keep their second moments in the model.
+    r"""Measure the second moments of the residuals of the model's predictions.
 
-    ``sample(method="ddpm_analytic")`` needs them. They travel with the model: in its ``state_dict``, in files and in
-    copies. Weights trained further make them out of date; then call this again.
+    They are the ``residuals`` that :class:`DDPM` with ``variance="analytic"`` needs. ``ndm_ct.save(model, path,
+    residuals=...)`` keeps them beside the model and ``ndm_ct.discrete.load_residuals(path)`` reads them.
 
     Args:
-        model: the model; its ``residuals`` are replaced.
-        data: x, shape ``(n, *E)``; a thousand rows are plenty, as every row counts at every time.
+        model: the model.
+        data: x, shape ``(n, *E)``. A thousand rows are plenty, because every row counts at every time.
         times: the number N of times, evenly spaced in the log-SNR, or the times themselves in [t_min, 1], in any order.
-        batch_size: rows per call of the network, of which there are N for every batch.
-        generator: source of the noise.
+            More times cost more calls of the network and follow the moments more closely.
+        batch_size: rows per call of the network. Every batch takes N calls.
+        generator: source of the noise: a seed, a generator, or one per row; None is torch's global generator.
         cond: conditioning, tensors with n rows.
 
     Returns:
@@ -106,9 +111,11 @@ def estimate_residuals(
 
     Example:
         >>> import ndm_ct
+        >>> from functools import partial
         >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
         >>> residuals = estimate_residuals(model, model.sample_data(100), times=8)
-        >>> ndm_ct.sample(model, 3, method="ddpm_analytic", steps=5).shape
+        >>> analytic = partial(DDPM, variance="analytic", residuals=residuals)
+        >>> ndm_ct.sample(model, 3, method=analytic, steps=5).shape
         torch.Size([3, 2])
     """
     given = model.validate(data, cond, estimate_residuals, name="data")
@@ -131,19 +138,16 @@ def estimate_residuals(
                 F, dF = path.with_derivative(level.time)
                 noise = normal_like(y, source)
                 predicted, slope = model.moments(level.alpha * F + level.sigma * noise, level.time, **own)
-                validate_prediction(predicted + slope, level.time)
+                validate_finite(predicted + slope, level.time)
                 a, b = (F - predicted).double(), (dF - slope).double()
                 products = torch.stack([sum_event(each) for each in (a * a, a * b, b * b)]) / size
                 total[:, :, k] += torch.stack([products.sum(1), products.square().sum(1)])
     mean, square = total / n
     stderr = ((square - mean**2).clamp(min=0.0) / (n - 1)).sqrt() if n > 1 else torch.full_like(mean, math.nan)
-    found = Residuals(torch.stack([level.time for level in points]).to(mean.device), mean, stderr)
-    model.residuals = torch.cat([found.times[None], mean, stderr])
-    return found
+    return Residuals(torch.stack([level.time for level in points]).to(mean.device), mean, stderr)
 
 
 def _validated_times(model: NDM, times: int | Tensor) -> Tensor:
-    """Increasing float64 times."""
     if not isinstance(times, Tensor):
         if _shapes.validate_count("times", times) == 1:
             raise ValueError("times=1 is one time, but the moments change over many orders of magnitude; take 64.")
@@ -165,13 +169,13 @@ class _Interpolant:
     the matrix stays positive semidefinite, and beyond the table's ends the quotient is constant.
 
     Args:
-        model: a model with residuals.
+        schedule: the model's.
+        residuals: A, B and C.
     """
 
-    def __init__(self, model: NDM) -> None:
-        assert model.residuals is not None
-        times, *moments = model.residuals.detach().cpu().double()[:4]
-        at = levels(model.schedule, times.to(model.schedule.device))
+    def __init__(self, schedule: Schedule, residuals: Residuals) -> None:
+        at = levels(schedule, residuals.times.double().to(schedule.device))
+        moments = residuals.moments.detach().cpu().double()
         # Numbers: on so few of them numpy would take longer than the rest of a step.
         self.knots = [_coordinate(level) for level in at]
         A, B, C = (row.numpy() / [_share(level) for level in at] for row in moments)
@@ -223,33 +227,37 @@ class DDPM(_Frozen):
             model's reverse SDE, in mean and noise; "small": the same at volatility one whatever the model's; "large":
             the mean of "small" with noise of variance :math:`\sigma_t^2 - \alpha_t^2 \sigma_s^2 / \alpha_s^2` (in the
             last step of a walk that of "small": nothing would remove the surplus); "analytic": the mean of
-            "volatility" with the optimal variance for it, from residuals that :func:`estimate_residuals` has measured
-            (a volatility or a transform that is diagonal over the event gets one average A, B and C for all of it).
+            "volatility" with the optimal variance for it, from ``residuals`` (a volatility or a transform that is
+            diagonal over the event gets one average A, B and C for all of it).
+        residuals: for "analytic" only, what :func:`estimate_residuals` returned for this model. A guided model has
+            residuals of its own.
 
     Raises:
-        ValueError: unknown variance; "analytic" for a model without residuals.
+        ValueError: unknown variance; "analytic" without residuals, or residuals with another variance.
+        TypeError: residuals that are not :class:`Residuals`.
     """
 
-    def __init__(self, model: NDM, variance: str = "volatility") -> None:
+    def __init__(self, model: NDM, variance: str = "volatility", residuals: Residuals | None = None) -> None:
         super().__init__(model)
         self.variance = choose("variance", variance, VARIANCES)
         self.uses_volatility = variance in ("volatility", "analytic")
-        if variance == "analytic":
-            if model.residuals is None:
-                raise ValueError(
-                    "variance='analytic' needs the second moments of the model's residuals, and this model has none; "
-                    "measure them once with ndm_ct.discrete.estimate_residuals(model, data) (a guided model has its "
-                    "own), or take method='ddpm'."
-                )
-            self._residuals = _Interpolant(model)
+        if residuals is not None and not isinstance(residuals, Residuals):
+            raise TypeError(f"residuals must come from estimate_residuals, got {type(residuals).__name__}.")
+        if (variance == "analytic") != (residuals is not None):
+            raise ValueError(
+                "variance='analytic' (method='ddpm_analytic') and residuals= go together. Measure once: residuals = "
+                "ndm_ct.discrete.estimate_residuals(model, data). Then pass method=functools.partial("
+                "ndm_ct.discrete.DDPM, variance='analytic', residuals=residuals), or take method='ddpm'."
+            )
+        self._optimum = None if residuals is None else _Interpolant(model.schedule, residuals)
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         F_t, F_s = self.frozen(z, t, s, cond)
         residual, noise = torch.add(z, F_t, alpha=-t.alpha), normal_like(z, generator)
         if self.uses_volatility:
             kappa, std = self.transition(t, s)
-            if self.variance == "analytic":
-                std = self._optimal(kappa, std, t, s)
+            if self._optimum is not None:
+                std = _optimal(self._optimum(t), kappa, std, t, s)
             return self.plus(self.plus(s.alpha * F_s, kappa, residual), std, noise)
         small = ancestral_std(t, s)
         mean = s.alpha * F_s + math.sqrt(s.sigma**2 - small**2) / t.sigma * residual
@@ -257,13 +265,14 @@ class DDPM(_Frozen):
             return mean + small * noise
         return mean + math.sqrt(t.sigma**2 - (t.alpha * s.sigma / s.alpha) ** 2) * noise
 
-    def _optimal(self, kappa: Factor, std: Factor, t: Level, s: Level) -> Factor:
-        """The standard deviation about the frozen mean."""
-        A, B, C = self._residuals(t)
-        gain, drift = s.alpha - kappa * t.alpha, s.alpha * (s.t - t.t)
-        variance = std**2 + gain**2 * A + 2.0 * gain * drift * B + drift**2 * C
-        # Rounding may take a variance of zero below it.
-        return math.sqrt(abs(variance)) if isinstance(variance, float) else variance.abs().sqrt()
+
+def _optimal(moments: tuple[float, float, float], kappa: Factor, std: Factor, t: Level, s: Level) -> Factor:
+    """The standard deviation about the frozen mean, from A, B and C at t."""
+    A, B, C = moments
+    gain, drift = s.alpha - kappa * t.alpha, s.alpha * (s.t - t.t)
+    variance = std**2 + gain**2 * A + 2.0 * gain * drift * B + drift**2 * C
+    # Rounding may take a variance of zero below it.
+    return math.sqrt(abs(variance)) if isinstance(variance, float) else variance.abs().sqrt()
 
 
 class DDIM(_Frozen):

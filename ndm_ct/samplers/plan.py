@@ -16,7 +16,8 @@ from ndm_ct.guidance import evaluations_per_call
 from ndm_ct.likelihood.api import Trace
 from ndm_ct.likelihood.budget import largest, measure
 from ndm_ct.likelihood.path import Differentiable, Problem
-from ndm_ct.model import NDM, validate_prediction
+from ndm_ct.model import NDM
+from ndm_ct.prediction import validate_finite
 from ndm_ct.samplers import NAMES
 from ndm_ct.samplers.adaptive import sample_rows, sample_torchsde
 from ndm_ct.samplers.base import Sampler, steps_within, walk
@@ -277,7 +278,7 @@ def _ended(model: NDM, solution: Solution, z1: Tensor, denoise: bool, cond: Cond
     if denoise:
         t = torch.tensor(model.t_min, dtype=torch.float64, device=z.device)
         z = model.predict_x(z, t, **cond)
-        validate_prediction(z, t)
+        validate_finite(z, t)
     per_call = evaluations_per_call(model.predictor)
     return Part(z, SampleInfo(per_call * nfe, largest(solution.accepted), largest(solution.rejected), z1))
 

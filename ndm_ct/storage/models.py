@@ -17,20 +17,23 @@ from ndm_ct._core.config import Unconfigurable, from_config, to_config
 from ndm_ct._core.errors import CheckpointError
 from ndm_ct.model import NDM
 from ndm_ct.process import ForwardProcess
+from ndm_ct.samplers.frozen import Residuals
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.storage.tensors import compare_tensors, read, write
 from ndm_ct.transforms import Transform
 
-__all__ = ["describe", "load", "save"]
+__all__ = ["describe", "load", "load_residuals", "save"]
 
 EXTERNAL = "external"
+RESIDUALS = "residuals"
+"""Name of the tensor that holds residuals, beside those of the model."""
 _PREFIXES = (("predictor.", "predictor"), ("process.transform.", "transform"))
 _MOST_OBJECTS = 1000
 _OPERATION = 2**14
 """Bytes that an operation counts for while a model is made, because modules take memory and time too."""
 
 
-def save(model: NDM, path: PathLike) -> None:
+def save(model: NDM, path: PathLike, *, residuals: Residuals | None = None) -> None:
     """Write a model, its weights and its configuration, to one file.
 
     The file is replaced as a whole: a process that is killed leaves the old file or the new one. A predictor or
@@ -39,6 +42,8 @@ def save(model: NDM, path: PathLike) -> None:
     Args:
         model: the model.
         path: file to write or replace.
+        residuals: what ``discrete.estimate_residuals`` measured, to be kept in the same file. ``load`` leaves them
+            aside and ``discrete.load_residuals`` reads them.
 
     Raises:
         ValueError: the prior, schedule or volatility cannot be described in the file. Nothing is written.
@@ -53,7 +58,10 @@ def save(model: NDM, path: PathLike) -> None:
         ...     ndm_ct.load(f"{folder}/model.safetensors").event_shape
         (2,)
     """
-    write(path, model.state_dict(), {"kind": "model", "model": describe(model)})
+    tensors = model.state_dict()
+    if residuals is not None:
+        tensors[RESIDUALS] = torch.cat([residuals.times[None], residuals.moments, residuals.stderr])
+    write(path, tensors, {"kind": "model", "model": describe(model)})
 
 
 def load(path: PathLike, *, predictor: Any = None, transform: Transform | None = None) -> NDM:
@@ -74,11 +82,58 @@ def load(path: PathLike, *, predictor: Any = None, transform: Transform | None =
     """
     description, tensors = read(path, "model")
     try:
+        _residuals_of(tensors)
         return _rebuild(description["model"], tensors, predictor, transform)
     except KeyError as error:
         raise CheckpointError(f"{path}: the description lacks the entry {error}.") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def load_residuals(path: PathLike) -> Residuals:
+    """Read the residuals that ``save(model, path, residuals=...)`` wrote beside a model.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: the file is not a model of this library, is damaged, or holds no residuals.
+        FileNotFoundError: there is no such file.
+        TypeError: ``path`` is neither a string nor a path.
+
+    Example:
+        >>> import tempfile, ndm_ct
+        >>> model = ndm_ct.NDM(ndm_ct.nn.Preconditioned(ndm_ct.nn.MLP(2)), event_shape=(2,))
+        >>> residuals = ndm_ct.discrete.estimate_residuals(model, torch.randn(20, 2), times=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ndm_ct.save(model, f"{folder}/model.safetensors", residuals=residuals)
+        ...     torch.equal(load_residuals(f"{folder}/model.safetensors").moments, residuals.moments)
+        True
+    """
+    _, tensors = read(path, "model")
+    try:
+        residuals = _residuals_of(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if residuals is None:
+        raise CheckpointError(
+            f"{path}: the file holds no residuals; measure them with ndm_ct.discrete.estimate_residuals(model, data) "
+            "and keep them with ndm_ct.save(model, path, residuals=residuals)."
+        )
+    return residuals
+
+
+def _residuals_of(tensors: dict[str, Tensor]) -> Residuals | None:
+    """Take the residuals out of the tensors of a file."""
+    table = tensors.pop(RESIDUALS, None)
+    if table is None:
+        return None
+    if not (table.ndim == 2 and len(table) == 7 and table.shape[1] > 1 and table.is_floating_point()):
+        raise CheckpointError(
+            f"tensor {RESIDUALS!r} has shape {tuple(table.shape)} and dtype {table.dtype}, expected (7, N), floating: "
+            "times, three moments and their errors."
+        )
+    return Residuals(table[0], table[1:4], table[4:])
 
 
 def describe(model: NDM) -> dict[str, Any]:
@@ -123,7 +178,7 @@ def _rebuild(config: Any, tensors: dict[str, Tensor], predictor: Any, transform:
     if objects > _MOST_OBJECTS:
         raise CheckpointError(f"the description has {objects} objects, a model at most {_MOST_OBJECTS}.")
     with _describing(), _Budget(tensors), torch.device("meta"):  # names and shapes without memory
-        skeleton = _skeleton(_parts(config, given), tensors)
+        skeleton = _skeleton(_parts(config, given))
     _compare(skeleton, tensors, config)
     # Forked, so that the initial weights, soon replaced, take nothing from the caller's random numbers.
     with _describing(), torch.random.fork_rng(devices=[]):
@@ -189,14 +244,12 @@ def _parts(config: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[name] if config[name] == EXTERNAL else from_config(config[name]) for name in names}
 
 
-def _skeleton(parts: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module with the state names of the model and without its behaviour; with residuals if the file has them."""
+def _skeleton(parts: dict[str, Any]) -> nn.Module:
+    """A module with the state names of the model and without its behaviour."""
     skeleton = nn.Module()
     skeleton.process = ForwardProcess(parts["transform"], parts["schedule"], parts["volatility"])
     if isinstance(parts["predictor"], nn.Module):
         skeleton.predictor = parts["predictor"]
-    if "residuals" in tensors:  # times, three moments and their errors, for any number of times
-        skeleton.register_buffer("residuals", torch.empty(7, tensors["residuals"].numel() // 7))
     return skeleton
 
 

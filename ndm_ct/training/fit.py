@@ -83,7 +83,7 @@ def fit(
 ) -> FitResult:
     """Train a model in place. Afterwards it holds the averaged weights (``ema > 0``), in the mode it had before.
 
-    Residuals that ``discrete.estimate_residuals`` has measured are dropped: they were those of other weights.
+    Residuals that ``discrete.estimate_residuals`` has measured before are those of other weights; measure them again.
 
     With ``run_dir`` the folder receives ``log.jsonl``, ``checkpoint.safetensors`` (weights, averaged weights and
     optimiser state) and at the end ``model.safetensors`` for :func:`ndm_ct.load`. The same call continues a training

@@ -105,7 +105,6 @@ class State:
 
     def __init__(self, model: NDM, settings: Settings, objective: Objective | None, group: Group) -> None:
         self.model, self.settings, self.objective, self.group = model, settings, objective, group
-        model.residuals = None  # they belong to weights that are about to change
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])
         self.optimizer = _optimizer(self.parameters, settings)

@@ -20,10 +20,10 @@ from ndm_ct.cli import selfcheck, settings, train
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.divergence import Hutchinson
 from ndm_ct.likelihood.bits import dequantised
-from ndm_ct.model import IsotropicNormal
 from ndm_ct.objectives.regression import Regression
 from ndm_ct.objectives.straight import Straight, curvature
 from ndm_ct.objectives.time_samplers import LossHistory
+from ndm_ct.prior import IsotropicNormal, prior_divergence, sample_prior
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.samplers import base as stepping
 from ndm_ct.samplers.grids import time_grid
@@ -145,7 +145,11 @@ FOLLOWS = {
     "model.NDM.to_latent": lambda g: latent().to_latent(X, generator=g)[0],
     "model.NDM.prior_divergence": lambda g: unknown_prior().prior_divergence(Identity().along(X64), X64, g),
     "model.NDM.sample_prior": lambda g: model().sample_prior(3, generator=g, dtype=torch.float32, device="cpu"),
-    "model.IsotropicNormal.sample": lambda g: IsotropicNormal((2,)).sample(3, generator=g),
+    "prior.prior_divergence": lambda g: prior_divergence(unknown_prior().prior, X64, torch.ones_like(X64), g),
+    "prior.sample_prior": lambda g: sample_prior(
+        IsotropicNormal((2,)), 3, generator=g, dtype=torch.float32, device="cpu"
+    ),
+    "prior.IsotropicNormal.sample": lambda g: IsotropicNormal((2,)).sample(3, generator=g),
     "objectives.Bound.forward": lambda g: objectives.Bound(LossHistory())(model(), X, generator=g),
     "objectives.elbo": lambda g: ndm_ct.elbo(model(), X, samples=3, generator=g),
     "objectives.elbo_discrete": lambda g: objectives.elbo_discrete(model(), X, steps=4, generator=g),

@@ -12,8 +12,8 @@ from scipy.integrate import quad
 
 import ndm_ct
 from ndm_ct import NDM, objectives, schedules, transforms
-from ndm_ct.model import IsotropicNormal
 from ndm_ct.objectives.time_samplers import LossHistory
+from ndm_ct.prior import IsotropicNormal
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.reference import Gaussian
 from ndm_ct.schedules.volatility import LearnedVolatility

@@ -804,11 +804,19 @@ class Bounded:
 
 
 def small_model(schedule=SMOOTH, **kwargs):
-    """A cheap model for any sampler, residuals included."""
-    model = NDM(Bounded(), (2,), schedule=schedule, **kwargs)
-    discrete.estimate_residuals(model, torch.randn(32, 2, generator=seeded()), times=5, generator=seeded())
-    model.predictor.calls = 0
-    return model
+    """A cheap model for any sampler."""
+    return NDM(Bounded(), (2,), schedule=schedule, **kwargs)
+
+
+RESIDUALS = discrete.estimate_residuals(
+    small_model(), torch.randn(32, 2, generator=seeded()), times=times(0.05, 0.3, 0.5, 0.8, 1.0), generator=seeded()
+)
+SAMPLERS = NAMES | {"ddpm_analytic": partial(NAMES["ddpm_analytic"], residuals=RESIDUALS)}
+
+
+def method_of(name):
+    """What ``sample`` takes as its method: the name, or the sampler with its residuals where it needs them."""
+    return SAMPLERS[name] if name == "ddpm_analytic" else name
 
 
 @pytest.mark.parametrize("schedule", BRIDGES.values(), ids=BRIDGES)
@@ -817,12 +825,12 @@ def test_evaluations_are_those_of_the_formula(name, schedule):
     model = small_model(schedule)
     for steps in (1, 2, 3, 7):
         model.predictor.calls = 0
-        _, info = ndm_ct.sample(model, 3, method=name, steps=steps, return_info=True)
-        assert model.predictor.calls == info.nfe == NAMES[name](model).cost(steps)
+        _, info = ndm_ct.sample(model, 3, method=method_of(name), steps=steps, return_info=True)
+        assert model.predictor.calls == info.nfe == SAMPLERS[name](model).cost(steps)
         assert (info.accepted, info.rejected) == (steps, 0)
         assert len(info.times) == steps + 1
-    batched = ndm_ct.sample(model, 5, method=name, steps=3, batch_size=2, return_info=True)[1]
-    assert batched.nfe == NAMES[name](model).cost(3)
+    batched = ndm_ct.sample(model, 5, method=method_of(name), steps=3, batch_size=2, return_info=True)[1]
+    assert batched.nfe == SAMPLERS[name](model).cost(3)
 
 
 @pytest.mark.parametrize("schedule", BRIDGES.values(), ids=BRIDGES)
@@ -831,7 +839,7 @@ def test_costs_in_numbers(name, schedule):
     """What the table of the package says; where alpha(1) = 0 the first step of some methods is cheaper."""
     stages = {"midpoint": 2, "heun": 2, "rk4": 4, "edm": 2, "dpmpp_2s": 2}.get(name, 1)
     saved = 1 if schedule is BRIDGES["alpha(1) = 0"] and name in ("edm", "dpmpp_2s") else 0
-    cost = NAMES[name](small_model(schedule)).cost
+    cost = SAMPLERS[name](small_model(schedule)).cost
     if name == "pndm":
         first = 1 if schedule is BRIDGES["alpha(1) = 0"] else 0
         assert [cost(n) for n in (1, 2, 3, 4, 9)] == [n + 3 * min(n - first, 3) for n in (1, 2, 3, 4, 9)]
@@ -842,16 +850,16 @@ def test_costs_in_numbers(name, schedule):
 @pytest.mark.parametrize("schedule", BRIDGES.values(), ids=BRIDGES)
 @pytest.mark.parametrize("name", NAMES)
 def test_nfe_buys_the_most_steps_that_fit(name, schedule):
-    sampler = NAMES[name](small_model(schedule))
+    sampler = SAMPLERS[name](small_model(schedule))
     first = sampler.cost(1)
     for nfe in range(first, first + 15):
         steps = steps_within(sampler, nfe)
         assert sampler.cost(steps) <= nfe < sampler.cost(steps + 1)
-    _, info = ndm_ct.sample(sampler.model, 2, method=name, nfe=first + 14, return_info=True)
+    _, info = ndm_ct.sample(sampler.model, 2, method=method_of(name), nfe=first + 14, return_info=True)
     assert info.accepted == steps
     if first > 1:
         with pytest.raises(ValueError, match=f"nfe={first - 1} is less than one step of .*takes {first} evaluations"):
-            ndm_ct.sample(sampler.model, 2, method=name, nfe=first - 1)
+            ndm_ct.sample(sampler.model, 2, method=method_of(name), nfe=first - 1)
 
 
 class Net(torch.nn.Module):
@@ -866,11 +874,10 @@ class Net(torch.nn.Module):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_with_its_own_generator_does_not_depend_on_its_batch(name):
     model = NDM(Net().double(), (2,), schedule=SMOOTH, volatility=0.8)
-    discrete.estimate_residuals(model, torch.randn(32, 2).double(), times=5)
 
     def draw(seeds, **kwargs):
         sources = [seeded(seed) for seed in seeds]
-        return ndm_ct.sample(model, len(seeds), method=name, steps=3, generator=sources, **kwargs)
+        return ndm_ct.sample(model, len(seeds), method=method_of(name), steps=3, generator=sources, **kwargs)
 
     together = draw(range(64))
     singly = torch.cat([draw([seed]) for seed in range(64)])
@@ -880,8 +887,8 @@ def test_a_row_with_its_own_generator_does_not_depend_on_its_batch(name):
     torch.testing.assert_close(draw(range(63, -1, -1)), together.flip(0), **close)
     assert len(together.unique(dim=0)) == 64
     assert draw([]).shape == (0, 2)
-    with_one = ndm_ct.sample(model, 3, method=name, steps=3, generator=seeded(0))
-    torch.testing.assert_close(with_one, ndm_ct.sample(model, 3, method=name, steps=3, generator=seeded(0)))
+    with_one = ndm_ct.sample(model, 3, method=method_of(name), steps=3, generator=seeded(0))
+    torch.testing.assert_close(with_one, ndm_ct.sample(model, 3, method=method_of(name), steps=3, generator=seeded(0)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -889,7 +896,7 @@ def test_any_number_of_steps_is_finite(name):
     """From alpha = 0 and with the large steps of a single one too."""
     for schedule in BRIDGES.values():
         for steps in (1, 2, 3, 4, 5):
-            x = ndm_ct.sample(small_model(schedule), 16, method=name, steps=steps, generator=seeded())
+            x = ndm_ct.sample(small_model(schedule), 16, method=method_of(name), steps=steps, generator=seeded())
             assert bool(torch.isfinite(x).all())
 
 
@@ -897,14 +904,14 @@ def test_any_number_of_steps_is_finite(name):
 def test_steps_that_end_without_noise(name):
     """At sigma = 0 the state is alpha F of the prediction; of "midpoint", churn and residuals whatever is finite."""
     model = small_model(schedules.Rectified())
-    sampler = NAMES[name](model)
+    sampler = SAMPLERS[name](model)
     sampler.prepare(times(1.0, 0.3, 0.0))
     z = torch.randn(4, 2, generator=seeded())
     x = sampler.step(z, 0.3, 0.0)
     assert bool(torch.isfinite(x).all())
     if name not in ("midpoint", "edm_churn", "ddpm_analytic"):
         torch.testing.assert_close(x, model.predict_x(z, times(0.3)))
-    walked = walk(NAMES[name](model), z, times(1.0, 0.8, 0.5, 0.3, 0.1, 0.0))
+    walked = walk(SAMPLERS[name](model), z, times(1.0, 0.8, 0.5, 0.3, 0.1, 0.0))
     assert bool(torch.isfinite(walked).all())
 
 
@@ -914,9 +921,9 @@ def test_steps_that_end_without_noise_follow_the_transform():
     z = torch.randn(4, 2, generator=seeded())
     hand, x = Hand(model, 0.3, 0.0), model.predict_x(z, times(0.3))
     for name in ORDERS.keys() - {"euler", "midpoint", "ddim"}:
-        torch.testing.assert_close(NAMES[name](model).step(z, 0.3, 0.0), hand.D(z, 0.3))
+        torch.testing.assert_close(SAMPLERS[name](model).step(z, 0.3, 0.0), hand.D(z, 0.3))
     for name in ("ddim", "ddpm", "ddpm_small", "euler_ancestral", "sde", "srk"):
-        torch.testing.assert_close(NAMES[name](model).step(z, 0.3, 0.0), x)
+        torch.testing.assert_close(SAMPLERS[name](model).step(z, 0.3, 0.0), x)
 
 
 # --- walks ------------------------------------------------------------------------------------------------------------
@@ -927,8 +934,8 @@ def test_trajectory_is_what_single_steps_give(name):
     """States, times and the sequence of callbacks; steps need no preparation, but for churn."""
     model, seen = small_model(volatility=0.8), []
     x, info = ndm_ct.sample(
-        model, 3, method=name, steps=6, generator=seeded(), dtype=torch.float64, return_info=True, trajectory=True,
-        callback=lambda t, z: seen.append((t, z)),
+        model, 3, method=method_of(name), steps=6, generator=seeded(), dtype=torch.float64, return_info=True,
+        trajectory=True, callback=lambda t, z: seen.append((t, z)),
     )  # fmt: skip
     assert info.trajectory.shape == (7, 3, 2)
     assert torch.equal(info.trajectory[0], info.z)
@@ -937,7 +944,7 @@ def test_trajectory_is_what_single_steps_give(name):
     assert [t for t, _ in seen] == info.times[:-1].tolist()
     assert all(torch.equal(z, state) for (_, z), state in zip(seen, info.trajectory[:-1], strict=True))
     source = seeded()
-    z, sampler = model.sample_prior(3, generator=source, dtype=torch.float64, device=None), NAMES[name](model)
+    z, sampler = model.sample_prior(3, generator=source, dtype=torch.float64, device=None), SAMPLERS[name](model)
     if name == "edm_churn":
         with pytest.raises(ValueError, match="call prepare"):
             sampler.step(z, 1.0, 0.9)
@@ -955,17 +962,23 @@ def test_denoise_ends_at_the_estimate_of_x(name, schedule):
     model = small_model(schedule)
     for steps in (1, 2, 3, 6):
         model.predictor.calls = 0
-        options = {"method": name, "steps": steps, "dtype": torch.float64, "trajectory": True, "return_info": True}
+        options = {
+            "method": method_of(name),
+            "steps": steps,
+            "dtype": torch.float64,
+            "trajectory": True,
+            "return_info": True,
+        }
         x, info = ndm_ct.sample(model, 3, generator=seeded(), denoise=True, **options)
-        assert model.predictor.calls == info.nfe == 1 + (NAMES[name](model).cost(steps - 1) if steps > 1 else 0)
+        assert model.predictor.calls == info.nfe == 1 + (SAMPLERS[name](model).cost(steps - 1) if steps > 1 else 0)
         _, plain = ndm_ct.sample(model, 3, generator=seeded(), **options)
         assert torch.equal(info.trajectory[:-1], plain.trajectory[:-1])
         assert torch.equal(x, info.trajectory[-1])
         assert torch.equal(x, model.predict_x(info.trajectory[-2], info.times[-2]))
         assert not torch.equal(x, plain.trajectory[-1])
     for nfe in range(info.nfe, info.nfe + 6):
-        bought = ndm_ct.sample(model, 3, method=name, nfe=nfe, denoise=True, return_info=True)[1]
-        assert bought.nfe <= nfe < 1 + NAMES[name](model).cost(bought.accepted)
+        bought = ndm_ct.sample(model, 3, method=method_of(name), nfe=nfe, denoise=True, return_info=True)[1]
+        assert bought.nfe <= nfe < 1 + SAMPLERS[name](model).cost(bought.accepted)
 
 
 def test_denoise_leaves_no_noise_of_the_last_state():
@@ -995,7 +1008,7 @@ def test_trajectories_of_batches_are_joined():
 def test_a_sampler_starts_every_draw_anew(name):
     """One object for two calls, on two grids, and for batches of one call."""
     model = small_model()
-    sampler = NAMES[name](model)
+    sampler = SAMPLERS[name](model)
 
     def draw(method, steps, seed, **kwargs):
         return ndm_ct.sample(model, 4, method=method, steps=steps, generator=seeded(seed), return_info=True, **kwargs)
@@ -1003,12 +1016,12 @@ def test_a_sampler_starts_every_draw_anew(name):
     draw(lambda model: sampler, 5, 0)
     for steps, seed in ((5, 1), (3, 2), (5, 3)):
         x, info = draw(lambda model: sampler, steps, seed)
-        fresh, fresh_info = draw(name, steps, seed)
+        fresh, fresh_info = draw(method_of(name), steps, seed)
         torch.testing.assert_close(x, fresh, rtol=0.0, atol=1e-7)
         assert info.nfe == fresh_info.nfe
     sources = [seeded(seed) for seed in range(4)]
-    batched = ndm_ct.sample(model, 4, method=name, steps=5, generator=sources, batch_size=2)
-    singly = [ndm_ct.sample(model, 1, method=name, steps=5, generator=[seeded(seed)]) for seed in range(4)]
+    batched = ndm_ct.sample(model, 4, method=method_of(name), steps=5, generator=sources, batch_size=2)
+    singly = [ndm_ct.sample(model, 1, method=method_of(name), steps=5, generator=[seeded(seed)]) for seed in range(4)]
     torch.testing.assert_close(batched, torch.cat(singly))
 
 
@@ -1017,11 +1030,11 @@ def test_history_belongs_to_the_time_at_which_the_last_step_ended():
     model = gaussian(VP, d=3)
     z = torch.randn(4, 3, generator=seeded()).double()
     for name in ("deis3", "dpmpp_2m", "dpmpp_3m", "unipc", "unipc3", "ipndm"):
-        sampler = NAMES[name](model)
+        sampler = SAMPLERS[name](model)
         first = sampler.step(z, 0.9, 0.8)
-        assert not torch.allclose(sampler.step(first, 0.8, 0.7), NAMES[name](model).step(first, 0.8, 0.7))
+        assert not torch.allclose(sampler.step(first, 0.8, 0.7), SAMPLERS[name](model).step(first, 0.8, 0.7))
         for jump, state in (((0.6, 0.5), z), ((0.5, 0.4), z[:2])):
-            torch.testing.assert_close(sampler.step(state, *jump), NAMES[name](model).step(state, *jump))
+            torch.testing.assert_close(sampler.step(state, *jump), SAMPLERS[name](model).step(state, *jump))
 
 
 def test_unipc_corrects_only_the_state_that_it_returned():
@@ -1049,7 +1062,9 @@ def test_unipc_corrects_only_the_state_that_it_returned():
 def test_stochasticity_multiplies_the_volatility(name):
     def draw(volatility, **kwargs):
         model = NDM(Bounded(), (2,), schedule=SMOOTH, volatility=volatility)
-        return ndm_ct.sample(model, 4, method=name, steps=5, generator=seeded(), dtype=torch.float64, **kwargs)
+        return ndm_ct.sample(
+            model, 4, method=method_of(name), steps=5, generator=seeded(), dtype=torch.float64, **kwargs
+        )
 
     torch.testing.assert_close(draw(0.8, stochasticity=0.5), draw(0.4))
     varying = draw(lambda t: 0.2 + t, stochasticity=2.0)
@@ -1279,7 +1294,7 @@ NOWHERE = [(0.5, 0.5), (0.4, 0.5), (1.1, 0.5), (0.5, -0.1), (math.nan, 0.5), (0.
 def test_steps_go_down_inside_the_interval(t, s):
     for name in ("euler", "ddpm", "deis2", "sde"):
         with pytest.raises(ValueError, match="0 <= s < t <= 1; got t="):
-            NAMES[name](MODEL).step(torch.zeros(1, 2), t, s)
+            SAMPLERS[name](MODEL).step(torch.zeros(1, 2), t, s)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -1290,9 +1305,8 @@ def test_a_prediction_that_is_not_finite_is_named(name):
         return torch.where((t[:, None] < 0.8) & (torch.arange(len(z)) == 2)[:, None], math.nan, 0.5 * z)
 
     model = NDM(broken, (2,), schedule=SMOOTH)
-    model.residuals = MODEL.residuals
     with pytest.raises((PredictorError, ndm_ct.SolverError), match=r"at t=0\.[0-7]\d* in batch rows \[2\]"):
-        ndm_ct.sample(model, 4, method=name, steps=4)
+        ndm_ct.sample(model, 4, method=method_of(name), steps=4)
 
 
 @pytest.mark.parametrize("method", stochastic.SCHEMES)

@@ -887,14 +887,6 @@ def test_a_user_network_with_buffers_trains_and_resumes(tmp_path):
     assert same(load(tmp_path / "model.safetensors", predictor=OwnNet()), whole)
 
 
-def test_training_drops_the_residuals_of_the_old_weights():
-    model = toy()
-    ndm_ct.discrete.estimate_residuals(model, mixture(50), times=4)
-    fit(model, mixture(64), steps=3, batch_size=16, progress=False)
-    assert model.residuals is None
-    assert model.state_dict().keys() == toy().state_dict().keys()
-
-
 @pytest.mark.filterwarnings("ignore")  # torch's own, of the compiler
 def test_networks_compiled_in_place_train_to_the_same_weights(tmp_path):
     """Bound and regressions take two backward passes through one compiled graph; files and averages know nothing."""

@@ -1,0 +1,265 @@
+r"""What a predictor returns, and what the model takes it for.
+
+The model's ``prediction`` says how the output becomes the pair :math:`(\hat F, \hat{\dot F})` that the dynamics need:
+
+=============  ====================================================================================================
+``"x"``        :math:`\hat x` is predicted; the pair is :math:`F(\hat x, t), \dot F(\hat x, t)` (the paper)
+``"eps"``      :math:`\hat x = (z - \sigma\hat\epsilon)/\alpha`; F must be the identity
+``"v"``        :math:`v = \alpha\epsilon - \sigma x`, :math:`\hat x = (\alpha z - \sigma\hat v)/(\alpha^2+\sigma^2)`;
+               F must be the identity (this is not the velocity :math:`\epsilon - x` of flow matching)
+``"moments"``  the pair itself, estimates of :math:`E[F \mid z], E[\dot F \mid z]`; no transform is evaluated
+=============  ====================================================================================================
+
+References:
+    Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
+    Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ndm_ct._core.checks import as_time, bad_rows, expand, expand_time, first_parameter, some
+from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.keywords import accepted_by, keyword_names
+from ndm_ct._core.parallel import unwrapped
+from ndm_ct._core.precision import run_network
+from ndm_ct.process import ForwardProcess
+from ndm_ct.schedules import Schedule
+from ndm_ct.transforms import Identity, Transform
+
+__all__ = ["PREDICTIONS", "PredictedProcess", "Predictor", "validate_finite", "validate_predictor"]
+
+PREDICTIONS = ("x", "eps", "v", "moments")
+
+
+class Predictor(Protocol):
+    """What a predictor may declare as attributes or methods. All of it is optional; a plain network declares nothing.
+
+    ==========================  ======================================================================================
+    ``prediction``              what its output means, a string; the model's prediction must agree
+    ``wants_schedule``          True: it is called as ``predictor(z, t, schedule, **cond)``
+    ``null``                    dict of the conditioning values that mean "no conditioning"
+    ``evaluations_per_call``    network evaluations of one call, 1 unless it says so
+    ``cond_names()``            names of the conditioning it takes, and whether it takes any other
+    ``validate_event(shape)``   raises for an event shape that it was not built for
+    ``validate_schedule(s)``    raises for a schedule that it cannot be used with
+    ==========================  ======================================================================================
+    """
+
+    def __call__(self, z: Tensor, t: Tensor, /, **cond: Any) -> Any:
+        """The prediction at states z ``(B, *E)`` and times t ``(B,)``."""
+        ...
+
+
+class PredictedProcess(nn.Module):
+    r"""A forward process with a prediction in place of x.
+
+    Args:
+        process: the forward process.
+        predictor: as :func:`validate_predictor` returns it.
+        prediction: what its output means, one of ``PREDICTIONS``.
+    """
+
+    def __init__(self, process: ForwardProcess, predictor: Callable[..., Any], prediction: str) -> None:
+        super().__init__()
+        self.process, self.predictor, self.prediction = process, predictor, prediction
+        self.predictor_names = keyword_names(predictor, 2)
+
+    @property
+    def transform(self) -> Transform:
+        """The transform F."""
+        return self.process.transform
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+        return self.process.schedule
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of the networks' parameters; None if they have none."""
+        parameter = first_parameter(self.predictor, self.transform)
+        return None if parameter is None else parameter.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the networks' parameters; None if they have none."""
+        parameter = first_parameter(self.predictor, self.transform)
+        return None if parameter is None else parameter.device
+
+    def moments(self, z: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
+        r"""The model's :math:`(\hat F, \hat{\dot F})`.
+
+        Args:
+            z: state, shape ``(B, *E)``.
+            t: time, float64, ``()`` or ``(B,)``.
+            cond: conditioning of predictor and transform.
+
+        Raises:
+            PredictorError: the predictor returned the wrong shape, dtype, or no pair for "moments".
+        """
+        if self.prediction == "moments":
+            return _validate_pair(self._predict(z, t, cond), z)
+        return self.transform.with_derivative(self.predict_x(z, t, **cond), t, **cond)
+
+    def frozen(self, z: Tensor, t: Tensor, s: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
+        r"""The model's F at t and at s < t from one prediction at t, for steps that freeze it.
+
+        For a prediction of x these are :math:`F(\hat x, t), F(\hat x, s)`; for "moments"
+        :math:`\hat F` and :math:`\hat F + (s - t) \hat{\dot F}`.
+
+        Args:
+            z: state :math:`z_t`, shape ``(B, *E)``.
+            t: its time, float64, ``()`` or ``(B,)``.
+            s: the time stepped to, of the shape of ``t``.
+            cond: conditioning.
+
+        Raises:
+            PredictorError: as in ``moments``, or the prediction is NaN or infinite (with time and rows).
+        """
+        if self.prediction == "moments":
+            F, dF = self.moments(z, t, **cond)
+            F_s = F + expand(s - t, z) * dF
+        else:
+            path = self.transform.along(self.predict_x(z, t, **cond), **cond)
+            F, F_s = path(t), path(s)
+        validate_finite(F_s, t)
+        return F, F_s
+
+    def predict_x(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        r""":math:`\hat x(z, t)`, shape of ``z``.
+
+        Args:
+            z: state, shape ``(B, *E)``.
+            t: time, float64, ``()`` or ``(B,)``.
+            cond: conditioning.
+
+        Raises:
+            ValueError: the prediction is "moments", which predicts F and not x.
+        """
+        if self.prediction == "moments":
+            raise ValueError("a model with prediction='moments' predicts (F, dF/dt), not x; call moments().")
+        output = _validate_output(self._predict(z, t, cond), self.prediction, z)
+        if self.prediction == "x":
+            return output
+        c = self.schedule(t)
+        alpha, sigma = expand(c.alpha, z), expand(c.sigma, z)
+        if self.prediction == "eps":
+            return (z - sigma * output) / alpha
+        return (alpha * z - sigma * output) / (alpha**2 + sigma**2)
+
+    def _predict(self, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Any:
+        # A copy, so that a predictor that works in place cannot change the state or the caller's data.
+        inputs: tuple[Any, ...] = z.clone(), expand_time(t, z)
+        if getattr(self.predictor, "wants_schedule", False) is True:
+            inputs = *inputs, self.schedule
+        return run_network(self.predictor, *inputs, **accepted_by(self.predictor_names, cond))
+
+
+def validate_predictor(
+    predictor: Any, prediction: str, event_shape: tuple[int, ...], transform: Transform, schedule: Schedule
+) -> Callable[..., Any]:
+    """The predictor without its wrappers, after a check that it fits the other parts of the model.
+
+    Args:
+        predictor: as the user gave it.
+        prediction: what the model takes its output for, one of ``PREDICTIONS``.
+        event_shape: E.
+        transform: F.
+        schedule: alpha and sigma.
+
+    Raises:
+        TypeError: it is not callable, or hides a module whose weights would be lost.
+        ValueError: it declares another prediction, or rejects the event shape or the schedule; "eps" or "v" with a
+            transform; "eps" where alpha = 0.
+    """
+    predictor = unwrapped(predictor)
+    if not callable(predictor):
+        raise TypeError(f"predictor must be callable as predictor(z, t), got {type(predictor).__name__}.")
+    hidden = getattr(predictor, "func", getattr(predictor, "__self__", None))
+    if isinstance(hidden, nn.Module) and not isinstance(predictor, nn.Module):
+        raise TypeError(
+            f"predictor hides an nn.Module ({type(hidden).__name__}) in a partial or a bound method, so its "
+            "weights would not be trained, saved or moved; pass the module itself, and conditioning as keywords."
+        )
+    declared = getattr(predictor, "prediction", prediction)
+    if isinstance(declared, str) and declared != prediction:
+        raise ValueError(
+            f"the predictor is built for prediction={declared!r}, but prediction={prediction!r} was asked "
+            "for; make the two agree."
+        )
+    if prediction in ("eps", "v"):
+        _validate_ordinary(prediction, transform, schedule)
+    if hasattr(predictor, "validate_event"):
+        predictor.validate_event(event_shape)
+    if hasattr(predictor, "validate_schedule"):
+        predictor.validate_schedule(schedule)
+    return predictor
+
+
+def _validate_ordinary(prediction: str, transform: Transform, schedule: Schedule) -> None:
+    """Raise unless x can be recovered from a prediction "eps" or "v"."""
+    if not isinstance(transform, Identity):
+        raise ValueError(
+            f"prediction={prediction!r} recovers x only where F is the identity, but transform is "
+            f"{type(transform).__name__}; use prediction='x' or 'moments'."
+        )
+    with torch.no_grad():
+        at_one = schedule(as_time(1.0, schedule.device))
+    if prediction == "eps" and float(at_one.alpha) < 1e-12:
+        raise ValueError(
+            f"prediction='eps' divides by alpha, and {type(schedule).__name__} has alpha(1) = 0; use "
+            "prediction='v' or 'x'."
+        )
+
+
+def _validate_output(output: Any, prediction: str, z: Tensor) -> Tensor:
+    """The output if it is a tensor with the shape and dtype of the state; else raises PredictorError."""
+    if not isinstance(output, Tensor):
+        raise PredictorError(
+            f"the predictor returned {type(output).__name__}, expected a tensor of shape {tuple(z.shape)} for "
+            f"prediction={prediction!r}."
+        )
+    if output.shape != z.shape:
+        raise PredictorError(
+            f"the predictor returned shape {tuple(output.shape)}, expected {tuple(z.shape)}, the shape of z."
+        )
+    if output.dtype != z.dtype:
+        raise PredictorError(
+            f"the predictor returned dtype {output.dtype} for z of {z.dtype}; keep one dtype (autocast inside the "
+            f"network is fine, if its output is cast back)."
+        )
+    return output
+
+
+def _validate_pair(output: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The two outputs of a predictor of "moments"; raises PredictorError if they are not two such tensors."""
+    if not (isinstance(output, tuple | list) and len(output) == 2):
+        came = f"{len(output)} values" if isinstance(output, tuple | list) else type(output).__name__
+        raise PredictorError(
+            f"prediction='moments' needs a pair (F, dF/dt) from the predictor, got {came}; return two tensors of "
+            "the shape of z."
+        )
+    return _validate_output(output[0], "moments", z), _validate_output(output[1], "moments", z)
+
+
+def validate_finite(prediction: Tensor, t: Tensor) -> None:
+    """Raise if a prediction holds NaN or infinity.
+
+    Args:
+        prediction: the prediction or what follows from it, shape ``(B, *E)``.
+        t: its time, ``()`` or ``(B,)``, for the message.
+
+    Raises:
+        PredictorError: naming the rows and the time of the first.
+    """
+    rows = bad_rows(prediction)
+    if rows:
+        time = float(t.expand(prediction.shape[0])[rows[0]])
+        raise PredictorError(
+            f"the predictor returned NaN or inf at t={time:.6g} in batch rows {some(rows)}; check its weights "
+            "and its scale near the ends of the time interval."
+        )
