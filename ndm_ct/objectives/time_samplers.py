@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ndm_ct._core.checks import validate_count
 from ndm_ct._core.noise import Randomness, uniform
 
-__all__ = ["LearnedBuckets", "LossHistory", "TimeSampler", "low_discrepancy"]
+__all__ = ["LearnedBuckets", "LossHistory", "TimeSampler"]
 
 
 def low_discrepancy(n: int, generator: Randomness, device: torch.device) -> Tensor:

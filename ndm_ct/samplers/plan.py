@@ -26,7 +26,7 @@ from ndm_ct.samplers.runge_kutta import RungeKutta
 from ndm_ct.samplers.stochastic import TorchSDE
 from ndm_ct.solvers import ADAPTIVE_METHODS, SDE_METHODS, Solution
 
-__all__ = ["METHODS", "Draw", "Method", "Part", "Plan", "SampleInfo", "Tick"]
+__all__ = ["METHODS", "Method", "Plan", "SampleInfo"]
 
 FLOW = ("ode", *ADAPTIVE_METHODS)
 """Names of adaptive methods for the probability flow."""

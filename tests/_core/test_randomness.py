@@ -121,7 +121,7 @@ def bins(dequantised=True):
     return Bins(model(), Quantisation(8) if dequantised else None, "uniform")
 
 
-INTEGERS = {"levels": 8, **COARSE}
+INTEGERS = {"quantisation": 8, **COARSE}
 
 
 def checked(seed):

@@ -1223,7 +1223,7 @@ REFUSED = {
     "stochasticity below zero": ({"method": "sde", "steps": 4, "stochasticity": -1.0}, ValueError, "finite number >="),
     "stochasticity without end": ({"method": "sde", "steps": 4, "stochasticity": math.inf}, ValueError, "a finite num"),
     "a grid for adaptive steps": ({"grid": "karras"}, ValueError, "grid has no effect with method='ode'"),
-    "nfe for adaptive steps": ({"nfe": 10}, ValueError, "nfe has no effect"),
+    "nfe for adaptive steps": ({"method": "dopri5", "nfe": 10}, ValueError, "nfe has no effect"),
     "callbacks for adaptive steps": ({"callback": print}, ValueError, "callback has no effect"),
     "a trajectory of adaptive steps": ({"trajectory": True, "return_info": True}, ValueError, "trajectory has no eff"),
     "stochasticity of adaptive steps": ({"stochasticity": 0.5}, ValueError, "stochasticity has no effect"),
@@ -1236,8 +1236,8 @@ REFUSED = {
     "a generator twice": (
         {"method": "ddpm", "steps": 4, "generator": [*generators(2), *TWICE]}, ValueError, "same generator twice",
     ),
-    "a seed for a generator": ({"method": "ddpm", "steps": 4, "generator": 0}, TypeError, "must be a torch.Generator"),
-    "seeds for generators": ({"method": "ddpm", "steps": 4, "generator": [0, 1, 2, 3]}, TypeError, "sequence of them"),
+    "a number for a generator": ({"method": "ddpm", "steps": 4, "generator": 0.5}, TypeError, "must be an int"),
+    "seeds for generators": ({"method": "ddpm", "steps": 4, "generator": [0, 1, 2, 3]}, TypeError, "or a sequence of one"),
     "batches of nothing": ({"method": "ddpm", "steps": 4, "batch_size": 0}, ValueError, "batch_size must be at least"),
     "a keyword that nearly exists": ({"method": "ddpm", "steps": 4, "trajectry": True}, TypeError, "'trajectory'"),
 }  # fmt: skip
