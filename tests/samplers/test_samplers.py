@@ -1237,7 +1237,7 @@ REFUSED = {
         {"method": "ddpm", "steps": 4, "generator": [*generators(2), *TWICE]}, ValueError, "same generator twice",
     ),
     "a number for a generator": ({"method": "ddpm", "steps": 4, "generator": 0.5}, TypeError, "must be an int"),
-    "seeds for generators": ({"method": "ddpm", "steps": 4, "generator": [0, 1, 2, 3]}, TypeError, "or a sequence of one"),
+    "seeds for generators": ({"method": "ddpm", "steps": 4, "generator": [0, 1, 2, 3]}, TypeError, "sequence of one"),
     "batches of nothing": ({"method": "ddpm", "steps": 4, "batch_size": 0}, ValueError, "batch_size must be at least"),
     "a keyword that nearly exists": ({"method": "ddpm", "steps": 4, "trajectry": True}, TypeError, "'trajectory'"),
 }  # fmt: skip
