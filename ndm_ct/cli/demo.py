@@ -175,7 +175,7 @@ def _write(
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "scores": {name: asdict(score) for name, score in scores.items()},
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     rows = {"test data": BINS.centres(test[:12], torch.float32)}
     for name, model in models.items():
         for method, grid in (("ode", None), ("ddpm", 100)):

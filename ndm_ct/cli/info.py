@@ -10,7 +10,7 @@ import numpy as np
 
 from ndm_ct.cli.runs import Run, settings_of
 from ndm_ct.cli.settings import Settings
-from ndm_ct.files.formats import read
+from ndm_ct.files import read
 
 __all__ = ["run_info"]
 
@@ -20,7 +20,7 @@ def run_info(options: argparse.Namespace) -> int:
         for name, value in _of_run(options.path).items():
             print(f"{name + ':':14} {value}")
         return 0
-    rows = read(options.path, options.array)
+    rows = read(options.path, options.array, options.header)
     values = rows.values
     print(f"rows:          {len(values)}\nshape:         {tuple(values.shape[1:])}\ndtype:         {values.dtype}")
     if rows.columns or values.ndim == 2:
@@ -31,6 +31,8 @@ def run_info(options: argparse.Namespace) -> int:
             print(f"{name + ':':14} {column.mean():.6g} ± {column.std():.6g}, {column.min():.6g} to {column.max():.6g}")
     else:
         print(f"values:        {values.min()} to {values.max()}")
+    for note in rows.notes:
+        print(f"note:          {note}")
     return 0
 
 
@@ -40,7 +42,9 @@ def _of_run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"settings": ", ".join(f"{name}={value}" for name, value in changed.items()) or "defaults"}
     log = folder / "log.jsonl"
     last = (
-        [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")][-1:] if log.exists() else []
+        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")][-1:]
+        if log.exists()
+        else []
     )
     found["training"] = f"step {last[0]['step']} of {settings.steps}" if last else "not begun"
     if not (folder / "model.safetensors").exists():

@@ -81,8 +81,13 @@ def _seed(word: str) -> int:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, help="rows: npy, npz, csv, tsv, parquet, idx, or a folder of images")
-    parser.add_argument("--array", help="name of the array in an npz file that has several")
+    parser.add_argument("data", type=Path, help=_help_of("data"))
+    _add_reading(parser)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    for name in ("array", "header"):
+        parser.add_argument(f"--{name}", help=_help_of(name))
 
 
 def _add_train(command: Command) -> None:
@@ -146,7 +151,8 @@ def _add_evaluate(command: Command) -> None:
 def _add_sample(command: Command) -> None:
     parser = command(
         "sample", "sampling:run_sample", "draw rows",
-        "Tables are written as csv, tsv, parquet or npz, images as npz (array x, levels) or as a png of all of them.\n"
+        "Tables are written as csv, tsv, parquet or npz, images as npz (array x, levels) or as a png of all of them,\n"
+        "in which black is level 0 and white the highest level; real values are stretched from black to white.\n"
         "Every row has a seed of its own: drawing more leaves the first ones as they were.\n"
         "Ctrl-C stops, and the same command goes on with the batches it has finished.",
     )  # fmt: skip
@@ -172,7 +178,7 @@ def _add_info(command: Command) -> None:
         "Of a run: its settings, model, size and how far the training got. Of data: shape, columns, values.",
     )  # fmt: skip
     parser.add_argument("path", type=Path, help="folder of a run, or rows in any format that train reads")
-    parser.add_argument("--array", help="name of the array in an npz file that has several")
+    _add_reading(parser)
 
 
 def _add_selfcheck(command: Command) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ndm_ct.cli.settings import Settings
 from ndm_ct.data.sources import Standardised
-from ndm_ct.files.formats import Rows, read
+from ndm_ct.files import Rows
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.storage import PathLike, load
@@ -85,17 +85,20 @@ class Run:
             return 0.0
         return float(self.scale.log().expand(self.model.event_shape).sum())
 
-    def rows(self, path: PathLike, array: str | None = None) -> Any:
-        """Rows of a file as the model takes them, standardised or levels.
+    def of(self, rows: Rows, source: str, chosen: np.ndarray | None = None) -> Any:
+        """Rows as the model takes them, standardised or levels.
+
+        Args:
+            rows: what was read.
+            source: where from, for messages.
+            chosen: numbers of the rows to take; None takes all.
 
         Raises:
-            ValueError: rows of another kind or shape than those it was trained on.
+            ValueError: rows of another kind or shape than those the model was trained on.
         """
-        return self.of(read(path, array), str(path))
-
-    def of(self, rows: Rows, source: str) -> Any:
-        """As :meth:`rows`, of what was read."""
         values = rows.values
+        if rows.levels and values.ndim == 4 and values.shape[1] == 1 and self.model.event_shape[:1] == (3,):
+            values = values.expand(-1, 3, -1, -1)  # grey pictures for a model of coloured ones
         if tuple(values.shape[1:]) != self.model.event_shape:
             raise ValueError(
                 f"{source} holds rows of shape {tuple(values.shape[1:])}, the model has {self.model.event_shape}."
@@ -106,12 +109,13 @@ class Run:
                 f"{', '.join(self.columns)}."
             )
         if self.bins is not None:
-            return _levels(rows, self.bins.levels, source).to(self.model.device)
-        if rows.are_levels:
-            raise ValueError(f"{source} holds unsigned bytes, the model was trained on real values.")
+            return _levels(values if chosen is None else values[chosen], self.bins.levels, source).to(self.model.device)
+        if rows.levels:
+            raise ValueError(f"{source} holds integer levels of images, the model was trained on real values.")
         assert self.mean is not None
         assert self.scale is not None
-        lazy = Standardised(values, self.mean, self.scale, cast(torch.dtype, self.model.dtype), self.model.device)
+        dtype = cast(torch.dtype, self.model.dtype)
+        lazy = Standardised(values, self.mean, self.scale, dtype, self.model.device, chosen)
         return lazy if isinstance(values, np.memmap) else lazy[:]
 
     def units(self, z: Tensor) -> Tensor:
@@ -123,8 +127,8 @@ class Run:
         return z.double() * self.scale + self.mean
 
 
-def _levels(rows: Rows, levels: int, source: str) -> Tensor:
-    values = rows.values if isinstance(rows.values, Tensor) else torch.as_tensor(np.array(rows.values))
+def _levels(given: Any, levels: int, source: str) -> Tensor:
+    values = given if isinstance(given, Tensor) else torch.as_tensor(np.array(given))
     if values.is_floating_point():
         whole = values.round().long()
         if not torch.equal(whole.to(values.dtype), values):
@@ -154,7 +158,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{str(folder)!r} holds no run (there is no {path.name}); make one by: ndm-ct train")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         config["settings"] = asdict(Settings.of(config["settings"], str(path)))  # with those that are younger
         form, *_ = (config[name] for name in ("format", "mean", "scale", "levels", "columns", "event_shape"))
     except (ValueError, KeyError, TypeError) as error:

@@ -6,11 +6,11 @@ import math
 import torch
 from torch import Tensor
 
-from ndm_ct.cli.batches import batches_of, finished_columns, generators_of, load_run
+from ndm_ct.cli.batches import batches_of, finished_columns, generators_of, load_run, rows_of
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import Run
 from ndm_ct.evaluation import evaluate
-from ndm_ct.files.formats import TABLES, write_table
+from ndm_ct.files import TABLES, write_table
 from ndm_ct.likelihood.api import loglik
 from ndm_ct.likelihood.bits import bits_per_dim
 from ndm_ct.storage.tensors import hash_values
@@ -20,11 +20,11 @@ __all__ = ["run_evaluate", "run_loglik"]
 
 def run_loglik(options: argparse.Namespace) -> int:
     run = load_run(options)
-    if options.out.suffix not in TABLES:
+    if options.out.suffix.lower() not in TABLES:
         raise UsageError(f"--out must end in {', '.join(TABLES)}, got {str(options.out)!r}.")
     if run.bins is not None and options.stderr is not None:
         raise UsageError("--stderr is for real values; integers are scored through noise in their bins.")
-    values = run.rows(options.data, options.array)
+    values = rows_of(options, run)
 
     def make(rows: slice) -> dict[str, Tensor]:
         return _scores(run, values[rows], options.stderr, generators_of(options, rows))
@@ -64,7 +64,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         raise UsageError("--samples is for --bound elbo.")
     centred = run.bins is not None and not elbo
     result = evaluate(
-        run.model, run.rows(options.data, options.array), quantisation=run.bins,
+        run.model, rows_of(options, run), quantisation=run.bins,
         dequantisation="process" if centred else "uniform", bound=options.bound,
         samples=(options.samples or 64) if elbo else None, stderr=options.stderr, batch_size=options.batch_size,
         max_rows=options.max_rows, on_failure="raise" if elbo else "nan", seed=options.seed, run_dir=options.out,

@@ -4,6 +4,7 @@ This module loads no torch, so that ``ndm-ct train --help`` answers at once.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -25,9 +26,14 @@ def _setting(default: Any, text: str) -> Any:
 class Settings:
     """What a training depends on. Every field is an option of ``ndm-ct train`` and an entry of a configuration file."""
 
-    data: str | None = _setting(None, "rows to train on: npy, npz, csv, tsv, parquet, idx, or a folder of images")
+    data: str | None = _setting(
+        None, "rows: csv, tsv, txt (also .gz, .xz, .zip), parquet, npy, npz, idx, or a folder of images"
+    )
     array: str | None = _setting(None, "name of the array in an npz file that has several")
-    levels: int | None = _setting(None, "values are integers 0 ... levels-1 (default: 256 for unsigned bytes)")
+    header: str | None = _setting(
+        None, "the first line of a text table names the columns: yes, no (default: if it is words)"
+    )
+    levels: int | None = _setting(None, "values are integers 0 ... levels-1 (default: as many as images have)")
     transform: str = _setting("identity", f"F(x, t) of the forward process: {', '.join(TRANSFORMS)}")
     transform_width: int = _setting(8, "width of the network in F")
     head: str = _setting("x", f"what the network predicts: {', '.join(HEADS)}")
@@ -45,7 +51,7 @@ class Settings:
     lr: float = _setting(2e-3, "peak learning rate")
     precision: str = _setting("full", f"of the networks in training: {', '.join(PRECISIONS)}")
     ema: float = _setting(0.999, "decay of the averaged weights")
-    validation_fraction: float = _setting(0.1, "share of the rows held out for validation, the last ones; 0 for none")
+    validation_fraction: float = _setting(0.1, "share of the rows held out for validation, drawn at random; 0 for none")
     patience: int | None = _setting(None, "stop after so many validations, of twenty, without a better one")
     seed: int = _setting(0, "of everything random")
 
@@ -74,15 +80,22 @@ class Settings:
             ValueError: an unknown entry, or a value of the wrong kind; ``source`` says where.
         """
         known = {each.name: each for each in fields(Settings)}
-        for name, value in entries.items():
+        found = {}
+        for given, value in entries.items():
+            name = str(given).replace("-", "_")
             if name not in known:
-                raise ValueError(f"{source} has the unknown entry {name!r}; there are {', '.join(known)}.")
+                raise ValueError(f"{source} has the unknown entry {given!r}; there are {', '.join(known)}.")
             kind = kind_of(known[name])
+            if kind is int and isinstance(value, float) and value.is_integer():
+                value = int(value)  # 2e3
+            if kind is str and isinstance(value, bool):
+                value = "yes" if value else "no"  # as YAML reads these words
             wanted = int | float if kind is float else kind
             absent = value is None and known[name].default is None
             if isinstance(value, bool) or not (absent or isinstance(value, wanted)):
                 raise ValueError(f"{source}: {name} must be of type {kind.__name__}, got {value!r}.")
-        return Settings(**entries)
+            found[name] = value
+        return Settings(**found)
 
 
 def kind_of(setting: Field[Any]) -> type:
@@ -105,16 +118,26 @@ def settings_from_file(path: str | Path) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{path} is no JSON: {error}.") from error
     elif path.suffix in (".yaml", ".yml"):
-        try:
-            import yaml
-        except ImportError as error:
-            raise ImportError("YAML needs PyYAML: pip install 'ndm-ct[files]', or write JSON.") from error
-        try:
-            entries = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}.") from error
+        entries = _from_yaml(text, path)
     else:
         raise ValueError(f"{path} must end in .json, .yaml or .yml.")
     if not isinstance(entries, dict):
         raise ValueError(f"{path} holds a {type(entries).__name__}, expected entries by name.")
     return entries
+
+
+def _from_yaml(text: str, path: Path) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("YAML needs PyYAML: pip install 'ndm-ct[files]', or write JSON.") from error
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """PyYAML follows YAML 1.1, in which 1e-3 is a word; YAML 1.2 and everyone else read a number."""
+
+    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}.") from error

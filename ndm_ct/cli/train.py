@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ndm_ct._core.versions import versions
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of
 from ndm_ct.cli.settings import Settings, settings_from_file
-from ndm_ct.files.formats import Rows, blocks, read
+from ndm_ct.files import Rows, blocks, read
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.schedules.base import Schedule
@@ -30,7 +30,7 @@ from ndm_ct.schedules.fixed import LearnedLogSNR, LinearLogSNR
 from ndm_ct.storage import PathLike, RunFolder, write_atomically
 from ndm_ct.training import FitResult, fit
 
-__all__ = ["build", "run_train", "train"]
+__all__ = ["build", "run_train", "split", "train"]
 
 _SCHEDULES = {"linear": LinearLogSNR, "learned": LearnedLogSNR}
 
@@ -147,19 +147,20 @@ def train(
 
     Raises:
         ValueError: settings that do not fit the data, other settings than those of the folder, no such device.
-        FileNotFoundError, ImportError: as :func:`ndm_ct.files.formats.read`.
+        FileNotFoundError, ImportError: as :func:`ndm_ct.files.read`.
         BlockingIOError, CheckpointError, RuntimeError: as :func:`ndm_ct.fit`.
     """
     folder = Path(folder)
     if settings.data is None:
         raise ValueError("data is missing: what is the model to be trained on?")
-    settings = replace(settings, data=str(Path(settings.data).resolve()))  # the run may go on from elsewhere
-    rows = read(cast(str, settings.data), settings.array)
-    levels = settings.levels or (256 if rows.are_levels else None)
-    held_out = int(settings.validation_fraction * len(rows.values))
+    source = str(Path(settings.data).resolve())  # the run may go on from elsewhere
+    settings = replace(settings, data=source)
+    rows = read(source, settings.array, settings.header)
+    levels = settings.levels or rows.levels
+    chosen, held_out = split(len(rows.values), settings.validation_fraction, settings.seed)
+    _describe(rows, source, len(held_out))
     event_shape = tuple(rows.values.shape[1:])
-    train_rows = rows.values[: len(rows.values) - held_out]
-    mean, scale = (None, None) if levels else _moments(replace(rows, values=train_rows), cast(str, settings.data))
+    mean, scale = (None, None) if levels else _moments(rows, chosen, source)
     config = {
         "format": FORMAT, "settings": asdict(settings), "levels": levels, "mean": mean, "scale": scale,
         "columns": rows.columns, "event_shape": event_shape,
@@ -169,14 +170,13 @@ def train(
     if device is not None:
         model.to(usable_device(device))
     run = run_of(model, config)
-    values = run.of(replace(rows, values=train_rows), cast(str, settings.data))
+    values = run.of(rows, source, chosen)
     images = len(event_shape) == 3
     options: dict[str, Any] = {}
     if run.bins is not None:
         options |= {"quantisation": run.bins, "dequantisation": "process"}
-    if held_out:
-        validation = run.of(replace(rows, values=rows.values[-held_out:]), cast(str, settings.data))
-        options |= {"validation": validation, "validate_every": max(1, settings.steps // 20)}
+    if len(held_out):
+        options |= {"validation": run.of(rows, source, held_out), "validate_every": max(1, settings.steps // 20)}
     with _kept(config, folder):  # no sooner: settings that make no model leave no folder that insists on them
         result = fit(
             model, values, steps=settings.steps, lr=settings.lr, ema=settings.ema,
@@ -188,25 +188,55 @@ def train(
     return run, result
 
 
-def _moments(rows: Rows, source: str) -> tuple[Any, Any]:
-    """Mean and standard deviation: of each column, or one for all coordinates; float64, in parts."""
-    values = rows.values
-    if len(values) < 2:
-        raise ValueError(f"{source}: expected two or more rows to train on, which set the scale, got {len(values)}.")
-    axes = 0 if values.ndim == 2 else tuple(range(values.ndim))
+def split(total: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the rows to hold out for validation, so that the order of a file plays no part.
+
+    Args:
+        total: number of rows.
+        fraction: share of them to hold out, rounded down.
+        seed: of the draw.
+
+    Returns:
+        The numbers of the rows to train on, and of those held out, both increasing.
+    """
+    order = np.random.default_rng(derive_seeds(seed, "validation")).permutation(total)
+    held_out = int(fraction * total)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _describe(rows: Rows, source: str, held_out: int) -> None:
+    """Print what is trained on, and what was decided for the user."""
+    print(f"{source}: {len(rows.values)} rows of shape {tuple(rows.values.shape[1:])}", end="")
+    print(f", of which {held_out}, drawn at random, are held out for validation" if held_out else "")
+    for note in rows.notes:
+        print(f"  {note}")
+
+
+def _moments(rows: Rows, chosen: np.ndarray, source: str) -> tuple[Any, Any]:
+    """Mean and standard deviation of the chosen rows: of each column, or one for all coordinates; float64, in parts."""
+    if len(chosen) < 2:
+        raise ValueError(f"{source}: expected two or more rows to train on, which set the scale, got {len(chosen)}.")
+    axes = 0 if rows.values.ndim == 2 else tuple(range(rows.values.ndim))
 
     def average(function: Callable[[np.ndarray], np.ndarray]) -> Any:
-        found = [(len(block), function(block.astype(np.float64)).mean(axis=axes)) for _, block in blocks(values)]
+        found = [
+            (len(part), function(part.astype(np.float64)).mean(axis=axes)) for _, part in blocks(rows.values, chosen)
+        ]
         return np.average([part for _, part in found], axis=0, weights=[size for size, _ in found])
 
-    mean = average(lambda block: block)
-    scale = np.sqrt(average(lambda block: np.square(block - mean)))
-    if not np.all(scale > 0.0):
-        place = int(np.argmax(np.atleast_1d(scale <= 0.0)))
+    extremes = [(part.min(axis=axes), part.max(axis=axes)) for _, part in blocks(rows.values, chosen)]
+    low, high = (np.float64(function([each[place] for each in extremes], axis=0)) for place, function in
+                 enumerate((np.min, np.max)))  # fmt: skip
+    span = high - low
+    constant = span <= 10.0 * np.finfo(rows.values.dtype).eps * np.maximum(abs(low), abs(high))
+    if np.any(constant):
+        place = int(np.argmax(np.atleast_1d(constant)))
         name = rows.columns[place] if rows.columns else f"x{place}"
         raise ValueError(
             f"{source}: column {name!r} is constant over the training rows: it has no density. Leave it out."
         )
+    mean = low + span * average(lambda part: (part - low) / span)
+    scale = span * np.sqrt(average(lambda part: np.square((part - mean) / span)))  # squares of x itself may overflow
     return mean.tolist(), scale.tolist()
 
 

@@ -16,7 +16,7 @@ from ndm_ct._core.checks import as_time, event_size, validate_data, validate_den
 from ndm_ct._core.conditioning import Conditioning, Shared, tensors_in
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike
-from ndm_ct.files.formats import let_go
+from ndm_ct.files import let_go
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation, resolve_optional
 from ndm_ct.storage.tensors import hash_values
@@ -108,22 +108,27 @@ class Standardised:
         scale: s, likewise.
         dtype: of the rows.
         device: of the rows; None is the CPU.
+        rows: numbers of the rows of the array that count; None takes all.
     """
 
     def __init__(
-        self, array: np.memmap, mean: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.device | None
-    ) -> None:
+        self, array: np.ndarray, mean: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.device | None,
+        rows: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         self.array, self.mean, self.scale = array, mean.numpy(), scale.numpy()
         self.dtype, self.device = dtype, device
-        self.shape, self.nbytes = array.shape, array.nbytes
+        self.rows = np.arange(len(array)) if rows is None else rows
+        self.shape = (len(self.rows), *array.shape[1:])
+        self.nbytes = array[:1].nbytes * len(self.rows)
 
     def __len__(self) -> int:
-        return len(self.array)
+        return len(self.rows)
 
     def __getitem__(self, rows: Any) -> Tensor:
         # In float64 first: a mean that is large against the deviation would eat the digits.
-        standardised = (np.asarray(self.array[rows]) - self.mean) / self.scale
-        let_go(self.array)
+        standardised = (np.asarray(self.array[self.rows[rows]]) - self.mean) / self.scale
+        if isinstance(self.array, np.memmap):
+            let_go(self.array)
         return torch.from_numpy(standardised).to(self.device, self.dtype)
 
 

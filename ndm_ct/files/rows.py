@@ -1,0 +1,104 @@
+"""Rows that were read from a file, and access to arrays larger than memory, a part at a time."""
+
+import csv
+import mmap
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+__all__ = ["Rows", "blocks", "let_go", "raise_if_damaged", "validate_finite"]
+
+T = TypeVar("T")
+
+_BLOCK = 2**24
+"""Bytes of an array that are looked at at a time; no more of a mapped file is in memory then."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a file holds.
+
+    Args:
+        values: ``(N, *E)``: floats, or the integer levels of images ``(N, C, H, W)``. A ``.npy`` file is mapped.
+        columns: names of the columns of a table that has names.
+        levels: number of levels if the values are levels of images, 256 or 65536; None for other values.
+        notes: sentences on what the reader decided, such as a column that was left out.
+    """
+
+    values: Any
+    columns: tuple[str, ...] | None = None
+    levels: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def blocks(array: np.ndarray, rows: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield an array in parts of at most 16 MB, each with the number of its first row.
+
+    Args:
+        array: the array ``(N, *E)``; parts of a mapped one leave memory again.
+        rows: numbers of the rows to take; None takes all.
+    """
+    total = len(array) if rows is None else len(rows)
+    size = max(1, _BLOCK // max(1, array[:1].nbytes))
+    for start in range(0, total, size):
+        chosen: Any = slice(start, start + size)
+        yield start, array[chosen if rows is None else rows[chosen]]
+        if isinstance(array, np.memmap):
+            let_go(array)
+
+
+def let_go(array: np.memmap) -> None:
+    """Drop what has been read of a mapped file from this process' memory; it is read again when it is needed."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    # Not of mode "c", whose changes are in memory alone.
+    if isinstance(base, mmap.mmap) and array.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def validate_finite(array: np.ndarray, path: Path, columns: tuple[str, ...] | None = None) -> np.ndarray:
+    """Return the array unchanged.
+
+    Args:
+        array: real values ``(N, *E)``.
+        path: its file, for the message.
+        columns: names of its columns, for the message.
+
+    Raises:
+        ValueError: a value is NaN or infinite; the message names the first.
+    """
+    for start, block in blocks(array):
+        bad = np.argwhere(~np.isfinite(block))
+        if len(bad):
+            row, *place = bad[0].tolist()
+            where = columns[place[0]] if columns else place
+            raise ValueError(
+                f"{path}: row {start + row}, {'column' if columns else 'place'} {where!r} is "
+                f"{array[(start + row, *place)]}; a density needs finite numbers. Drop such rows, or fill them in."
+            )
+    return array
+
+
+def raise_if_damaged(path: Path, reading: Callable[[], T]) -> T:
+    """Return what a reader returns, with its errors about the file's content as one type.
+
+    Args:
+        path: the file, for the message.
+        reading: the reader.
+
+    Raises:
+        ValueError: the reader failed, for instance because the file is cut off.
+        FileNotFoundError, PermissionError: as the reader raises them.
+    """
+    try:
+        return reading()
+    except (ValueError, EOFError, OSError, struct.error, KeyError, csv.Error, zipfile.BadZipFile) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise ValueError(f"{path} cannot be read ({error}); it is damaged or of another format.") from error

@@ -1,0 +1,153 @@
+"""What the commands do with files as people have them: settings, rows to hold out, columns, and terminals."""
+
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ndm_ct.cli import commands as cli
+from ndm_ct.cli import train
+from ndm_ct.cli.runs import Run
+from ndm_ct.cli.settings import Settings, settings_from_file
+from ndm_ct.files import Rows
+
+ROWS = np.random.default_rng(0).normal(size=(40, 2)).round(4)
+TINY = ["--steps", "2", "--width", "8", "--depth", "1", "--quiet"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savetxt("t.csv", ROWS, delimiter=",", header="a,b", comments="")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "entries"),
+    [
+        ("lr: 1e-3", {"lr": 1e-3}),
+        ("lr: 4E3", {"lr": 4e3}),
+        ("gamma_min: -9e0", {"gamma_min": -9.0}),
+        ("gamma-min: -.5e+1", {"gamma_min": -5.0}),
+        ("steps: 2e3", {"steps": 2000}),
+        ("batch-size: 16.0", {"batch_size": 16}),
+        ("header: no", {"header": "no"}),
+        ('data: "1e3"', {"data": "1e3"}),
+        ("data: größe.csv", {"data": "größe.csv"}),
+    ],
+)
+def test_yaml_is_read_as_it_is_meant(here, line, entries):
+    pytest.importorskip("yaml")
+    (here / "c.yaml").write_text(line + "\n", encoding="utf-8")
+    settings = Settings.of(settings_from_file("c.yaml"), "c.yaml")
+    assert {name: getattr(settings, name) for name in entries} == entries
+    assert all(type(getattr(settings, name)) is type(value) for name, value in entries.items())
+
+
+def test_fractions_of_steps_are_refused():
+    with pytest.raises(ValueError, match=r"steps must be of type int, got 2\.5"):
+        Settings.of({"steps": 2.5}, "c.json")
+
+
+def test_signs_that_a_terminal_lacks_are_written_in_others(here):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "ndm_ct", "info", "größe.csv"]
+    os.rename("t.csv", "größe.csv")
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert f"{ROWS[:, 1].mean():.6g} +/- {ROWS[:, 1].std():.6g}" in ended.stdout
+
+
+def test_other_streams_are_left_alone(here, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli.main(["info", "t.csv"]) == 0
+
+
+@pytest.mark.parametrize("total", [10, 400])
+def test_rows_to_hold_out_are_drawn(total):
+    chosen, held_out = train.split(total, 0.1, seed=3)
+    assert sorted([*chosen, *held_out]) == list(range(total))
+    assert len(held_out) == total // 10
+    assert [each.tolist() for each in train.split(total, 0.1, seed=3)] == [chosen.tolist(), held_out.tolist()]
+    if total == 400:
+        assert held_out.min() < 40
+        assert held_out.max() > 360
+        assert held_out.tolist() != train.split(total, 0.1, seed=4)[1].tolist()
+
+
+def test_each_part_of_the_data_is_used_once(here, monkeypatch, capsys):
+    """In units of the training rows alone; a mapped array is read the same as a table."""
+    seen, real = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda model, data, **options: (
+        seen.append((data[:], options["validation"][:])), real(model, data, **options)
+    )[1])  # fmt: skip
+    np.save("t.npy", np.loadtxt("t.csv", delimiter=",", skiprows=1))
+    for name in ("t.csv", "t.npy"):
+        assert cli.main(["train", name, "--out", name + ".run", *TINY]) == 0
+        assert "40 rows of shape (2,), of which 4, drawn at random, are held out" in capsys.readouterr().out
+    chosen, held_out = train.split(40, 0.1, 0)
+    mean, scale = ROWS[chosen].mean(0), ROWS[chosen].std(0)
+    for data, validation in seen:
+        np.testing.assert_allclose(data.numpy(), (ROWS[chosen] - mean) / scale, atol=1e-6)
+        np.testing.assert_allclose(validation.numpy(), (ROWS[held_out] - mean) / scale, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-12, -7.7e6, 1e200])
+@pytest.mark.parametrize("n", [3, 1000])
+def test_constant_columns_are_found_to_rounding(value, n):
+    values = np.stack([np.random.default_rng(0).normal(size=n), np.full(n, value)], 1)
+    values[0, 1] *= 1 + 2**-52
+    with pytest.raises(ValueError, match="column 'x1' is constant"):
+        train._moments(Rows(values), np.arange(n), "t.csv")
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1.0, 1e200])
+def test_scales_of_any_size(unit):
+    values = (3.0 + ROWS) * unit
+    mean, scale = train._moments(Rows(values), np.arange(40), "t.csv")
+    np.testing.assert_allclose(np.array(mean) / unit, 3.0 + ROWS.mean(0))
+    np.testing.assert_allclose(np.array(scale) / unit, ROWS.std(0))
+
+
+def test_the_header_is_asked_for_and_kept(here, capsys):
+    np.savetxt("n.csv", ROWS, delimiter=",", header="2001,2002", comments="")
+    assert cli.main(["info", "n.csv"]) == 1
+    assert "ndm-ct info: --header is needed for n.csv" in capsys.readouterr().err
+    assert cli.main(["train", "n.csv", "--header", "yes", "--out", "run", *TINY]) == 0
+    run = Run.load("run")
+    assert (run.columns, run.settings.header) == (("2001", "2002"), "yes")
+    out = ["--out", "s.csv", "--quiet"]
+    assert cli.main(["loglik", "run", "n.csv", *out]) == 1
+    assert "ndm-ct loglik: --header is needed" in capsys.readouterr().err
+    assert cli.main(["loglik", "run", "n.csv", "--header", "yes", *out]) == 0
+
+
+def test_what_was_left_out_is_said(here, capsys):
+    lines = (here / "t.csv").read_text().splitlines()
+    (here / "i.csv").write_text(
+        "\n".join(f"{label},{line}" for label, line in zip(["", *range(40)], lines, strict=True))
+    )
+    for command in (
+        ["info", "i.csv"],
+        ["train", "i.csv", "--out", "run", *TINY],
+        ["evaluate", "run", "i.csv", "--quiet"],
+    ):
+        assert cli.main(command) == 0
+        said = capsys.readouterr()
+        assert "taken for an index of the rows and left out" in said.out + said.err
+    assert Run.load("run").columns == ("a", "b")
+
+
+def test_grey_pictures_are_scored_by_a_model_of_coloured_ones(here):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+    np.save("x.npy", pixels)
+    assert cli.main(["train", "x.npy", "--out", "run", "--steps", "2", "--width", "4", "--quiet"]) == 0
+    (here / "grey").mkdir()
+    image.fromarray(np.repeat(pixels[0, :, :, :1], 3, 2)).save("grey/0.png")
+    np.save("grey.npy", np.repeat(pixels[:1, :, :, :1], 3, 3))
+    for name in ("grey", "grey.npy"):
+        assert cli.main(["loglik", "run", name, "--out", f"{name}.npz", "--quiet"]) == 0
+    assert np.load("grey.npz")["log_p"] == np.load("grey.npy.npz")["log_p"]
