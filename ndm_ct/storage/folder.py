@@ -108,10 +108,10 @@ class RunFolder:
         """
         first, *others = self.group.gathered(json.loads(json.dumps({**settings, "run_dir": self.is_real})))
         for rank, other in enumerate(others, 1):
-            differing = _differences(first, other, wording=f"{{}} is {{!r}} in process 0, {{!r}} in process {rank}")
-            if differing:
+            unequal = _differences(first, other, wording=f"{{}} is {{!r}} in process 0, {{!r}} in process {rank}")
+            if unequal:
                 raise ValueError(
-                    f"{call} got other arguments in process {rank} than in process 0: {'; '.join(differing)}. Pass the "
+                    f"{call} got other arguments in process {rank} than in process 0: {'; '.join(unequal)}. Pass the "
                     f"same arguments and all rows in every process, because {call} itself shares the rows out. Leave "
                     "out DistributedSampler, split_dataset_by_node and the like, or gather the shards before the call."
                 )
