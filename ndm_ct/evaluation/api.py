@@ -9,14 +9,18 @@ log-likelihood :math:`\ell_i`,
     \mathrm{se}_{est}^2 = \frac{1}{n^2} \sum_{i=1}^n \operatorname{Var}(\hat\ell_i \mid x_i) .
 
 The first error is that of the expected value in the population the rows were drawn from: the scatter of the estimates
-is that of the data and of the estimator together. The second is that of the mean over exactly these rows, all that is
-unknown once the whole data set has been scored. It is known where every row has an error of its own, else measured on
-the first rows, the pilot: by further sweeps along the same path, or, for integer data, whose noise is random too, by a
-second, independent score. Neither holds the solver's error, which is systematic.
+is that of the data and of the estimator together. The second is the standard error of the mean over exactly these rows:
+the only uncertainty left once the whole data set has been scored. Neither includes the solver's error, which is
+systematic.
 
-A row may be estimated poorly, because its error averages out with that of the others. With variance D of the data and v
-of a sweep, the work for a given standard error is (path + sweep) (D + v), smallest for a sweep of a few products beside
-the path's many evaluations; so the default here is one sweep of four nodes, and no error budget.
+Some estimators give every row an error of its own. For the others the variance is measured on the first rows, the
+pilot, and its mean stands for the rest: by further sweeps along the same path, or by a second, independent score for
+integer data, whose noise is random too. The pilot has 32 rows. It is doubled, up to 256 rows, as long as fewer than
+about four of them make up the variance.
+
+A row may be estimated roughly, because errors of rows average out. With variance D of the data and v of a sweep, the
+work for a given standard error is (path + sweep) (D + v). It is smallest for a sweep that is cheap next to the many
+evaluations of the path. So the default here is one sweep of four nodes, and no error budget.
 
 Two models are compared by the paired differences :math:`d_i = \hat\ell^a_i - \hat\ell^b_i` under common random numbers
 (rows, dequantisation noise, nodes, probes); what the models share cancels:
@@ -138,10 +142,11 @@ def evaluate(
     with run.in_folder():
         reason = run.run(progress)
         values = run.values()[0]
-        nll, error = mean(values)
+        (nll, error), (part, uncertainty) = mean(values), run.estimator_stderr()
         result = Evaluation(
-            nll=nll, stderr=error, estimator_stderr=run.estimator_stderr(), bits_per_dim=run.bits(nll),
-            bits_stderr=run.bits(error), values=values, nfe=run.nfe(0), **run.shared(reason),
+            nll=nll, stderr=error, estimator_stderr=part, estimator_uncertainty=uncertainty,
+            bits_per_dim=run.bits(nll), bits_stderr=run.bits(error), values=values, nfe=run.nfe(0),
+            **run.shared(reason),
         )  # fmt: skip
         run.summarise(result)
     return result

@@ -26,6 +26,9 @@ class Evaluation:
             of the data and of the estimator together, nats; NaN below two rows.
         estimator_stderr: its standard error as an estimate of the mean over exactly the rows scored: what the trace
             estimate contributes, for integer data the dequantisation noise too, for the ELBO times and noise; nats.
+        estimator_uncertainty: the standard error of ``estimator_stderr`` itself, from the scatter of the variances of
+            single rows. It is large where few rows make up the variance. Such rows outside the pilot (see
+            :func:`ndm_ct.evaluate`) are missed by both numbers, and are part of ``stderr``.
         bits_per_dim: the same as ``nll`` in bits per dimension; None for real data.
         bits_stderr: ``stderr`` in bits per dimension; None for real data.
         rows: rows scored.
@@ -42,6 +45,7 @@ class Evaluation:
     nll: float
     stderr: float
     estimator_stderr: float
+    estimator_uncertainty: float
     bits_per_dim: float | None
     bits_stderr: float | None
     rows: int
@@ -56,7 +60,12 @@ class Evaluation:
 
     def __str__(self) -> str:
         nll = f"NLL {figures(self.nll, self.stderr)} nats per event"
-        return _line(self, nll, f"estimator's part ± {self.estimator_stderr:.2g}")
+        part = f"estimator's part ± {self.estimator_stderr:.2g}"
+        if self.estimator_uncertainty > 0.25 * self.estimator_stderr:
+            part += f", itself uncertain by ± {self.estimator_uncertainty:.2g} because few rows make it up"
+        if self.estimator_stderr > self.stderr:
+            part += ", above the total: few rows determine both"
+        return _line(self, nll, part)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ndm_ct._core.noise import GeneratorLike
 from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.evaluation.results import Comparison, Evaluation, figures, mean
-from ndm_ct.evaluation.scores import ORDER, PILOT_ROWS, Scorer, Settings
+from ndm_ct.evaluation.scores import LARGEST_PILOT, ORDER, PILOT_ROWS, Scorer, Settings
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation, rename_earlier
 from ndm_ct.storage.atomic import PathLike
@@ -33,6 +33,9 @@ __all__ = ["MINIMUM_ROWS", "Limits", "Run"]
 
 MINIMUM_ROWS = 256
 """Rows before a target may stop an evaluation: the error itself is then known to about 5 %."""
+
+UNEVEN = 0.5
+"""Relative error of the pilot's variance above which more rows are needed: fewer than about four make it up."""
 
 FORMAT = 1
 
@@ -279,22 +282,30 @@ class Run:
     def _next(self) -> list[tuple[int, Tensor]]:
         """Positions and rows of the next batches, at most one per process."""
         found, start, end = list[tuple[int, Tensor]](), self.visited, self.limits.max_rows or self.source.rows
+        if start < self.pilot:  # how the rows after the pilot are scored depends on it
+            end = min(end, self.pilot)
         while start < min(end, self.source.rows) and len(found) < self.group.size:
-            pilot = self._is_pilot(start)
-            size = min(self.settings.batch_size, PILOT_ROWS - start) if pilot else self.settings.batch_size
-            found.append((start, self.order[start : min(start + size, end)]))
+            found.append((start, self.order[start : min(start + self.settings.batch_size, end)]))
             start += len(found[-1][1])
         return found
 
-    def _is_pilot(self, start: int) -> bool:
-        return self.has_pilot and start < PILOT_ROWS
+    @property
+    def pilot(self) -> int:
+        """Rows of the pilot: :data:`PILOT_ROWS`, doubled as long as few of them make up its variance."""
+        rows = PILOT_ROWS if self.has_pilot else 0
+        variance = torch.cat([torch.empty(0), *(batch.variance[0] for batch in self.batches[:LARGEST_PILOT])])
+        while 0 < rows < LARGEST_PILOT and rows <= len(variance) and _relative_error(variance[:rows]) > UNEVEN:
+            if len(variance) > rows and bool(variance[rows:].isnan().all()):
+                break  # an earlier version of this library scored these rows, with a pilot of PILOT_ROWS
+            rows *= 2
+        return rows
 
     def _scored(self, start: int, rows: Tensor) -> "Batch | SolverError":
         """A batch, or why there is none: the other processes have to know."""
         began = time.monotonic()
         x, cond = self.source.batch(rows, torch.Generator())
         try:
-            scores = [scorer.score(x, cond, start, self._is_pilot(start)) for scorer in self.scorers]
+            scores = [scorer.score(x, cond, start, start < self.pilot) for scorer in self.scorers]
         except SolverError as error:
             failure = _of_data(error, rows)
             failure.__cause__ = error
@@ -321,15 +332,16 @@ class Run:
         values = self.values()
         return values[0] if len(values) == 1 else values[0] - values[1]
 
-    def estimator_stderr(self) -> float:
-        """The estimator's standard error of the mean of the one model."""
+    def estimator_stderr(self) -> tuple[float, float]:
+        """The estimator's standard error of the mean of the one model, and the standard error of that number."""
         good = torch.cat([batch.nll[0] for batch in self.batches]).isfinite()
         variance = torch.cat([batch.variance[0] for batch in self.batches])[good]
-        known = variance.isfinite()
-        if not bool(known.any()):
-            return math.nan
-        unknown = float((~known).sum()) * self.scorers[0].pilot_gain * float(variance[known].mean())
-        return math.sqrt(float(variance[known].sum()) + unknown) / len(variance)
+        known = variance[variance.isfinite()]
+        if not len(known):
+            return math.nan, math.nan
+        unknown = (len(variance) - len(known)) * self.scorers[0].pilot_gain * float(known.mean())
+        error = math.sqrt(float(known.sum()) + unknown) / len(variance)
+        return error, 0.5 * error * _relative_error(known) if error > 0.0 else 0.0
 
     def nfe(self, model: int) -> float:
         """Mean network evaluations per row."""
@@ -383,6 +395,12 @@ def _described(model: NDM) -> Record:
         except Unconfigurable:
             parts[name] = type(part).__qualname__
     return parts
+
+
+def _relative_error(variance: Tensor) -> float:
+    """Standard error of the mean of some variances, over the mean; one, if a single row makes up all of it."""
+    known = variance[variance.isfinite()]
+    return float(known.std() / known.mean()) / math.sqrt(len(known)) if len(known) > 1 else math.nan
 
 
 def _validate_models(models: Mapping[str, NDM], settings: Settings) -> None:

@@ -18,13 +18,16 @@ from ndm_ct.likelihood.api import Trace
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
 
-__all__ = ["ORDER", "PILOT_ROWS", "PILOT_SWEEPS", "SWEEP", "Scorer", "Scores", "Settings"]
+__all__ = ["LARGEST_PILOT", "ORDER", "PILOT_ROWS", "PILOT_SWEEPS", "SWEEP", "Scorer", "Scores", "Settings"]
 
 SWEEP = Quadrature(nodes=4, probes=1, sweeps=1)
 """The default trace above ``EXACT_UP_TO`` dimensions."""
 
 PILOT_ROWS, PILOT_SWEEPS = 32, 4
-"""Rows on which the estimator's variance is measured, and how many sweeps are added to theirs."""
+"""Rows on which the estimator's variance is measured at least, and how many sweeps are added to theirs."""
+
+LARGEST_PILOT = 256
+"""Rows on which it is measured at most."""
 
 # Last words of the seeds, one per use of randomness.
 _NOISE, _TRACE, ORDER = 0, 1, 2

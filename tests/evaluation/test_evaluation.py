@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import uuid
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from paths import TESTS
 
 import ndm_ct
 from ndm_ct import schedules
-from ndm_ct.divergence import Hutchinson, Quadrature
+from ndm_ct.divergence import Exact, Hutchinson, Quadrature, TraceEstimator
 from ndm_ct.evaluation import run as runs
 from ndm_ct.evaluation import scores
 from ndm_ct.evaluation.run import MINIMUM_ROWS
-from ndm_ct.evaluation.scores import PILOT_ROWS
+from ndm_ct.evaluation.scores import LARGEST_PILOT, PILOT_ROWS
 from ndm_ct.nn import MLP, Preconditioned
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.reference import Gaussian
@@ -187,6 +188,72 @@ def test_the_pilot_stands_for_the_other_rows(tmp_path):
     assert np.isnan(others).all()
     expected = pilot.sum() + 18 * 5.0 * pilot.mean()
     assert result.estimator_stderr == pytest.approx(math.sqrt(expected) / 50.0)
+
+
+@dataclass(frozen=True)
+class HeavyTailed(TraceEstimator):
+    """Sweeps that scatter by 0.1 nats around the exact trace, and by 30 times as much in rows beyond 10."""
+
+    sweeps: int = 1
+
+    def with_sweeps(self, sweeps):
+        return HeavyTailed(sweeps)
+
+    def logdet(self, path, generator):
+        exact = Exact().logdet(path, generator)
+        noise = torch.stack([torch.randn(self.sweeps, generator=each, dtype=torch.float64) for each in generator])
+        noise = noise * torch.where(path.start[:, :1] > 10.0, 3.0, 0.1)
+        variance = noise.var(1) / self.sweeps if self.sweeps > 1 else torch.full_like(exact.value, math.nan)
+        return replace(exact, value=exact.value + noise.mean(1), variance=variance)
+
+
+def with_heavy_row(n):
+    """Rows of which the first is estimated badly."""
+    x = rows(n, d=2)
+    x[0, 0] = 11.0
+    return x
+
+
+def test_a_row_of_large_variance_is_not_taken_for_others(tmp_path):
+    """The pilot grows to all 48 rows, and every row has its own variance. Five sweeps have a fifth of that of one."""
+    x, ratios = with_heavy_row(48), []
+    truth = math.sqrt((3.0**2 + 47 * 0.1**2) / 5.0) / 48
+    for seed in range(8):
+        result = evaluate(wide(d=2), x, trace=HeavyTailed(), seed=seed, run_dir=tmp_path / str(seed), **COARSE)
+        known = [v for line in journal(tmp_path / str(seed))[1:] for v in line["variance"][0] if v is not None]
+        if 0 not in result.indices[:PILOT_ROWS]:
+            assert len(known) == PILOT_ROWS
+            continue
+        variance = torch.tensor(known, dtype=torch.float64)
+        assert result.estimator_stderr == pytest.approx(float(variance.sum().sqrt()) / 48)
+        error = float(variance.std() / variance.mean()) / math.sqrt(48)
+        assert result.estimator_uncertainty == pytest.approx(0.5 * error * result.estimator_stderr)
+        assert abs(result.estimator_stderr - truth) < 3.0 * result.estimator_uncertainty
+        assert f", itself uncertain by ± {result.estimator_uncertainty:.2g} because few rows make it up" in str(result)
+        ratios.append(result.estimator_stderr / truth)
+    assert len(ratios) >= 4
+    assert 0.6 < rms(torch.tensor(ratios)) < 1.4
+
+
+def test_the_size_of_a_growing_pilot_depends_on_the_rows_alone(tmp_path):
+    x, options = with_heavy_row(400), {"trace": HeavyTailed()} | COARSE
+    seed = next(k for k in range(100) if 0 in evaluate(wide(d=2), x, max_rows=20, seed=k, **options).indices)
+    whole = evaluate(wide(d=2), x, seed=seed, run_dir=tmp_path / "whole", **options)
+    lines = journal(tmp_path / "whole")[1:]
+    assert sum(v is not None for line in lines for v in line["variance"][0]) == LARGEST_PILOT
+    folder = tmp_path / "parts"
+    for limit in (20, 45, 100, 270, None):
+        parts = evaluate(wide(d=2), x, seed=seed, run_dir=folder, max_rows=limit, batch_size=24, **options)
+    torch.testing.assert_close(parts.values, whole.values, atol=1e-9, rtol=0.0)
+    assert parts.estimator_stderr == pytest.approx(whole.estimator_stderr)
+
+
+def test_a_part_above_the_total_is_said_to_be():
+    result = evaluate(wide(d=2), rows(40, d=2), trace=HeavyTailed(), **COARSE)
+    assert result.estimator_uncertainty < 0.25 * result.estimator_stderr
+    assert str(result).endswith(f"estimator's part ± {result.estimator_stderr:.2g}; 40 rows, all data")
+    above = replace(result, estimator_stderr=2.0 * result.stderr)
+    assert f"part ± {2.0 * result.stderr:.2g}, above the total: few rows determine both; 40 rows" in str(above)
 
 
 def test_no_randomness_is_used_twice(monkeypatch, generator):
