@@ -4,15 +4,17 @@ r"""A model as a ``torch.distributions`` object: the density and the samples of 
     \log p(x \mid c) = \log p_1(z_1) + \int_{t_{min}}^1 \nabla \cdot v(z_t, t, c)\, dt, \qquad z_{t_{min}} = x
 
 Gradients follow torch's convention: with grad mode on, ``log_prob`` is differentiable in the value, the conditioning
-and the parameters that require it, and ``rsample`` in the last two; that keeps the graph of a whole solve, and
-``torch.no_grad()`` or a model with ``requires_grad_(False)`` does without. ``log_prob`` is exact up to 32 dimensions
-and beyond an unbiased estimate; its standard error is ``ndm_ct.loglik(..., return_info=True)``.
+and the parameters that require it, and ``rsample`` in the last two. This keeps the graph of a whole solve;
+``torch.no_grad()`` or a model with ``requires_grad_(False)`` avoids it. ``log_prob`` is exact up to 32 dimensions and
+an unbiased estimate beyond; ``ndm_ct.loglik(..., return_info=True)`` tells its standard error.
 
 References:
     Grathwohl et al., FFJORD, https://arxiv.org/abs/1810.01367
     Song et al., Score-Based Generative Modeling through SDEs, https://arxiv.org/abs/2011.13456
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +23,8 @@ from torch.distributions import constraints
 from torch.distributions.distribution import Distribution
 
 from ndm_ct._core.checks import validate_dense
-from ndm_ct._core.noise import GeneratorLike, as_randomness
-from ndm_ct.likelihood.api import Trace, decode, loglik
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
+from ndm_ct.likelihood.api import Options, Trace
 from ndm_ct.model import NDM
 
 __all__ = ["NDMDistribution", "distribution"]
@@ -35,18 +37,21 @@ class NDMDistribution(Distribution):
         model: the model.
         batch_shape: leading shape of every conditioning tensor.
         cond: conditioning.
-        options: keywords of ``loglik`` and ``decode``.
+        options: how paths are solved.
+        generator: source of samples and probes.
     """
 
     has_rsample = True
 
-    def __init__(self, model: NDM, batch_shape: torch.Size, cond: dict[str, Any], options: dict[str, Any]) -> None:
-        self.model, self.cond, self.options = model, cond, options
+    def __init__(
+        self, model: NDM, batch_shape: torch.Size, cond: Mapping[str, Any], options: Options, generator: Randomness
+    ) -> None:
+        self.model, self.cond, self.options, self.generator = model, cond, options, generator
         super().__init__(batch_shape, torch.Size(model.data_shape), validate_args=False)
 
     @property
     def arg_constraints(self) -> dict[str, Any]:
-        """None: the model has been validated."""
+        """Empty, because the model has been validated."""
         return {}
 
     @property
@@ -77,8 +82,11 @@ class NDMDistribution(Distribution):
                 f"with the batch shape {tuple(self.batch_shape)}."
             ) from error
         rows = value.expand(*batch, *event).reshape(-1, *event)
-        found = loglik(self.model, rows, differentiable=self._needs_graph(value), **self.options, **self._rows(batch))
-        return found.reshape(batch)
+        given = self.model.validate(rows, self._rows(batch), distribution, name="value")
+        generator = as_randomness(self.generator, len(rows), rows.device, "distribution")
+        options = replace(self.options, differentiable=self._needs_graph(value))
+        info = options.likelihood(self.model, rows, (self.model.t_min, 1.0), given, generator, budget=False)
+        return info.loglik.reshape(batch)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (the signature of torch)
         """Draws without gradients, ``(*sample_shape, *batch_shape, *E)``."""
@@ -87,25 +95,22 @@ class NDMDistribution(Distribution):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws with gradients through the solve, ``(*sample_shape, *batch_shape, *E)``."""
-        shape, z1, cond = self._noise(sample_shape)
-        options = {name: value for name, value in self.options.items() if name not in ("trace", "generator")}
-        x = decode(self.model, z1, differentiable=self._needs_graph(), **options, **cond)
+        shape, x = self._decode(sample_shape, return_info=False)
         return x.reshape(*shape, *self.event_shape)
 
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:  # noqa: B008
         """:meth:`rsample` and the log-density of what was drawn, from one solve."""
-        shape, z1, cond = self._noise(sample_shape)
-        x, info = decode(self.model, z1, differentiable=self._needs_graph(), return_info=True, **self.options, **cond)
+        shape, (x, info) = self._decode(sample_shape, return_info=True)
         return x.reshape(*shape, *self.event_shape), info.loglik.reshape(shape)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "NDMDistribution":
-        """The same over a larger batch shape."""
+        """The same distribution over a larger batch shape."""
         shape = torch.Size(batch_shape)
         rows = {
             name: value.expand(*shape, *value.shape[len(self.batch_shape) :]) if isinstance(value, Tensor) else value
             for name, value in self.cond.items()
         }
-        return type(self)(self.model, shape, rows, self.options)
+        return type(self)(self.model, shape, rows, self.options, self.generator)
 
     def _rows(self, batch: torch.Size) -> dict[str, Any]:
         """Conditioning with one row per event of a flattened batch."""
@@ -115,15 +120,21 @@ class NDMDistribution(Distribution):
             for name, value in wide.items()
         }
 
-    def _noise(self, sample_shape: Any) -> tuple[torch.Size, Tensor, dict[str, Any]]:
+    def _decode(self, sample_shape: Any, *, return_info: bool) -> tuple[torch.Size, Any]:
+        """Shape and rows of draws, the rows with a :class:`LikelihoodInfo` if asked."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else [None]
         if not all(isinstance(size, int) and size >= 0 for size in sizes):
             raise ValueError(f"sample_shape must be a sequence of sizes such as (4,), got {sample_shape!r}.")
-        shape = torch.Size(sample_shape) + self.batch_shape
-        dtype, device = self.model.dtype or torch.get_default_dtype(), self.model.device or torch.device("cpu")
-        generator = self.options.get("generator")
-        z1 = self.model.sample_prior(shape.numel(), generator=generator, dtype=dtype, device=device)
-        return shape, z1, self._rows(shape)
+        model, shape = self.model, torch.Size(sample_shape) + self.batch_shape
+        dtype, device = model.dtype or torch.get_default_dtype(), model.device or torch.device("cpu")
+        z1 = model.sample_prior(shape.numel(), generator=self.generator, dtype=dtype, device=device)
+        given = model.validate_state(z1, self._rows(shape), distribution)
+        options, generator = replace(self.options, differentiable=self._needs_graph()), None
+        if return_info:
+            generator = as_randomness(self.generator, len(z1), device, "distribution")
+        else:  # without a density there is no trace to estimate
+            options = replace(options, trace=None)
+        return shape, options.transport(model, z1, (1.0, model.t_min), given, generator, return_info)
 
     def _needs_graph(self, *values: Tensor) -> bool:
         tensors = (*values, *self.model.parameters(), *self.cond.values())
@@ -151,13 +162,15 @@ def distribution(
 
     Args:
         model: the model.
-        trace: as in :func:`ndm_ct.loglik`.
-        rtol: likewise.
-        atol: likewise.
-        method: likewise.
+        trace: how ``log_prob`` takes the divergence of the flow: "exact", "quadrature", "hutchinson" or an object of
+            :mod:`ndm_ct.divergence`. "auto" is exact up to 32 dimensions, else "quadrature", an unbiased estimate.
+        rtol: relative tolerance of the solver. A smaller one moves densities and draws closer to those of the exact
+            flow and takes more network evaluations. None is 2e-6; for "quadrature" it is 3e-5.
+        atol: absolute tolerance of the solver, for states near zero; None as for ``rtol``.
+        method: "ode" (None), where each row has steps of its own, or a torchdiffeq method such as "dopri5".
         generator: source of samples and probes: a seed, a generator, or one per row; None is torch's own.
         cond: conditioning. Tensors have a leading dimension, the batch shape: ``label=torch.tensor([3, 5])`` makes two
-            distributions, ``label=torch.tensor([3])`` a batch of one.
+            distributions, ``label=torch.tensor([3])`` a batch of one. Any name is possible that is not an option here.
 
     Raises:
         ValueError: conditioning tensors of different leading sizes, or the model has only a bound (``Encoder``).
@@ -179,9 +192,9 @@ def distribution(
         came = ", ".join(f"{name} {tuple(size)}" for name, size in sizes.items())
         raise ValueError(f"conditioning tensors must have one leading size, the batch shape, got {came}.")
     batch = next(iter(sizes.values()), torch.Size())
-    options: dict[str, Any] = {"trace": trace, "rtol": rtol, "atol": atol, "method": method}
-    options["generator"] = as_randomness(generator, None, model.device or "cpu", "distribution")
-    made = NDMDistribution(model, batch, cond, options)
+    options = Options(trace=trace, rtol=rtol, atol=atol, method=method)
+    source = as_randomness(generator, None, model.device or "cpu", "distribution")
+    made = NDMDistribution(model, batch, cond, options, source)
     probe = torch.zeros(batch.numel(), *model.data_shape, dtype=model.dtype, device=model.device)
     model.validate(probe, made._rows(batch), distribution)
     return made

@@ -101,6 +101,30 @@ def test_conditioning_is_the_batch(shifted):
     assert "batch_shape=(2,), given shift" in repr(p)
 
 
+OF_OTHERS = ("differentiable", "stderr", "on_failure", "return_info", "x", "z1", "budget")
+
+
+class Named(Shifted):
+    """The same, the mean given under the names of options of other functions."""
+
+    def forward(self, z, t, *, x, z1, budget, differentiable, stderr, on_failure, return_info):
+        return super().forward(z, t, shift=differentiable + stderr + on_failure + return_info + x + z1 + budget)
+
+
+def test_conditions_may_have_the_names_of_other_functions_options():
+    model = ndm_ct.NDM(Named(), (2,), schedule=SCHEDULE)
+    cond = {name: torch.full((3, 2), float(place), dtype=torch.float64) for place, name in enumerate(OF_OTHERS)}
+    given = {"shift": sum(cond.values())}
+    shifted = ndm_ct.NDM(Shifted(), (2,), schedule=SCHEDULE)
+    named, plain = (ndm_ct.distribution(m, generator=0, **c) for m, c in ((model, cond), (shifted, given)))
+    x = torch.randn(3, 2, dtype=torch.float64, generator=seeded()) + 21.0
+    torch.testing.assert_close(named.log_prob(x), plain.log_prob(x))
+    torch.testing.assert_close(named.sample(), plain.sample())
+    torch.testing.assert_close(named.rsample_and_log_prob(), plain.rsample_and_log_prob())
+    with pytest.raises(TypeError, match="distribution"):
+        ndm_ct.distribution(shifted, stderr=torch.ones(3, 2))
+
+
 def test_units_are_undone_by_torch_itself(exact):
     """Behind an affine map its log-determinant is added once per coordinate."""
     p = TransformedDistribution(ndm_ct.distribution(exact), [AffineTransform(1.0, 2.0, event_dim=1)])

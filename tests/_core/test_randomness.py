@@ -204,12 +204,15 @@ SEEDED = {
 DRAWS_NOTHING = {
     "training.Settings",  # they hold the seed of fit and of evaluate
     "evaluation.Settings",
+    "distributions.NDMDistribution",  # it holds that of distribution
     "divergence.Exact.bind",  # its probes are the unit vectors
     "transforms.Transform.to_latent",  # y is x
     "transforms.Flow.to_latent",  # one to one
 }
 
-INSIDE = {  # of loglik, which passes them a generator or one per row; a seed ends there
+INSIDE = {  # of loglik, sample and loss, which pass them a generator or one per row; a seed ends there
+    "samplers.Draw",
+    "objectives.low_discrepancy",
     "divergence.Exact.logdet",
     "divergence.Hutchinson.logdet",
     "divergence.Quadrature.logdet",
