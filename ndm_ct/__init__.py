@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from ndm_ct._core.conditioning import shared
     from ndm_ct._core.errors import CheckpointError, PredictorError, SolverError
+    from ndm_ct.checking import check
     from ndm_ct.distributions import distribution
     from ndm_ct.evaluation.api import Comparison, Evaluation, compare, evaluate
     from ndm_ct.guidance import guided
@@ -52,6 +53,7 @@ __all__ = [
     "SolverError",
     "adapters",
     "bits_per_dim",
+    "check",
     "compare",
     "decode",
     "discrete",
@@ -83,6 +85,7 @@ __all__ = [
 _HOMES = {
     "_core.conditioning": ("shared",),
     "_core.errors": ("CheckpointError", "PredictorError", "SolverError"),
+    "checking": ("check",),
     "distributions": ("distribution",),
     "evaluation.api": ("Comparison", "Evaluation", "compare", "evaluate"),
     "guidance": ("guided",),

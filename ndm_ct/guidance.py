@@ -95,6 +95,7 @@ def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> N
         prediction=model.prediction,
         prior=model.prior,
         t_min=model.t_min,
+        checks=model.checks,
     )
     result.has_custom_prior = model.has_custom_prior
     result.training = predictor.training = model.training

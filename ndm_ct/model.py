@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core import checks
-from ndm_ct._core.checks import as_time, expand
+from ndm_ct._core.checks import as_time, choose, expand, validate_shape
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import validate_cond
@@ -50,6 +50,9 @@ class NDM(PredictedProcess):
             ``sample((n,))``; None is :math:`N(0, s^2 I)`, s = :math:`\sigma_1` for VarianceExploding, else 1.
         t_min: time of the data; None is 0 where :math:`\sigma_0 > 0`, else the time at which
             :math:`\sigma/\alpha` = 1e-3.
+        checks: whether ``fit``, ``loglik``, ``encode``, ``decode`` and ``sample`` check at their first use that the
+            networks, transform and schedule are what the mathematics assumes (:func:`ndm_ct.check`); the attribute of
+            this name turns them off later.
 
     Raises:
         ValueError: an unknown prediction; a network of ``ndm_ct.nn`` for other events; "eps" or "v" with a transform;
@@ -72,20 +75,23 @@ class NDM(PredictedProcess):
         prediction: str = "x",
         prior: Any = None,
         t_min: float | None = None,
+        checks: bool = True,
     ) -> None:
         transform = Identity() if transform is None else transform
         schedule = LinearLogSNR() if schedule is None else schedule
         for name, value, kind in (("transform", transform, Transform), ("schedule", schedule, Schedule)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__} of ndm_ct, got {type(value).__name__}.")
-        checks.choose("prediction", prediction, PREDICTIONS)
-        event_shape = checks.validate_shape("event_shape", event_shape)
+        choose("prediction", prediction, PREDICTIONS)
+        event_shape = validate_shape("event_shape", event_shape)
         predictor = validate_predictor(predictor, prediction, event_shape, transform, schedule)
         super().__init__(ForwardProcess(transform, schedule, volatility), predictor, prediction)
         self.event_shape, self.t_min = event_shape, _validate_t_min(t_min, schedule)
         self.has_custom_prior = prior is not None
         self.prior = prior if prior is not None else IsotropicNormal(event_shape, _prior_scale(schedule))
         names, anything = self.predictor_names
+        self.checks = checks
+        self.checked: dict[str, Any] = {}  # by purpose, the model as it was when the checks were passed
         transform_names, transform_anything = transform.cond_names()
         self.cond_names = names | transform_names, anything or transform_anything
 

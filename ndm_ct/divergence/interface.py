@@ -104,9 +104,6 @@ class Path(Protocol):
     def log_prior(self, solved: SolvedPath) -> Tensor:
         """Log-density of the noise end of the path once it is solved, nats, ``(B,)``."""
 
-    def validate_attached(self, t: Tensor, z: Tensor, rows: Tensor) -> None:
-        """Raises PredictorError if f depends on z but its derivative is zero at t ``(b,)``, z ``(b, *E)``."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LogDet:

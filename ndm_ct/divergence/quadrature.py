@@ -241,9 +241,6 @@ class Sweeps:
         solved = path.transport(self.times, in_noise_units=True)
         assert solved.nodes is not None
         values = replace(self, used=self.used & ~solved.failed).integrals(solved.nodes, path)
-        rows = torch.nonzero(~solved.failed).flatten()
-        if len(rows) > 0 and not bool(values.nan_to_num().any()):
-            path.validate_attached(self.times[0, rows], solved.nodes[0, rows], rows)
         return solved, values
 
     def integrals(self, states: Tensor, path: Path) -> Tensor:

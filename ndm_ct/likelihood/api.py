@@ -31,6 +31,7 @@ from torch import Tensor
 from ndm_ct._core.checks import validate_positive
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
+from ndm_ct.checking import Purpose, verify
 from ndm_ct.divergence import TraceEstimator, resolve
 from ndm_ct.likelihood.budget import LikelihoodInfo, measure
 from ndm_ct.likelihood.path import Differentiable, Problem
@@ -305,6 +306,7 @@ class Options:
                 raise ValueError(
                     f"{name} has no effect without a log-determinant; pass return_info=True or drop {name}."
                 )
+        self._verify(model, start, interval, cond, "flow")
         upwards = interval[1] > interval[0]
         with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
             y = model.to_latent(start, generator=generator, **cond)[0] if upwards else start
@@ -331,6 +333,7 @@ class Options:
                 "or bound='elbo'."
             )
         estimator = self._estimator(model.event_shape)
+        self._verify(model, start, interval, cond, "likelihood")
         with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
             upwards = interval[1] > interval[0]
             y, weight = model.to_latent(start, **cond) if upwards else (start, None)
@@ -341,6 +344,12 @@ class Options:
             x = model.transform.from_latent(info.z, **cond)
             weight = model.transform.to_latent(x, **cond)[1]
             return info if weight is None else _of_data(info, weight, x, downwards=True)
+
+    @staticmethod
+    def _verify(model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning, purpose: Purpose) -> None:
+        """Check the model; from noise downwards, at latents that are zero."""
+        upwards = interval[1] > interval[0]
+        verify(model, start if upwards else torch.zeros_like(start), cond, purpose, latent=not upwards)
 
     def _estimator(self, event_shape: tuple[int, ...]) -> TraceEstimator:
         estimator = resolve("auto" if self.trace is None else self.trace, event_shape)

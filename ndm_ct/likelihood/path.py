@@ -21,10 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ndm_ct._core.autodiff import tensors_behind, vjp
+from ndm_ct._core.autodiff import tensors_behind
 from ndm_ct._core.checks import choose, expand
 from ndm_ct._core.conditioning import Conditioning
-from ndm_ct._core.errors import PredictorError
 from ndm_ct.divergence import BoundTrace
 from ndm_ct.divergence.interface import SolvedPath
 from ndm_ct.dynamics import ProbabilityFlow
@@ -110,10 +109,6 @@ class Problem:
         """The rest of the velocity of some rows at times t ``(b,)``."""
         return self.flow(rows).network_part(t)
 
-    def validate_attached(self, t: Tensor, z: Tensor, rows: Tensor) -> None:
-        """Raises PredictorError if autograd does not see how the network depends on z."""
-        validate_attached(self.flow(rows), t, z)
-
     def ends(self, solved: SolvedPath) -> tuple[Tensor, Tensor]:
         """The data end and the noise end of the path, float64; zero in failed rows.
 
@@ -144,15 +139,10 @@ class Problem:
     def augmented(self, bound: BoundTrace) -> Solution:
         """Solve for state and log-determinants ``(B, columns)`` together, probes frozen; both are float64."""
         z = self.start.double()
-        checked = False
 
         def field(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, State]:
-            nonlocal checked
             flow, trace = self.flow(rows), bound if rows is None else bound.rows(rows)
             part, divergence, F = trace.with_byproduct(flow.network_part(t), state[0])
-            if not checked and not bool(divergence.any()):
-                validate_attached(flow, t, state[0].detach())
-            checked = True
             linear = flow.linear_divergence(t, self.model.event_shape)
             velocity = flow.assemble(t, state[0], part)
             with torch.no_grad():
@@ -191,16 +181,3 @@ class Problem:
             start = tuple(part.detach().requires_grad_() for part in state)
             t = torch.tensor(self.interval[0], dtype=torch.float64, device=state[0].device)
             return tensors_behind(field(t, start, None)[0], start, self.cond.tensors)
-
-
-def validate_attached(flow: ProbabilityFlow, t: Tensor, z: Tensor) -> None:
-    """Refuse a predictor that autograd cannot see through: its divergence would silently be zero."""
-    part = flow.network_part(t)
-    value, pullback, _ = vjp(part, z)
-    (product,) = pullback(torch.ones_like(value))
-    if bool((product != 0.0).any()) or torch.equal(value, part(z + 0.1)[0]):
-        return
-    raise PredictorError(
-        "the predictor's output depends on z, but autograd sees no dependence, so its divergence would be taken as "
-        "zero; remove torch.no_grad(), .detach() or a conversion to numpy from the predictor."
-    )

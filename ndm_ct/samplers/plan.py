@@ -11,6 +11,7 @@ from torch import Tensor
 from ndm_ct._core import checks
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import Randomness
+from ndm_ct.checking import Purpose
 from ndm_ct.divergence import resolve
 from ndm_ct.guidance import evaluations_per_call
 from ndm_ct.likelihood.api import Trace
@@ -112,6 +113,13 @@ class Plan:
             self.steps is not None or self.nfe is not None or isinstance(self.grid, Tensor)
         )
         return isinstance(self.method, str) and self.method in ADAPTIVE and not told
+
+    @property
+    def purpose(self) -> Purpose:
+        """What the model has to be fit for."""
+        if not self.adaptive:
+            return "sample"
+        return "likelihood" if self.method in FLOW and self.return_info and not self.denoise else "flow"
 
     def validate(self) -> None:
         """Check what does not depend on the kind of method."""

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from ndm_ct._core import checks
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, rows_of
+from ndm_ct.checking import verify
 from ndm_ct.guidance import guided
 from ndm_ct.likelihood.api import Trace
 from ndm_ct.likelihood.path import Differentiable
@@ -150,14 +151,15 @@ def sample(
     dtype = _floating(model.dtype or torch.get_default_dtype() if dtype is None else dtype)
     device = checks.usable_device(device) if device is not None else model.device or torch.device("cpu")
     source = as_randomness(generator, n, device, "sample")
-    model = model if guidance is None else guided(model, guidance)
     plan = Plan(
-        model, method, steps, nfe, grid, rtol, atol, stochasticity, denoise, differentiable, callback, trajectory,
+        model if guidance is None else guided(model, guidance), method, steps, nfe, grid, rtol, atol, stochasticity, denoise, differentiable, callback, trajectory,
         trace, return_info,
     )  # fmt: skip
     plan.validate()
     batches = torch.arange(n).split(batch_size or max(n, 1))
     given = plan.model.conditioning(cond, torch.empty(n, 0, dtype=dtype, device=device), sample)
+    start = torch.zeros((), dtype=dtype, device=device).expand(n, *model.event_shape)
+    verify(model, start, given, plan.purpose, latent=True)
     parts = _drawn(plan, batches, source, dtype, device, progress, given)
     x = torch.cat([part.x for part in parts]).to(dtype)
     return (x, _joined([part.info for part in parts])) if return_info else x

@@ -4,6 +4,8 @@ A model's description names classes of this library and their constructor argume
 rebuilt. Anything else is marked ``"external"`` and has to be passed to :func:`load`.
 """
 
+import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from ndm_ct.storage.atomic import PathLike
 from ndm_ct.storage.tensors import compare_tensors, read, write
 from ndm_ct.transforms import Transform
 
-__all__ = ["describe", "load", "load_residuals", "save"]
+__all__ = ["describe", "load", "load_residuals", "own_classes", "save"]
 
 EXTERNAL = "external"
 RESIDUALS = "residuals"
@@ -166,6 +168,30 @@ def describe(model: NDM) -> dict[str, Any]:
         "prediction": model.prediction,
         "t_min": model.t_min,
     }
+
+
+def own_classes(model: NDM) -> dict[str, str]:
+    """The classes of a model's modules that belong neither to this library nor to torch, at their first places.
+
+    Each is named with the start of a hash of its source, where there is one outside installed packages. Comments and
+    empty lines do not count.
+    """
+    found: dict[type[nn.Module], str] = {}
+    for place, module in model.named_modules():
+        if type(module).__module__.split(".")[0] not in ("torch", __name__.split(".")[0]):
+            found.setdefault(type(module), place)
+    return {place: f"{cls.__qualname__}{_source(cls)}" for cls, place in found.items()}
+
+
+def _source(cls: type[nn.Module]) -> str:
+    try:
+        if "-packages" in (inspect.getsourcefile(cls) or ""):
+            return ""
+        lines = [line.rstrip() for line in inspect.getsource(cls).splitlines()]
+    except (OSError, TypeError):  # typed into an interpreter
+        return ""
+    text = "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
+    return f" (source {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def _rebuild(config: Any, tensors: dict[str, Tensor], predictor: Any, transform: Transform | None) -> NDM:

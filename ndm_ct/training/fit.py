@@ -35,9 +35,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from ndm_ct import objectives
 from ndm_ct._core.checks import choose, validate_count
 from ndm_ct._core.parallel import Group
+from ndm_ct._core.seeds import make_generator
+from ndm_ct.checking import verify
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
@@ -172,6 +176,8 @@ def fit(
     if group.size > 1:
         folder.compare_processes("fit", _shared_arguments(settings, intervals, source, held_out))
     _validate_parts(settings.accumulate, min(batch_size, source.rows), group)
+    first_and_last = torch.tensor([0, source.rows - 1])
+    verify(model, *source.batch(first_and_last, make_generator("check", device=model.device or "cpu")), "fit")
     with folder.locked("checkpoint.safetensors", "a checkpoint", resume):
         state = State(model, settings, None if objective is objectives.loss else objective, group)
         training = Training(state=state, data=source, validation=held_out, folder=folder, intervals=intervals)

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from ndm_ct import objectives
 from ndm_ct._core.seeds import derive_seeds
 from ndm_ct._core.signals import stop_signals
+from ndm_ct.checking import warn_of_unreached
 from ndm_ct.data.sources import Bins, Source
-from ndm_ct.storage.models import describe, save
+from ndm_ct.storage.models import describe, own_classes, save
 from ndm_ct.training.settings import Intervals
 from ndm_ct.training.state import Folder, Objective, Row, State
 from ndm_ct.training.step import _VALIDATION, Gradient
@@ -117,6 +118,8 @@ class Training:
         state, clip = self.state, self.settings.grad_clip
         state.optimizer.zero_grad()
         loss, objective = self.gradient.compute()
+        if state.model.checks and not state.optimizer.state:  # the first step
+            warn_of_unreached(name for name, p in state.model.named_parameters() if p.requires_grad and p.grad is None)
         self._validate_finite("loss", loss)
         norm = torch.nn.utils.clip_grad_norm_(state.parameters, math.inf if clip is None else clip)
         self._validate_finite("gradient norm", norm)
@@ -189,6 +192,7 @@ class Training:
             "quantisation": None if bins is None else [bins.levels, *bins.range],
             "dequantisation": self.bins.dequantisation,
             "model": describe(model),
+            "classes": own_classes(model),
             "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in model.state_dict().items()},
         }
 

@@ -218,7 +218,7 @@ class State:
         settings = description.get("settings")
         if not isinstance(settings, dict):
             raise CheckpointError(f"{file}: the settings are a {type(settings).__name__}, not an object.")
-        folder.compare(_LATER | rename_earlier(settings), identity)
+        folder.compare(_LATER | {"classes": identity["classes"]} | rename_earlier(settings), identity)
         try:
             progress = _Progress.from_json(description, self.settings.steps)
             compare_tensors(self._expected(tensors), tensors)

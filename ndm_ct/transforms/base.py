@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ndm_ct._core.autodiff import jvp
 from ndm_ct._core.checks import expand
 from ndm_ct._core.config import Configurable
+from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.noise import GeneratorLike
 
 __all__ = ["Composed", "Identity", "Network", "Path", "Transform", "jvp_in_time"]
@@ -145,8 +146,21 @@ class Transform(nn.Module, Configurable):
 
 
 def jvp_in_time(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    """A function of time and its derivative, in one forward-mode product."""
-    return jvp(function, (t,), (torch.ones_like(t),))
+    """A function of time and its derivative, in one forward-mode product.
+
+    Raises:
+        PredictorError: a layer of the function has no forward-mode derivative.
+    """
+    try:
+        return jvp(function, (t,), (torch.ones_like(t),))
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(word in str(error) for word in ("forward AD", "forward mode", "in-place operation")):
+            raise
+        raise PredictorError(
+            f"the time derivative of the transform F needs forward-mode differentiation, which a layer of its network "
+            f"lacks ({str(error).splitlines()[0][:160]}); take GroupNorm or LayerNorm for BatchNorm, plain layers or "
+            "attention for LSTM and GRU, or transforms.Separable, which needs no derivative of its network."
+        ) from error
 
 
 class Identity(Transform):

@@ -110,10 +110,11 @@ class Separable(Transform):
     def _features(self, x: Tensor, cond: dict[str, Any]) -> Tensor:
         features = run_network(self.features, x, **accepted_by(self._accepted, cond))
         expected = (x.shape[0], self.basis.terms, *x.shape[1:])
-        if tuple(features.shape) != expected:
+        came = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"type {type(features).__name__}"
+        if came != f"shape {expected}":
             raise ValueError(
-                f"features(x) has shape {tuple(features.shape)}, expected {expected}: (B, K, *event) with "
-                f"K = {self.basis.terms} terms of the basis."
+                f"features(x) has {came}, expected a tensor of shape {expected}: (B, K, *event) with "
+                f"K = {self.basis.terms} terms of the basis; torch.stack(features, 1) makes one of a list."
             )
         return features
 

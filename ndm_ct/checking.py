@@ -1,0 +1,378 @@
+r"""Checks of what the mathematics assumes about networks, transforms and schedules.
+
+======================================  ===============================================================================
+the network, in eval mode               gives the same answer twice; gives a row the same answer alone as in a batch;
+                                        has the derivative in z that autograd reports
+the schedule                            :math:`\alpha', \sigma'` are the derivatives of :math:`\alpha, \sigma`
+the transform                           :math:`\dot F` is the derivative of F; :math:`F(x, 0) = x`; shapes and dtypes
+======================================  ===============================================================================
+
+``fit``, ``loglik``, ``encode``, ``decode`` and ``sample`` run them once per model, in a handful of evaluations of two
+rows, and again after the model has changed. Derivatives are compared with central differences
+
+.. math::
+    \tfrac12 (f_+ - f_-), \qquad f_\pm = f(z \pm h u),
+
+at two steps h. Their error is judged by how much the two differ and by the second difference
+:math:`f_+ - 2 f + f_-`: both are large where the function bends, has a kink or is rounded, and there nothing is
+reported.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ndm_ct import objectives
+from ndm_ct._core.autodiff import vjp
+from ndm_ct._core.checks import append_axes, expand
+from ndm_ct._core.conditioning import Conditioning
+from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.seeds import make_generator
+from ndm_ct.model import NDM
+from ndm_ct.transforms import Identity
+
+__all__ = ["check", "verify", "warn_of_unreached"]
+
+Purpose = Literal["likelihood", "flow", "sample", "fit"]
+
+_STEPS = (2.0**-8, 2.0**-6)
+"""Steps of differences, in t and in units of the state's size."""
+
+_SHARE = 0.1
+"""Relative error of a derivative that is reported."""
+
+
+def check(model: NDM, x: Tensor, /, **cond: Any) -> None:
+    """Check a model before work is spent on it: what ``fit`` and ``loglik`` check, and the gradients of the bound.
+
+    Args:
+        model: the model. ``NDM(..., checks=False)`` or ``model.checks = False`` turns the automatic checks off; this
+            function runs them all the same.
+        x: some data, shape ``(B, *E)``; two rows are used.
+        cond: their conditioning.
+
+    Raises:
+        PredictorError: the network is random in eval mode, mixes the rows of a batch, or hides a derivative.
+        ValueError: the transform or the schedule has a wrong derivative, or F(x, 0) is not x.
+
+    Warns:
+        UserWarning: the bound has no gradient in some parameters, which are named.
+
+    Example:
+        >>> import ndm_ct
+        >>> ndm_ct.check(ndm_ct.NDM(ndm_ct.nn.MLP(2), event_shape=(2,)), torch.randn(8, 2))
+        >>> ndm_ct.check(ndm_ct.NDM(lambda z, t: z.detach(), event_shape=(2,)), torch.randn(8, 2))
+        Traceback (most recent call last):
+        ...
+        ndm_ct._core.errors.PredictorError: the prediction depends on z, but autograd sees no dependence ...
+    """
+    given = model.validate(x, cond, check)
+    model.checked.clear()
+    verify(model, x, given, "likelihood" if model.transform.bijective else "flow", even_if_off=True)
+    rows = _two_rows(len(x), x.device)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with model.evaluating(), torch.enable_grad(), _own_noise(x):
+        loss = objectives.loss(model, x[rows], generator=0, **given.take(rows)).sum()
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            warn_of_unreached(name for name, g in zip(parameters, gradients, strict=True) if g is None)
+
+
+def verify(
+    model: NDM, start: Tensor, cond: Conditioning, purpose: Purpose, *, latent: bool = False, even_if_off: bool = False
+) -> None:
+    """Check a model for a purpose, unless the model as it is has passed before.
+
+    Args:
+        model: the model.
+        start: data, shape ``(B, *data_shape)``.
+        cond: their conditioning.
+        purpose: "likelihood", "flow" (a solve without a density), "sample" or "fit". What a purpose does not need is
+            not checked; what makes its result worse but not wrong is a warning.
+        latent: whether ``start`` are latents, shape ``(B, *event_shape)``.
+        even_if_off: check also if ``model.checks`` is False.
+
+    Raises:
+        PredictorError, ValueError: as in :func:`check`.
+    """
+    seen = _Seen.of(model, start, cond)
+    if len(start) == 0 or not (model.checks or even_if_off) or seen.equals(model.checked.get(purpose)):
+        return
+    with model.evaluating(), torch.no_grad(), _own_noise(start):
+        wrong, suspicious = _examined(model, start, cond, purpose, latent)
+    if wrong:
+        raise type(wrong[0])(" Also: ".join(str(each) for each in wrong))
+    for each in suspicious:
+        warnings.warn(str(each), stacklevel=4)
+    model.checked[purpose] = seen
+
+
+def warn_of_unreached(names: Iterable[str]) -> None:
+    """Warn of parameters that a loss does not depend on.
+
+    Args:
+        names: of the parameters.
+    """
+    found = list(names)
+    if found:
+        some = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        warnings.warn(
+            f"the loss does not depend on the parameters {some}, so training leaves them as they are; remove .detach() "
+            "or torch.no_grad() before them, or freeze them with requires_grad_(False) if that is meant.",
+            stacklevel=4,
+        )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A model as it was checked: its parts by identity, their state by value."""
+
+    parts: tuple[Any, ...]
+    state: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: NDM, start: Tensor, cond: Conditioning) -> "_Seen":
+        modules = tuple(model.modules())[1:]
+        versions = sum(0 if p.is_inference() else p._version for p in model.parameters())
+        flags = tuple(module.training for module in modules)
+        state = (start.dtype, start.device, start.shape[1:], tuple(cond), flags, versions)
+        return cls((*modules, model.predictor), state)
+
+    def equals(self, other: "_Seen | None") -> bool:
+        """Whether the model has not changed."""
+        same = other is not None and self.state == other.state and len(self.parts) == len(other.parts)
+        return same and other is not None and all(a is b for a, b in zip(self.parts, other.parts, strict=True))
+
+
+def _own_noise(like: Tensor) -> Any:
+    """Nothing that networks draw here is taken from the caller's random numbers."""
+    return torch.random.fork_rng([like.device] if like.device.type == "cuda" else [])
+
+
+def _two_rows(rows: int, device: torch.device) -> Tensor:
+    return torch.tensor([0, rows - 1], device=device)
+
+
+def _examined(
+    model: NDM, start: Tensor, cond: Conditioning, purpose: Purpose, latent: bool
+) -> tuple[list[Exception], list[Exception]]:
+    """What is wrong, and what is only suspicious, for a purpose."""
+    index = _two_rows(len(start), start.device)
+    try:
+        given = cond.take(index)
+        y = start[index] if latent else model.to_latent(start[index], generator=0, **given)[0]
+    except Exception:  # reported, in better words, by the work itself
+        return [], []
+    t, z = _states(model, y)
+    wrong = [*_of_schedule(model, t), *_of_transform(model, y, t, given, promised=purpose in ("likelihood", "fit"))]
+    network = _of_network(model, t, z, cond, index, derivative=purpose in ("likelihood", "fit"))
+    if purpose in ("likelihood", "flow"):
+        return [*wrong, *network], []
+    starts = [each for each in wrong if purpose == "fit" and isinstance(each, _OtherStart)]
+    return [each for each in wrong if each not in starts], [*starts, *network]
+
+
+def _states(model: NDM, y: Tensor) -> tuple[Tensor, Tensor]:
+    """A time for each of two rows, on either side of where noise is as large as the data, and noisy data there."""
+    size = float(y.double().square().mean().sqrt()) or 1.0
+    t = model.t_min + (1.0 - model.t_min) * torch.linspace(0.05, 0.95, 37, dtype=torch.float64, device=y.device)
+    gamma = model.schedule(t).gamma - 2.0 * torch.tensor(size).log().to(y.device)
+    t = torch.stack([t[(gamma - place).abs().argmin()] for place in (-1.0, 1.0)])
+    c, noise = model.schedule(t), _normal("states", y)
+    return t, expand(c.alpha, y) * y + expand(c.sigma, y) * noise
+
+
+def _normal(word: str, like: Tensor) -> Tensor:
+    return torch.randn(like.shape, generator=make_generator("check", word), dtype=torch.float64).to(like)
+
+
+def _norm(y: Tensor) -> Tensor:
+    """Norm of each row, float64."""
+    return y.double().reshape(len(y), -1).norm(dim=1)
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+_ROW_CURE = (
+    "use layers that treat each row alone: GroupNorm, LayerNorm, or BatchNorm with running statistics "
+    "(track_running_stats=True); take no mean or std over the first axis, and use the time of each row"
+)
+
+
+def _of_network(
+    model: NDM, t: Tensor, z: Tensor, cond: Conditioning, index: Tensor, *, derivative: bool
+) -> list[Exception]:
+    def part(z: Tensor, rows: Tensor) -> Tensor:
+        """The network's part of the velocity of some of the two rows."""
+        return model.flow(z.dtype, **cond.take(index[rows])).network_part(t[rows])(z)[0]
+
+    both = torch.arange(2, device=z.device)
+    small = torch.finfo(z.dtype).eps
+    try:
+        first, second = part(z, both), part(z, both)
+        nearby = part(z * (1.0 + small**0.5), both)
+    except Exception:
+        return []
+    if not bool(torch.isfinite(first).all()):
+        return []
+    size = _norm(first)
+    change = _norm(second - first)
+    if bool((change > 256.0 * small * size).any()):
+        return [
+            PredictorError(
+                f"the predictor gives different answers for the same z and t in eval mode ({_percent(change, size)} "
+                "apart), so that its flow has no density and an adaptive solver may never end; remove the random "
+                "numbers from it, or draw them in training only: nn.Dropout, or functional.dropout(h, p, "
+                "training=self.training)."
+            )
+        ]
+    tolerance = 3.0 * small**0.5 * size + 4.0 * _norm(nearby - first)
+    try:
+        change = _norm(part(z[1:], both[1:]) - first[1:])
+    except Exception as error:
+        if cond:  # of another length than the two rows: the work itself says more
+            return []
+        return [
+            PredictorError(
+                f"the predictor takes two rows, but not one row alone ({str(error).splitlines()[0][:200]}); rows are "
+                f"solved with steps of their own, so {_ROW_CURE}."
+            )
+        ]
+    if bool((change > tolerance[1:]).any()):
+        return [
+            PredictorError(
+                f"the predictor's output for a row depends on the other rows of its batch (alone it is "
+                f"{_percent(change, size[1:])} different), so that the result of a row would depend on its batch; "
+                f"{_ROW_CURE}."
+            )
+        ]
+    return _of_derivative(model, t, z, lambda z: part(z, both), first) if derivative else []
+
+
+def _of_derivative(
+    model: NDM, t: Tensor, z: Tensor, part: Callable[[Tensor], Tensor], value: Tensor
+) -> list[Exception]:
+    r"""Whether :math:`w^T J u` by autograd is that of a finite difference, for a direction u and two covectors w."""
+    sigma = append_axes(model.schedule(t).sigma, z).to(z.dtype)
+    size = (sigma**2 + z.square().flatten(1).mean(1).reshape(sigma.shape)).sqrt()
+    direction = size * _normal("direction", z).sign()
+    found, seen = torch.zeros(len(z), dtype=torch.bool, device=z.device), False
+    try:
+        slope, allowed = _slope(lambda step: part(z + step * direction), value, _STEPS)
+        _, pullback, _ = vjp(lambda state: (part(state), state), z)
+        for covector in (slope / _norm(slope).clamp(min=1e-30).reshape(sigma.shape), _normal("covector", z)):
+            (product,) = pullback(covector.to(value.dtype))
+            by_autograd = (product.double() * direction.double()).flatten(1).sum(1)
+            found |= (by_autograd - (covector.double() * slope).flatten(1).sum(1)).abs() > allowed
+            seen |= bool(product.any())
+    except Exception:
+        return []
+    if not bool(found.any()):
+        return []
+    how = "only a part of it" if seen else "no dependence"
+    return [
+        PredictorError(
+            f"the prediction depends on z, but autograd sees {how} (at t={float(t[found][0]):.3g} its derivative is "
+            "not that of a finite difference), so that its divergence and every density would be wrong; remove "
+            "torch.no_grad(), .detach() or a conversion to numpy from the predictor, and mend a backward() of your own."
+        )
+    ]
+
+
+def _slope(function: Callable[[float], Tensor], value: Tensor, steps: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The derivative at 0 of a function of a number, float64, and how far off it may be in each row.
+
+    Args:
+        function: the function.
+        value: its value at 0, shape ``(B, ...)``.
+        steps: two steps, the smaller one first.
+    """
+    step, longer = steps
+    up, down = function(step).double() - value.double(), value.double() - function(-step).double()
+    slope, coarse = 0.5 * (up + down) / step, 0.5 * (function(longer) - function(-longer)).double() / longer
+    rounding = 300.0 * torch.finfo(value.dtype).eps * _norm(value) / step
+    return slope, _SHARE * _norm(slope) + 3.0 * (_norm(up - down) / step + _norm(slope - coarse)) + rounding
+
+
+def _percent(change: Tensor, size: Tensor) -> str:
+    return f"{100.0 * float((change / size.clamp(min=1e-30)).max()):.2g} %"
+
+
+# --- the schedule and the transform ---------------------------------------------------------------------------------
+
+
+class _OtherStart(ValueError):
+    """F(x, 0) is not x."""
+
+
+def _of_schedule(model: NDM, t: Tensor) -> list[Exception]:
+    name, found = type(model.schedule).__name__, []
+    t = torch.cat([t, model.t_min + (1.0 - model.t_min) * t.new_tensor([0.2, 0.5, 0.8])])
+    for field in ("alpha", "sigma"):
+
+        def value(t: Tensor, field: str = field) -> Tensor:
+            return getattr(model.schedule(t), field)[:, None].float()  # learned schedules compute in float32
+
+        given = getattr(model.schedule(t), f"d{field}")
+        off = _wrong_rate(value, given[:, None], t)
+        if bool(off.any()):
+            found.append(
+                ValueError(
+                    f"the schedule {name} returns d{field} = {float(given[off][0]):.4g} at t={float(t[off][0]):.3g}, "
+                    f"which is not the time derivative of its {field}; return the derivative with respect to t in "
+                    "[0, 1]."
+                )
+            )
+    return list(found)
+
+
+def _of_transform(model: NDM, y: Tensor, t: Tensor, cond: Conditioning, *, promised: bool) -> list[Exception]:
+    transform, name = model.transform, type(model.transform).__name__
+    if isinstance(transform, Identity):
+        return []
+    try:
+        F, (F_again, dF) = transform(y, t, **cond), transform.with_derivative(y, t, **cond)
+        at_zero = transform(y, torch.zeros_like(t), **cond)
+    except Exception:
+        return []
+    for value, what in ((F, "F"), (F_again, "F with its derivative"), (dF, "the derivative of F")):
+        if value.shape != y.shape or value.dtype != y.dtype:
+            return [
+                ValueError(
+                    f"the transform {name} returned {what} of shape {tuple(value.shape)}, {value.dtype}, expected "
+                    f"{tuple(y.shape)}, {y.dtype}, those of x."
+                )
+            ]
+    if not bool(torch.isfinite(torch.stack([F, dF, at_zero])).all()):
+        return []
+    found: list[Exception] = []
+    if bool((_norm(F_again - F) > 1e-2 * _norm(F)).any()):
+        found.append(
+            ValueError(f"forward() and with_derivative() of the transform {name} disagree about F(x, t); mend one.")
+        )
+    elif bool(_wrong_rate(lambda time: transform(y, time, **cond), dF, t).any()):
+        found.append(
+            ValueError(
+                f"with_derivative() of the transform {name} returns another dF/dt than a finite difference of F; "
+                "leave the method out to have the derivative computed, or mend it (a network inside must not detach t)."
+            )
+        )
+    if promised and bool((_norm(at_zero - y) > 1e-3 * _norm(y)).any()):
+        found.append(
+            _OtherStart(
+                f"the transform {name} has F(x, 0) different from x ({_percent(_norm(at_zero - y), _norm(y))} apart), "
+                "so that loglik(x) would not be the density of x; write F(x, t) = x + t * (...), or subtract F(x, 0) "
+                "and add x."
+            )
+        )
+    return found
+
+
+def _wrong_rate(function: Callable[[Tensor], Tensor], rate: Tensor, t: Tensor) -> Tensor:
+    """Rows in which ``rate`` is not the time derivative of ``function``."""
+    slope, allowed = _slope(lambda step: function(t + step), function(t), _STEPS)
+    return _norm(rate - slope) > allowed
