@@ -152,8 +152,8 @@ def sample(
     device = checks.usable_device(device) if device is not None else model.device or torch.device("cpu")
     source = as_randomness(generator, n, device, "sample")
     plan = Plan(
-        model if guidance is None else guided(model, guidance), method, steps, nfe, grid, rtol, atol, stochasticity, denoise, differentiable, callback, trajectory,
-        trace, return_info,
+        model if guidance is None else guided(model, guidance), method, steps, nfe, grid, rtol, atol, stochasticity,
+        denoise, differentiable, callback, trajectory, trace, return_info,
     )  # fmt: skip
     plan.validate()
     batches = torch.arange(n).split(batch_size or max(n, 1))
