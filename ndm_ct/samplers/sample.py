@@ -34,7 +34,7 @@ from ndm_ct.likelihood.api import Trace
 from ndm_ct.likelihood.path import Differentiable
 from ndm_ct.model import NDM
 from ndm_ct.samplers.grids import Grid
-from ndm_ct.samplers.plan import METHODS, Method, Part, Plan, SampleInfo, Tick
+from ndm_ct.samplers.plan import METHODS, Draw, Method, Part, Plan, SampleInfo, Tick
 
 __all__ = ["METHODS", "SampleInfo", "sample"]
 
@@ -158,19 +158,20 @@ def sample(
     plan.validate()
     batches = torch.arange(n).split(batch_size or max(n, 1))
     given = plan.model.conditioning(cond, torch.empty(n, 0, dtype=dtype, device=device), sample)
+    draw = plan.drawer()
     start = torch.zeros((), dtype=dtype, device=device).expand(n, *model.event_shape)
     verify(model, start, given, plan.purpose, latent=True)
-    parts = _drawn(plan, batches, source, dtype, device, progress, given)
+    parts = _drawn(plan, draw, batches, source, dtype, device, progress, given)
     x = torch.cat([part.x for part in parts]).to(dtype)
     return (x, _joined([part.info for part in parts])) if return_info else x
 
 
 def _drawn(
-    plan: Plan, batches: Sequence[Tensor], generator: Randomness, dtype: torch.dtype, device: torch.device,
+    plan: Plan, draw: Draw, batches: Sequence[Tensor], generator: Randomness, dtype: torch.dtype, device: torch.device,
     progress: bool, cond: Conditioning,
 ) -> list[Part]:  # fmt: skip
     """Draw batch after batch."""
-    model, draw, parts = plan.model, plan.drawer(), list[Part]()
+    model, parts = plan.model, list[Part]()
     graph = torch.set_grad_enabled(bool(plan.differentiable))
     with model.evaluating(), graph, _bar(progress, draw.ticks * len(batches)) as tick:
         try:

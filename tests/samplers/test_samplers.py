@@ -823,6 +823,7 @@ def method_of(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluations_are_those_of_the_formula(name, schedule):
     model = small_model(schedule)
+    model.checks = False
     for steps in (1, 2, 3, 7):
         model.predictor.calls = 0
         _, info = ndm_ct.sample(model, 3, method=method_of(name), steps=steps, return_info=True)
@@ -960,6 +961,7 @@ def test_trajectory_is_what_single_steps_give(name):
 def test_denoise_ends_at_the_estimate_of_x(name, schedule):
     """The walk is the same but for its last step, which costs one evaluation, of any method."""
     model = small_model(schedule)
+    model.checks = False
     for steps in (1, 2, 3, 6):
         model.predictor.calls = 0
         options = {
