@@ -7,7 +7,8 @@ squared error, AdamW. The data are scikit-learn's digits with uniform noise in t
 .. code-block:: python
 
     model = ndm_ct.adapters.from_diffusers(unet, scheduler)
-    bits, info = ndm_ct.bits_per_dim(model, images, quantisation=17, return_info=True)
+    bins = Quantisation(17, edges=(-1.0, 1.0))  # as in training; centres=(-1, 1) for x / 8 - 1 without noise
+    bits, info = ndm_ct.bits_per_dim(model, images, quantisation=bins, return_info=True)
 
 gives an upper bound of the bits per dimension of every image, and the standard error of the estimate. The mean over
 test images has two standard errors: one because there are finitely many images, and a smaller one of the estimate; both
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     from diffusers import DDPMScheduler
 
-    (train_levels, test), bins = digits(), Quantisation(17)
+    (train_levels, test), bins = digits(), Quantisation(17, edges=(-1.0, 1.0))
     torch.manual_seed(0)
     net, scheduler = network(), DDPMScheduler(clip_sample=False)
     losses = train(net, scheduler, train_levels, bins, options.steps)
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     images = test[: options.rows]
     model = ndm_ct.adapters.from_diffusers(net, scheduler)
     bits, info = ndm_ct.bits_per_dim(
-        model, images, quantisation=17, generator=torch.Generator().manual_seed(2), return_info=True
+        model, images, quantisation=bins, generator=torch.Generator().manual_seed(2), return_info=True
     )
     elbo, elbo_error = bound(model, images, bins)
     over_rows = float(bits.std()) / len(bits) ** 0.5

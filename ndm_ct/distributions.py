@@ -107,7 +107,7 @@ class NDMDistribution(Distribution):
         """The same distribution over a larger batch shape."""
         shape = torch.Size(batch_shape)
         rows = {
-            name: value.expand(*shape, *value.shape[len(self.batch_shape) :]) if isinstance(value, Tensor) else value
+            name: value.expand(*shape, *value.shape[len(self.batch_shape) :]) if _has_rows(value) else value
             for name, value in self.cond.items()
         }
         return type(self)(self.model, shape, rows, self.options, self.generator)
@@ -116,7 +116,7 @@ class NDMDistribution(Distribution):
         """Conditioning with one row per event of a flattened batch."""
         wide = self.expand(batch).cond
         return {
-            name: value.reshape(-1, *value.shape[len(batch) :]) if isinstance(value, Tensor) else value
+            name: value.reshape(-1, *value.shape[len(batch) :]) if _has_rows(value) else value
             for name, value in wide.items()
         }
 
@@ -147,6 +147,11 @@ class NDMDistribution(Distribution):
         )
 
 
+def _has_rows(value: Any) -> bool:
+    """Whether it is a tensor with one entry per distribution of the batch; a number without axes is one for all."""
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
 def distribution(
     model: NDM,
     /,
@@ -170,7 +175,9 @@ def distribution(
         method: "ode" (None), where each row has steps of its own, or a torchdiffeq method such as "dopri5".
         generator: source of samples and probes: a seed, a generator, or one per row; None is torch's own.
         cond: conditioning. Tensors have a leading dimension, the batch shape: ``label=torch.tensor([3, 5])`` makes two
-            distributions, ``label=torch.tensor([3])`` a batch of one. Any name is possible that is not an option here.
+            distributions, ``label=torch.tensor([3])`` a batch of one. A tensor without axes, such as
+            ``torch.tensor(0.5)``, and any other value is shared by all. Any name is possible that is not an
+            option here.
 
     Raises:
         ValueError: conditioning tensors of different leading sizes, or the model has only a bound (``Encoder``).
@@ -187,7 +194,7 @@ def distribution(
         raise ValueError(
             f"{type(model.transform).__name__} is stochastic, so that log p(x) has only a bound; use ndm_ct.elbo."
         )
-    sizes = {name: value.shape[:1] for name, value in cond.items() if isinstance(value, Tensor) and value.ndim > 0}
+    sizes = {name: value.shape[:1] for name, value in cond.items() if _has_rows(value)}
     if len(set(sizes.values())) > 1:
         came = ", ".join(f"{name} {tuple(size)}" for name, size in sizes.items())
         raise ValueError(f"conditioning tensors must have one leading size, the batch shape, got {came}.")

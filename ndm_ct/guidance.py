@@ -97,7 +97,7 @@ def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> N
         t_min=model.t_min,
         checks=model.checks,
     )
-    result.has_custom_prior = model.has_custom_prior
+    result.has_custom_prior, result.adapted = model.has_custom_prior, model.adapted
     result.training = predictor.training = model.training
     return result
 

@@ -64,6 +64,9 @@ class NDM(PredictedProcess):
         torch.Size([3, 2])
     """
 
+    adapted = False
+    """Whether :mod:`ndm_ct.adapters` made it of a network trained elsewhere, with integer levels placed elsewhere."""
+
     def __init__(
         self,
         predictor: Callable[..., Any],

@@ -23,7 +23,7 @@ References:
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,40 +41,67 @@ _EARLIER_NAMES = {"truncated-normal": "process", "centres": "process"}
 
 _MOST_LEVELS = 2**32
 
+_AT_ONCE = 2**22
+"""Terms of the softmax over levels that are in memory at a time."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class Quantisation:
-    """The bins of integer data.
+    """The bins of integer data: how many levels there are, and where the network's inputs have them.
+
+    Give ``edges`` or ``centres``, not both. Bytes mapped by ``x / 127.5 - 1`` (``ToTensor`` and ``Normalize(.5, .5)``)
+    have ``centres=(-1, 1)``; mapped by ``x / 255`` (``ToTensor`` alone) they have ``centres=(0, 1)``. Without either
+    argument the bins fill (-1, 1), which is how :func:`ndm_ct.fit` places a number of levels.
 
     Args:
         levels: L >= 2, number of integer values.
-        range: (lo, hi), the interval the bins fill.
+        edges: (lo, hi), the lower edge of the first bin and the upper edge of the last.
+        centres: (lo, hi), the values of the first level and of the last.
 
     Example:
         >>> bins = Quantisation(levels=4)
         >>> bins.centres(torch.tensor([0, 3]), torch.float64)
         tensor([-0.7500,  0.7500], dtype=torch.float64)
+        >>> Quantisation(256, centres=(-1.0, 1.0)).centres(torch.tensor([0, 255]), torch.float32)
+        tensor([-1.,  1.])
     """
 
-    levels: int = 256
-    range: tuple[float, float] = (-1.0, 1.0)
+    levels: int
+    edges: tuple[float, float]
+    placed: bool = field(repr=False, compare=False)  # whether edges or centres were given
 
-    def __post_init__(self) -> None:
-        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 2 <= self.levels <= _MOST_LEVELS:
-            raise ValueError(f"levels must be an int of at least 2, and at most {_MOST_LEVELS}, got {self.levels!r}.")
-        interval = f"range must be an interval (lo, hi) with lo < hi, got {self.range!r}."
-        if not (isinstance(self.range, tuple | list) and len(self.range) == 2):
-            raise ValueError(interval)
-        low, high = self.range
-        for end in (low, high):
-            validate_number("range", end)
-        if not (low < high and math.isfinite(high - low)):
-            raise ValueError(interval)
+    def __init__(
+        self, levels: int = 256, *, edges: tuple[float, float] | None = None, centres: tuple[float, float] | None = None
+    ) -> None:
+        if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= _MOST_LEVELS:
+            raise ValueError(f"levels must be an int of at least 2, and at most {_MOST_LEVELS}, got {levels!r}.")
+        if edges is not None and centres is not None:
+            raise ValueError(f"edges={edges!r} and centres={centres!r} both say where the levels lie; give one.")
+        if centres is None:
+            low, high = _validated_interval("edges", (-1.0, 1.0) if edges is None else edges)
+        else:
+            low, high = _validated_interval("centres", centres)
+            half = 0.5 * (high - low) / (levels - 1)
+            low, high = low - half, high + half
+        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "edges", (low, high))
+        object.__setattr__(self, "placed", edges is not None or centres is not None)
+
+    def validate_placed(self, adapted: bool) -> None:
+        """Raises ValueError if nobody said where the levels of an adapted network lie."""
+        if adapted and not self.placed:
+            L = self.levels
+            raise ValueError(
+                f"the network comes from elsewhere (ndm_ct.adapters), so quantisation has to say where its {L} levels "
+                f"lie. Pass Quantisation({L}, centres=(-1, 1)) if it was trained on x / {(L - 1) / 2:g} - 1 (ToTensor "
+                f"and Normalize(.5, .5)), centres=(0, 1) for x / {L - 1} (ToTensor alone), and edges=(-1, 1) if the "
+                "bins filled (-1, 1)."
+            )
 
     @property
     def half_width(self) -> float:
         """h, half the width of a bin."""
-        return (self.range[1] - self.range[0]) / (2.0 * self.levels)
+        return (self.edges[1] - self.edges[0]) / (2.0 * self.levels)
 
     def validate(self, x: Any, name: str = "x") -> Tensor:
         """Check that ``x`` is an integer tensor with values in [0, levels).
@@ -105,12 +132,12 @@ class Quantisation:
 
     def centres(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Bin centres :math:`x_k` of integer ``x``, in ``dtype``."""
-        low, high = self.range
+        low, high = self.edges
         return low + (high - low) * (x.to(dtype) + 0.5) / self.levels
 
     def nearest(self, x: Tensor) -> Tensor:
         """Levels of real values, int64: the bin each lies in, the outermost ones for values beyond."""
-        return ((x.double() - self.range[0]) / (2.0 * self.half_width)).floor().clamp(0, self.levels - 1).long()
+        return ((x.double() - self.edges[0]) / (2.0 * self.half_width)).floor().clamp(0, self.levels - 1).long()
 
     def validate_centres(self, x: Tensor, name: str = "x") -> None:
         """Check that real ``x`` are bin centres, up to the rounding of their dtype.
@@ -119,22 +146,46 @@ class Quantisation:
             ValueError: values elsewhere, with their rows, or more levels than the dtype tells apart.
         """
         width = 2.0 * self.half_width
-        slack = 1e-3 + 2.0 * torch.finfo(x.dtype).eps * max(map(abs, self.range)) / width
+        slack = 1e-3 + 2.0 * torch.finfo(x.dtype).eps * max(map(abs, self.edges)) / width
         if slack > 0.1:
             raise ValueError(f"{name} in {x.dtype} cannot tell {self.levels} levels apart; use torch.float64.")
-        level = (x.double() - self.range[0]) / width - 0.5
+        level = (x.double() - self.edges[0]) / width - 0.5
         away = (level - level.round()).abs() > slack
         away |= (level.round() < 0) | (level.round() >= self.levels)
         if bool(away.any()):
             rows = torch.nonzero(away.reshape(x.shape[0], -1).any(1)).flatten().tolist()
             raise ValueError(
-                f"{name} is not at the bin centres of {self.levels} levels on {self.range} in rows {some(rows)}; a "
-                "log-probability belongs to levels: pass quantisation.centres(levels), or leave quantisation out."
+                f"{name} is not at the bin centres of {self.levels} levels with edges {self.edges} in rows "
+                f"{some(rows)} (values from {float(x.min()):.4g} to {float(x.max()):.4g}). A log-probability belongs "
+                "to levels: pass quantisation.centres(levels); or say where they lie, for example Quantisation("
+                f"{self.levels}, centres=(-1, 1)) for x / {(self.levels - 1) / 2:g} - 1; or leave quantisation out."
             )
 
-    def values(self, like: Tensor) -> Tensor:
-        """All bin centres, shape ``(levels,)``, dtype and device of ``like``."""
-        return self.centres(torch.arange(self.levels, device=like.device), like.dtype)
+    def decoder_log_prob(self, z: Tensor, x: Tensor, gamma: Tensor) -> Tensor:
+        r"""Log-probability of levels under the softmax of :math:`-\tfrac12 e^{-\gamma} (z - x_k)^2`, nats, ``(B,)``.
+
+        Levels farther from z than ten times :math:`e^{\gamma/2}` are left out: they are below the rounding. The others
+        are summed a bounded number at a time.
+
+        Args:
+            z: :math:`z_0/\alpha_0`, shape ``(B, *E)``.
+            x: the values of the levels, bin centres, shape ``(B, *E)``.
+            gamma: broadcasts to z.
+        """
+        precision = torch.exp(-gamma).expand_as(z)
+        noise = float(torch.exp(0.5 * gamma.detach()).max()) if gamma.numel() else 0.0
+        reach = math.ceil(min(10.0 * noise / (2.0 * self.half_width), float(self.levels))) + 1
+        count = min(2 * reach + 1, self.levels)
+        steps = torch.arange(count, device=z.device)
+
+        def log_sum(z: Tensor, precision: Tensor) -> Tensor:
+            first = (self.nearest(z) - reach).clamp(0, self.levels - count)
+            values = self.centres(first[:, None] + steps, z.dtype)
+            return torch.logsumexp(-0.5 * (z[:, None] - values) ** 2 * precision[:, None], 1)
+
+        parts = (part.flatten().split(max(1, _AT_ONCE // count)) for part in (z, precision))
+        total = torch.cat([log_sum(*part) for part in zip(*parts, strict=True)]).reshape(z.shape)
+        return sum_event(-0.5 * (z - x) ** 2 * precision - total)
 
     def uniform(self, x: Tensor, dtype: torch.dtype, generator: GeneratorLike) -> Tensor:
         """Bin centres plus noise uniform in the bin."""
@@ -179,8 +230,20 @@ class Quantisation:
         return -sum_event(0.5 * eps**2 + math.log(sigma * mass * math.sqrt(2.0 * math.pi)))
 
 
+def _validated_interval(name: str, interval: Any) -> tuple[float, float]:
+    message = f"{name} must be an interval (lo, hi) with lo < hi, got {interval!r}."
+    if not (isinstance(interval, tuple | list) and len(interval) == 2):
+        raise ValueError(message)
+    low, high = interval
+    for end in (low, high):
+        validate_number(name, end)
+    if not (low < high and math.isfinite(high - low)):
+        raise ValueError(message)
+    return float(low), float(high)
+
+
 def resolve_quantisation(quantisation: Any) -> Quantisation:
-    """The bins that a ``quantisation=`` option means: an object, or a number of levels on (-1, 1).
+    """The bins that a ``quantisation=`` option means: an object, or a number of levels whose bins fill (-1, 1).
 
     Raises:
         TypeError: neither an int nor a :class:`Quantisation`.
@@ -205,6 +268,11 @@ def resolve_optional(quantisation: Any) -> Quantisation | None:
 
 
 def rename_earlier(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings from a file, where ``dequantisation`` may have an earlier name, under the names of today."""
-    name = settings.get("dequantisation")
-    return {**settings, "dequantisation": _EARLIER_NAMES.get(name, name)} if isinstance(name, str) else dict(settings)
+    """Settings from a file under the names of today: earlier ones of ``dequantisation`` and of the bins' edges."""
+    name, bins = settings.get("dequantisation"), settings.get("quantisation")
+    renamed = dict(settings)
+    if isinstance(name, str):
+        renamed["dequantisation"] = _EARLIER_NAMES.get(name, name)
+    if isinstance(bins, Mapping):
+        renamed["quantisation"] = {"edges" if key == "range" else key: value for key, value in bins.items()}
+    return renamed

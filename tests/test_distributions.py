@@ -156,3 +156,16 @@ def test_mistakes_are_named(exact, shifted):
     encoder = Encoder(ndm_ct.nn.GaussianEncoder((3,), (2,)), ndm_ct.nn.GaussianDecoder((2,), (3,)), (3,))
     with pytest.raises(ValueError, match="Encoder is stochastic"):
         ndm_ct.distribution(ndm_ct.NDM(ndm_ct.nn.MLP(2), (2,), transform=encoder))
+
+
+def test_conditioning_without_axes_is_shared_by_all():
+    model = ndm_ct.NDM(lambda z, t, scale: 0.5 * scale * z, (2,), schedule=schedules.LinearLogSNR(-4.0, 4.0))
+    shared = ndm_ct.distribution(model, scale=torch.tensor(0.5))
+    assert shared.batch_shape == ()
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    expected = ndm_ct.loglik(model, x, scale=torch.tensor(0.5))
+    for each in (shared, shared.expand((5,))):
+        torch.testing.assert_close(each.log_prob(x), expected)
+    torch.testing.assert_close(shared.expand((3, 1)).log_prob(x), expected.expand(3, 5))
+    assert shared.sample((4,)).shape == (4, 2)
+    assert shared.expand((3,)).rsample_and_log_prob((2,))[1].shape == (2, 3)

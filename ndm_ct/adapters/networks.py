@@ -26,13 +26,57 @@ from typing import Any
 from torch import Tensor
 
 from ndm_ct._core.checks import validate_count, validate_positive
+from ndm_ct._core.errors import PredictorError
 from ndm_ct.model import NDM
 from ndm_ct.nn import FromDenoiser, FromScore, FromVelocity
 from ndm_ct.nn.heads import Wrapper
 from ndm_ct.schedules.base import Schedule
-from ndm_ct.schedules.fixed import Rectified, Tabulated, VarianceExploding
+from ndm_ct.schedules.fixed import Rectified, Tabulated, VarianceExploding, as_table
 
-__all__ = ["FlowTime", "OnTable", "from_denoiser", "from_eps", "from_score", "from_v", "from_velocity"]
+__all__ = [
+    "FlowTime", "OnTable", "adapted", "from_denoiser", "from_eps", "from_score", "from_v", "from_velocity",
+    "tabulated",
+]  # fmt: skip
+
+LEAST_ALPHA_SQUARED = 2.0**-24
+"""In place of the zero at the end of a table rescaled to zero terminal SNR, as diffusers' own Euler scheduler has it;
+or half of the entry before, where that is less."""
+
+
+def adapted(predictor: Callable[..., Any], event_shape: Sequence[int], **options: Any) -> NDM:
+    """An :class:`~ndm_ct.NDM` that is marked as adapted: nobody has said yet where integer levels lie in its data.
+
+    Args:
+        predictor: the predictor.
+        event_shape: E.
+        options: further arguments of :class:`~ndm_ct.NDM`.
+    """
+    model = NDM(predictor, event_shape, **options)
+    model.adapted = True
+    return model
+
+
+def tabulated(alphas_cumprod: Sequence[float] | Tensor) -> Tabulated:
+    r"""The schedule of a table :math:`\alpha_k^2`, zero terminal SNR made positive.
+
+    Args:
+        alphas_cumprod: the table. A last entry of zero, or diffusers' stand-in for it that may exceed the entry before,
+            becomes a small number below that one.
+
+    Raises:
+        ValueError: the table does not decrease, leaves (0, 1), or ends with more data than noise.
+    """
+    table = as_table(alphas_cumprod).clone()
+    if len(table) > 1:
+        before, last = table[-2:].tolist()
+        if 0.0 <= last < 1e-12 or before <= last <= LEAST_ALPHA_SQUARED:
+            table[-1] = min(LEAST_ALPHA_SQUARED, 0.5 * before)
+        if last > 0.5:
+            raise ValueError(
+                f"alphas_cumprod ends at alpha^2 = {last:.4g}, more data than noise. If these are the alphas "
+                "(1 - beta) of single steps, pass their cumulative product, torch.cumprod(alphas, 0)."
+            )
+    return Tabulated(table)
 
 
 class OnTable(Wrapper):
@@ -41,8 +85,11 @@ class OnTable(Wrapper):
     Args:
         net: ``net(z, k, **cond)``, k of shape ``(B,)``.
         entries: K.
-        nearest: give it the nearest index, an integer; a network of sinusoidal features needs no such thing, one with a
-            learned vector for every index does, and is then constant in between.
+        nearest: round the index to an integer. A network that looks up a learned vector for every index needs this, and
+            is then constant between indices. A network of sinusoidal features does not.
+
+    Raises:
+        PredictorError: when it is called without ``nearest`` and the network looks up its index.
     """
 
     def __init__(self, net: Callable[..., Any], entries: int, nearest: bool = False) -> None:
@@ -52,7 +99,17 @@ class OnTable(Wrapper):
     def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         """The network's output at state z ``(B, *E)`` and time t ``(B,)``."""
         k = (self.entries - 1) * t
-        return self.net(z, k.round().long() if self.nearest else k, **cond)
+        if self.nearest:
+            return self.net(z, k.round().long(), **cond)
+        try:
+            return self.net(z, k, **cond)
+        except RuntimeError as error:
+            if "indices" not in str(error):
+                raise
+            raise PredictorError(
+                f"the network does not take real times ({error}). If it looks up a vector for every index, pass "
+                "nearest=True."
+            ) from error
 
 
 class FlowTime(Wrapper):
@@ -98,7 +155,7 @@ def from_denoiser(
         >>> ndm_ct.loglik(model, torch.zeros(1, 2)).item()  # - log 2 pi
         -1.83...
     """
-    return NDM(FromDenoiser(net), event_shape, schedule=VarianceExploding(sigma_min, sigma_max))
+    return adapted(FromDenoiser(net), event_shape, schedule=VarianceExploding(sigma_min, sigma_max))
 
 
 def from_eps(
@@ -114,10 +171,10 @@ def from_eps(
         net: ``net(z, k, **cond)`` to :math:`\hat\epsilon`, ``(B, *E)``; k ``(B,)`` is the index, 0 the least noise.
         event_shape: E.
         alphas_cumprod: :math:`\alpha_k^2`, K decreasing values in (0, 1).
-        nearest: whether the network knows integers only, see :class:`OnTable`.
+        nearest: round k to integers, for a network that looks up a vector for every index, see :class:`OnTable`.
 
     Raises:
-        ValueError: the table does not decrease, or leaves (0, 1).
+        ValueError: the table does not decrease, leaves (0, 1), or ends with more data than noise.
     """
     return _on_table(net, event_shape, alphas_cumprod, nearest, "eps")
 
@@ -129,16 +186,26 @@ def from_v(
     alphas_cumprod: Sequence[float] | Tensor,
     nearest: bool = False,
 ) -> NDM:
-    r"""A network that predicts :math:`v = \alpha\epsilon - \sigma x`; arguments and errors as of :func:`from_eps`."""
+    r"""A network that predicts :math:`v = \alpha\epsilon - \sigma x`, trained in discrete time.
+
+    Args:
+        net: ``net(z, k, **cond)`` to :math:`\hat v`, ``(B, *E)``; k ``(B,)`` is the index, 0 the least noise.
+        event_shape: E.
+        alphas_cumprod: :math:`\alpha_k^2`, K decreasing values in (0, 1); the last may be zero (zero terminal SNR).
+        nearest: round k to integers, for a network that looks up a vector for every index, see :class:`OnTable`.
+
+    Raises:
+        ValueError: the table does not decrease, leaves (0, 1), or ends with more data than noise.
+    """
     return _on_table(net, event_shape, alphas_cumprod, nearest, "v")
 
 
 def _on_table(
     net: Callable[..., Any], event_shape: Sequence[int], table: Sequence[float] | Tensor, nearest: bool, prediction: str
 ) -> NDM:
-    schedule = Tabulated(table)
+    schedule = tabulated(table)
     predictor = OnTable(net, len(schedule.alphas_cumprod), nearest)
-    return NDM(predictor, event_shape, schedule=schedule, prediction=prediction)
+    return adapted(predictor, event_shape, schedule=schedule, prediction=prediction)
 
 
 def from_velocity(
@@ -178,7 +245,7 @@ def from_velocity(
         -1.83...
     """
     predictor = FromVelocity(FlowTime(net, data_at, time_scale, time_first))
-    return NDM(predictor, event_shape, schedule=Rectified() if schedule is None else schedule, t_min=t_min)
+    return adapted(predictor, event_shape, schedule=Rectified() if schedule is None else schedule, t_min=t_min)
 
 
 def from_score(
@@ -195,4 +262,4 @@ def from_score(
     Raises:
         ValueError: :math:`\alpha_1 = 0`, where no score says anything about x.
     """
-    return NDM(FromScore(net), event_shape, schedule=schedule, t_min=t_min)
+    return adapted(FromScore(net), event_shape, schedule=schedule, t_min=t_min)

@@ -42,6 +42,8 @@ class Bins:
             )
         self.model, self.dequantisation = model, dequantisation
         self.quantisation = resolve_optional(quantisation)
+        if self.quantisation is not None:
+            self.quantisation.validate_placed(model.adapted)
         self.dtype = model.dtype or torch.get_default_dtype()
         self.size = event_size(model.data_shape)
 

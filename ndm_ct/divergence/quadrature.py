@@ -51,6 +51,9 @@ _SHARE = 0.7
 """Fraction of the estimated missing sweeps to add per round, because early variance estimates are rough and already
 include a safety margin."""
 
+_EVENT = 256
+"""Size of the largest events that ``max_batch`` rows of a call may have."""
+
 _PER_ROUND = 32
 """Most sweeps added to a row per round; bounds the memory for their nodes."""
 
@@ -73,7 +76,8 @@ class Quadrature(TraceEstimator):
         probes: K >= 1, per node. More probes lower the variance of a sweep and cost one product each.
         sweeps: R >= 1. The standard error falls as :math:`1/\sqrt R`, the cost grows as R. With fewer than four sweeps
             the standard error is unknown.
-        max_batch: most rows of one network call. A smaller number needs less memory.
+        max_batch: most rows of one network call; for events of more than 256 numbers fewer, so that a call takes at
+            most 256 ``max_batch`` numbers. A smaller one needs less memory.
 
     Example:
         >>> import ndm_ct
@@ -251,9 +255,10 @@ class Sweeps:
             path: gives the field.
         """
         node, row = torch.nonzero(self.used, as_tuple=True)
+        size = max(1, self.estimator.max_batch * _EVENT // max(_EVENT, event_size(self.event_shape)))
         pieces = [
             self._forms(states, n, r, path)
-            for n, r in zip(node.split(self.estimator.max_batch), row.split(self.estimator.max_batch), strict=True)
+            for n, r in zip(node.split(size), row.split(size), strict=True)
             if len(n) > 0
         ]
         forms = torch.cat(pieces) if pieces else self.weights.new_zeros(0)

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -377,7 +377,7 @@ class Run:
         return (
             {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
             | {
-                "quantisation": None if bins is None else asdict(bins),
+                "quantisation": None if bins is None else {"levels": bins.levels, "edges": bins.edges},
                 "trace": repr(trace) if is_dataclass(trace) else type(trace).__qualname__,
                 "device": self.device.type,
                 "data": self.source.fingerprint(),
@@ -407,6 +407,8 @@ def _validate_models(models: Mapping[str, NDM], settings: Settings) -> None:
     for name, model in models.items():
         if not isinstance(model, NDM):
             raise TypeError(f"{name} must be an ndm_ct.NDM, got {type(model).__name__}.")
+        if settings.quantisation is not None:
+            settings.quantisation.validate_placed(model.adapted)
     for attribute in ("data_shape", "dtype", "device"):
         values = [getattr(model, attribute) for model in models.values()]
         if attribute == "dtype" and settings.quantisation is not None:

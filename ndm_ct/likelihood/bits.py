@@ -95,10 +95,12 @@ def bits_per_dim(
     r"""Bits per dimension of integer data, an upper bound in expectation.
 
     Args:
-        model: a model of the levels mapped to the range of ``quantisation``.
+        model: a model whose inputs have the levels where ``quantisation`` says.
         x: integers from 0 to the number of levels less one, shape ``(B, *E)``.
-        quantisation: the number of levels L, whose bins fill (-1, 1), or ``Quantisation(L, range=(lo, hi))`` for levels
-            that were mapped to another interval.
+        quantisation: the number of levels L, whose bins fill (-1, 1), as :func:`ndm_ct.fit` places them; or
+            ``Quantisation(L, centres=(lo, hi))`` with the values of the first level and the last, (-1, 1) for
+            ``x / 127.5 - 1`` and (0, 1) for ``x / 255``; or ``Quantisation(L, edges=(lo, hi))``. A network of
+            :mod:`ndm_ct.adapters` needs one of the last two.
         bound: "ode", the probability-flow likelihood of dequantised data, or "elbo".
         dequantisation: noise in the bins, for "ode". "uniform" is for models trained with uniform noise in the bins,
             "process" for models trained on the bin centres, with :math:`\sigma_0/\alpha_0` about a third of a bin's
@@ -131,6 +133,7 @@ def bits_per_dim(
         torch.Size([1])
     """
     bins = resolve_quantisation(quantisation)
+    bins.validate_placed(model.adapted)
     bins.validate(x)
     generator = as_randomness(generator, len(x), x.device, "bits_per_dim")
     choose("bound", bound, ("ode", "elbo"))

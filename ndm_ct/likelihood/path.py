@@ -95,7 +95,7 @@ class Problem:
 
     def coarser(self) -> "Problem":
         """The same path with ten times the tolerances."""
-        return replace(self, rtol=10.0 * self.rtol, atol=10.0 * self.atol)
+        return replace(self, rtol=10.0 * self.rtol, atol=10.0 * self.atol, callback=None)
 
     def coordinate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Times t, and dt/du, of places u in [0, 1]."""

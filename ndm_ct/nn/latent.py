@@ -86,10 +86,13 @@ class GaussianDecoder(nn.Module, Configurable):
 
 
 class FromZuko(nn.Module):
-    """A flow of zuko for :class:`~ndm_ct.transforms.Flow`; its base distribution is not used.
+    """A flow of zuko for :class:`~ndm_ct.transforms.Flow`; the diffusion model takes the place of its base, N(0, I).
 
     Args:
         flow: for example ``zuko.flows.NSF(features=5)``, over events of shape ``(features,)``.
+
+    Raises:
+        ValueError: when it is called and the flow's base is another distribution than N(0, I).
     """
 
     def __init__(self, flow: nn.Module) -> None:
@@ -106,4 +109,12 @@ class FromZuko(nn.Module):
         return self._transform(context).inv(y)
 
     def _transform(self, context: Tensor | None) -> Any:
-        return self.flow(context).transform
+        flow = self.flow(context)
+        base = getattr(flow.base, "base_dist", flow.base)
+        if not (isinstance(base, Normal) and bool((base.loc == 0.0).all() and (base.scale == 1.0).all())):
+            raise ValueError(
+                f"the flow's base is {flow.base}, but the diffusion model stands for N(0, I) in its place, so the "
+                "density would be another one. Append a transform from this base to N(0, I) to the flow's transforms, "
+                "and give it the base zuko.distributions.DiagNormal(zeros, ones)."
+            )
+        return flow.transform

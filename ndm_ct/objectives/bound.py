@@ -37,6 +37,7 @@ from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_
 from ndm_ct.model import NDM
 from ndm_ct.objectives.terms import diffusion, diffusion_along, predict, reconstruct, times, transition_along
 from ndm_ct.objectives.time_samplers import TimeSampler, low_discrepancy
+from ndm_ct.prior import NormalKL
 from ndm_ct.quantisation import Quantisation, resolve_optional
 from ndm_ct.transforms import Identity, Path
 
@@ -48,10 +49,11 @@ class ElboInfo:
     """The terms of minus the ELBO, nats, each ``(B,)``; they add up to minus the bound.
 
     Args:
-        prior: KL(q(z_1|x) || p(z_1)).
+        prior: KL(q(z_1|x) || p(z_1)); an estimate, one draw of z_1 per sample, for a prior without that closed form.
         diffusion: estimate of L_diff.
         reconstruction: E[-log p(x|z_0)]; behind a Flow or Encoder less the log-weight of its latents.
-        stderr: standard error of the bound from the random times and noise; NaN for one sample.
+        stderr: standard error of the bound from everything random in it (times, noise, draws of z_1 and of latents);
+            NaN for one sample.
         nfe: network evaluations of each row.
     """
 
@@ -95,8 +97,8 @@ def elbo(
         model: the model.
         x: data, shape ``(B, *E)``.
         samples: pairs (t, eps) per row, stratified in time; two and more give a standard error.
-        quantisation: the bins, or their number on (-1, 1), if x are the centres of integer levels; the bound is then on
-            the log-probability.
+        quantisation: for x at the centres of integer levels, whose log-probability the bound is then on: their number,
+            if their bins fill (-1, 1), or a :class:`~ndm_ct.quantisation.Quantisation` that says where they lie.
         generator: source of times and noise; or a sequence of one per row, whose bound is then its own in any batch.
         return_info: also return an :class:`ElboInfo`.
         cond: conditioning.
@@ -181,6 +183,7 @@ def _bound(
             if fresh:
                 y, weight = model.to_latent(x, generator=generator, **cond)
                 path = model.transform.along(y, **cond)
+            if fresh or not isinstance(model.prior, NormalKL):  # a prior that is sampled scatters too
                 prior = model.prior_divergence(path, y, generator)
             if fresh or quantisation is not None:
                 reconstruction = reconstruct(model, path, y, quantisation, generator)
@@ -237,8 +240,8 @@ def loss(
         regressions: weights :math:`\omega_1, \omega_2` of the two regressions, for prediction "moments" only. With
             weight 0 nothing ties the probability flow to the model whose bound is optimised. With weight 1 the
             regressions compete with the bound.
-        quantisation: the bins, or their number on (-1, 1), if x are the centres of integer levels; the last term is
-            then that of the levels, from one sample of z_0.
+        quantisation: for x at the centres of integer levels, as in :func:`elbo`; the last term is then that of the
+            levels, from one sample of z_0.
         generator: source of times and noise.
         cond: conditioning.
 
@@ -347,6 +350,7 @@ def _validate(
 ) -> Conditioning:
     given = model.validate(x, cond, caller)
     if quantisation is not None:
+        quantisation.validate_placed(model.adapted)
         quantisation.validate_centres(x)
         if model.transform.latent:
             raise ValueError(

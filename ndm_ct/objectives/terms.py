@@ -135,11 +135,7 @@ def reconstruct(model: NDM, path: Path, x: Tensor, quantisation: Quantisation | 
         # z_0/alpha_0 = F + e^{gamma_0/2} eps, so the expectation of the square is known.
         return 0.5 * sum_event((F - x) ** 2 * torch.exp(-gamma) + 1.0 + math.log(2.0 * math.pi) + gamma)
     eps = normal_like(x, generator)
-    decoded = F + torch.exp(0.5 * gamma) * eps
-    values = quantisation.values(x)
-    logits = -0.5 * (decoded[..., None] - values) ** 2 * torch.exp(-gamma)[..., None]
-    own = -0.5 * (decoded - x) ** 2 * torch.exp(-gamma)
-    return sum_event(torch.logsumexp(logits, -1) - own)
+    return -quantisation.decoder_log_prob(F + torch.exp(0.5 * gamma) * eps, x, gamma)
 
 
 def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:

@@ -64,6 +64,8 @@ class SampleInfo:
             the others, which do not follow the flow exactly (``loglik`` scores their samples), with ``denoise`` and
             for models with an Encoder.
         stderr: its standard error, ``(n,)``.
+        ode_error: estimate of the size of the solver's error of ``logp``, nats, ``(n,)``, as in
+            :class:`~ndm_ct.LikelihoodInfo`; NaN for the torchdiffeq methods.
         times: the grid, ``(N + 1,)``; None for adaptive methods.
         trajectory: with ``trajectory=True`` the states at these times, ``(N + 1, n, *E)``; the last is the sample, also
             with ``denoise``, or its latents.
@@ -75,6 +77,7 @@ class SampleInfo:
     z: Tensor
     logp: Tensor | None = None
     stderr: Tensor | None = None
+    ode_error: Tensor | None = None
     times: Tensor | None = None
     trajectory: Tensor | None = None
 
@@ -247,14 +250,14 @@ class AdaptiveFlow(Draw):
         plan, model = self.plan, self.plan.model
         problem = Problem(
             model, z1, (1.0, model.t_min), self.rtol, self.atol, str(plan.method), "raise", plan.differentiable,
-            cond, _percent(tick, self.ticks, model.t_min),
+            cond, _percent(tick, self.ticks, model.t_min), error_wanted=True,
         )  # fmt: skip
         if plan.denoise or not plan.return_info:
             return _ended(model, problem.transport(), z1, plan.denoise, cond)
         estimator = resolve("auto" if plan.trace is None else plan.trace, model.event_shape)
         info = measure(problem, estimator, generator)
         nfe = evaluations_per_call(model.predictor) * info.nfe
-        return Part(info.z, SampleInfo(nfe, info.accepted, info.rejected, z1, info.loglik, info.stderr))
+        return Part(info.z, SampleInfo(nfe, info.accepted, info.rejected, z1, info.loglik, info.stderr, info.ode_error))
 
 
 @dataclass(frozen=True)

@@ -199,10 +199,12 @@ def _as_data(model: NDM, part: Part, cond: Conditioning) -> Part:
     if not model.transform.latent:
         return part
     x, logp = model.transform.from_latent(part.x.to(part.info.z.dtype), **cond), part.info.logp
-    if logp is not None:
-        weight = model.transform.to_latent(x, **cond)[1] if model.transform.bijective else None
-        logp = None if weight is None else logp + weight
-    return Part(x, replace(part.info, logp=logp, stderr=None if logp is None else part.info.stderr))
+    if logp is None:
+        return Part(x, part.info)
+    weight = model.transform.to_latent(x, **cond)[1] if model.transform.bijective else None
+    if weight is None:
+        return Part(x, replace(part.info, logp=None, stderr=None, ode_error=None))
+    return Part(x, replace(part.info, logp=logp + weight))
 
 
 def _joined(parts: list[SampleInfo]) -> SampleInfo:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ndm_ct._core.checks import validate_count, validate_number
+from ndm_ct._core.checks import some, validate_count, validate_number
 from ndm_ct.schedules.base import Coefficients, Schedule
 
 __all__ = [
@@ -255,14 +255,18 @@ class Tabulated(Schedule):
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
         super().__init__()
-        try:
-            table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").flatten()
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TypeError(f"alphas_cumprod must be a sequence of numbers or a tensor ({error}).") from error
+        table = as_table(alphas_cumprod)
         if table.numel() < 2:
             raise ValueError(f"alphas_cumprod needs at least 2 entries, got {table.numel()}.")
-        if not bool(((table > 0) & (table < 1)).all() and (table.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must lie strictly between 0 and 1 and decrease strictly, noise growing.")
+        wrong = torch.nonzero(~((table > 0) & (table < 1) & torch.cat([table[:1] > 0, table.diff() < 0])))
+        if len(wrong) > 0:
+            k = int(wrong[0])
+            near = ", ".join(f"{value:.6g}" for value in table[max(0, k - 1) : k + 2].tolist())
+            raise ValueError(
+                "alphas_cumprod must lie strictly between 0 and 1 and decrease strictly, noise growing; entries "
+                f"{some(wrong.flatten().tolist())} do not ({near} around entry {k}). "
+                "A table rounded to few digits has equal entries: pass it in float64."
+            )
         self.alphas_cumprod = tuple(table.tolist())
         # Plain attributes, not buffers: .half() or .float() on the model must not round the table.
         self._gamma = torch.log1p(-table) - table.log()
@@ -279,6 +283,18 @@ class Tabulated(Schedule):
         c2, c3 = 3.0 * (y1 - y0) - 2.0 * d0 - d1, d0 + d1 - 2.0 * (y1 - y0)
         gamma = y0 + u * (d0 + u * (c2 + u * c3))
         return _variance_preserving(gamma, (d0 + u * (2.0 * c2 + 3.0 * u * c3)) * intervals)
+
+
+def as_table(alphas_cumprod: Sequence[float] | Tensor) -> Tensor:
+    """The entries of a table, float64, on the CPU.
+
+    Raises:
+        TypeError: neither a sequence of numbers nor a tensor.
+    """
+    try:
+        return torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach().flatten()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"alphas_cumprod must be a sequence of numbers or a tensor ({error}).") from error
 
 
 def _monotone_slopes(y: Tensor) -> Tensor:

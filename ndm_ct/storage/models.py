@@ -163,11 +163,15 @@ def describe(model: NDM) -> dict[str, Any]:
             parts[name] = to_config(part)
         except Unconfigurable:
             parts[name] = EXTERNAL
-    return parts | {
-        "event_shape": list(model.event_shape),
-        "prediction": model.prediction,
-        "t_min": model.t_min,
-    }
+    return (
+        parts
+        | {
+            "event_shape": list(model.event_shape),
+            "prediction": model.prediction,
+            "t_min": model.t_min,
+        }
+        | ({"adapted": True} if model.adapted else {})
+    )
 
 
 def own_classes(model: NDM) -> dict[str, str]:
@@ -218,6 +222,7 @@ def _rebuild(config: Any, tensors: dict[str, Tensor], predictor: Any, transform:
             prediction=config["prediction"],
             t_min=config["t_min"],
         )
+    model.adapted = config.get("adapted", False) is True
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)

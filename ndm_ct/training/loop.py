@@ -189,7 +189,7 @@ class Training:
         return asdict(self.settings) | {
             "objective": None if objective is None else _described(objective),
             "data": data.fingerprint(),
-            "quantisation": None if bins is None else [bins.levels, *bins.range],
+            "quantisation": None if bins is None else [bins.levels, *bins.edges],
             "dequantisation": self.bins.dequantisation,
             "model": describe(model),
             "classes": own_classes(model),

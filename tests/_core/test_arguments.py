@@ -98,7 +98,7 @@ CALLS = {
         ),
         ("weights", "means", "covs"),
     ),
-    "Quantisation": (Quantisation, ("levels", "range")),
+    "Quantisation": (Quantisation, ("levels", "edges", "centres")),
     "NDM": (
         lambda **k: NDM(**({"predictor": lambda z, t: z, "event_shape": (2,)} | k)),
         ("predictor", "event_shape", "transform", "schedule", "volatility", "prediction", "t_min"),

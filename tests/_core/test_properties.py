@@ -504,7 +504,7 @@ def adapters_of_exact_networks_are_exact(kind, case, width):
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def levels_come_back_from_their_bins(levels, low, width, seed, dtype):
-    bins = Quantisation(levels, (low, low + width))
+    bins = Quantisation(levels, edges=(low, low + width))
     generator = torch.Generator().manual_seed(seed)
     k = torch.randint(0, levels, (6, 2), generator=generator)
     if dtype == torch.float64:

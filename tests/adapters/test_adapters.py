@@ -9,6 +9,7 @@ from oracles import ddpm_table, rotated_covariance
 
 import ndm_ct
 from ndm_ct import adapters, schedules
+from ndm_ct.adapters.diffusers import _flow_clock
 from ndm_ct.reference import Gaussian, GaussianMixture
 from ndm_ct.samplers.base import walk
 from ndm_ct.samplers.frozen import DDIM
@@ -441,3 +442,148 @@ class TestDiffusers:
             adapters.from_diffusers(unet, scheduler)
         with pytest.raises(ValueError, match=r"pass event_shape=\(C, H, W\)"):
             adapters.from_diffusers(torch.nn.Identity(), diffusers.DDPMScheduler())
+
+    @pytest.mark.parametrize("name", ["inverted", "zero terminal SNR", "continuous"])
+    def test_schedulers_with_other_clocks(self, diffusers, name):
+        """An exact network of pixels of N(0, 0.25), by what the scheduler itself takes an output at a timestep for.
+
+        The scheduler's samples show that the network is exact, and the density that it is read as the same one.
+        """
+        scheduler, network = CLOCKS[name](diffusers)
+        scheduler.set_timesteps(300)
+        model = adapters.from_diffusers(network, scheduler, (1, 2, 2))
+        z = torch.randn(2000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        z = z if name == "inverted" else z * scheduler.sigmas[0]
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
+            z = scheduler.step(network(scaled, t.expand(len(z))).sample, t, z).prev_sample
+        assert float(z.std()) == pytest.approx(0.5, abs=0.015)
+        x = 0.5 * torch.randn(5, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        start = model.schedule(torch.tensor(model.t_min, dtype=torch.float64))
+        exact = torch.distributions.Normal(0.0, (0.25 * start.alpha**2 + start.sigma**2).sqrt())
+        torch.testing.assert_close(ndm_ct.loglik(model, x), exact.log_prob(x).sum((1, 2, 3)), rtol=0.0, atol=5e-3)
+        drawn = ndm_ct.sample(model, 1000, generator=torch.Generator().manual_seed(1))
+        assert float(drawn.std()) == pytest.approx(0.5, abs=0.02)
+
+    def test_flow_networks_get_time_in_their_own_unit(self, diffusers):
+        """AuraFlow's pipeline divides the scheduler's timestep by 1000; a network of an unknown unit is refused."""
+        torch.manual_seed(0)
+        net = diffusers.AuraFlowTransformer2DModel(
+            sample_size=4, patch_size=2, in_channels=2, num_mmdit_layers=1, num_single_dit_layers=1,
+            attention_head_dim=4, num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=8,
+            out_channels=2, pos_embed_max_size=4,
+        ).eval()  # fmt: skip
+        z, context = torch.randn(2, 2, 4, 4), torch.randn(2, 3, 8)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        model = adapters.from_diffusers(net, scheduler)
+        with torch.no_grad():
+            expected = net(z, timestep=torch.full((2,), 0.3), encoder_hidden_states=context).sample
+            found = model.velocity(z, 0.3, encoder_hidden_states=context)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        clocks = {"Lumina2Transformer2DModel": (1, 1.0), "UNet2DModel": (0, 1000.0), "FluxTransformer2DModel": (0, 1.0)}
+        for name, clock in clocks.items():
+            assert _flow_clock(type(name, (), {"__module__": "diffusers.models"})(), scheduler) == clock
+        unknown = type("NewTransformer2DModel", (), {"__module__": "diffusers.models"})()
+        with pytest.raises(ValueError, match=r"unit of time of a NewTransformer2DModel is not known .* from_velocity"):
+            adapters.from_diffusers(unknown, scheduler, (2, 4, 4))
+
+
+class OfPixels(torch.nn.Module):
+    """An exact network of pixels of N(0, 0.25).
+
+    Args:
+        noise: alpha and sigma at a timestep.
+        answer: what is returned of x, noise, alpha and sigma.
+    """
+
+    def __init__(self, noise, answer):
+        super().__init__()
+        self.noise, self.answer = noise, answer
+
+    def forward(self, z, timestep):
+        alpha, sigma = (part.reshape(-1, 1, 1, 1) for part in self.noise(timestep.double()))
+        variance = 0.25 * alpha**2 + sigma**2
+        answer = self.answer(0.25 * alpha * z / variance, sigma * z / variance, alpha, sigma)
+        return types.SimpleNamespace(sample=answer.to(z.dtype))
+
+
+def v_of(x, noise, alpha, sigma):
+    return alpha * noise - sigma * x
+
+
+def inverted(diffusers):
+    """As for Mochi: time runs to 1000 at data."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    return scheduler, OfPixels(lambda k: (k / 1000.0, 1.0 - k / 1000.0), lambda x, noise, *_: x - noise)
+
+
+def zero_terminal(diffusers):
+    """The last entry of its table is larger than the one before."""
+    scheduler = diffusers.EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    table = scheduler.alphas_cumprod.double()
+    assert float(table[-1]) > float(table[-2])
+    noise = (1.0 / table - 1.0).sqrt()
+
+    def coefficients(k):  # the noise between entries as the scheduler interpolates it
+        below = k.floor().clamp(0, 998).long()
+        ratio = torch.lerp(noise[below], noise[below + 1], k - below)
+        return 1.0 / (1.0 + ratio**2).sqrt(), ratio / (1.0 + ratio**2).sqrt()
+
+    return scheduler, OfPixels(coefficients, v_of)
+
+
+def continuous(diffusers):
+    """Stable Video Diffusion: a quarter of the logarithm of the noise, over a range of its own."""
+    scheduler = diffusers.EulerDiscreteScheduler(
+        prediction_type="v_prediction", timestep_type="continuous", timestep_spacing="leading", use_karras_sigmas=True,
+        sigma_min=0.002, sigma_max=700.0, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+    )  # fmt: skip
+
+    def coefficients(k):
+        ratio = torch.exp(4.0 * k)
+        return 1.0 / (1.0 + ratio**2).sqrt(), ratio / (1.0 + ratio**2).sqrt()
+
+    return scheduler, OfPixels(coefficients, v_of)
+
+
+CLOCKS = {"inverted": inverted, "zero terminal SNR": zero_terminal, "continuous": continuous}
+
+
+def test_alphas_of_single_steps_are_refused():
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"ends at alpha\^2 = 0.98.*torch.cumprod"):
+        adapters.from_eps(lambda z, k: z, (2,), alphas_cumprod=1.0 - betas)
+    with pytest.raises(ValueError, match=r"entries .* do not .*float64"):
+        adapters.from_eps(lambda z, k: z, (2,), alphas_cumprod=torch.cumprod(1.0 - betas, 0).half())
+
+
+def test_a_table_of_zero_terminal_snr_is_taken():
+    table = torch.linspace(0.99, 0.01, 100, dtype=torch.float64)
+    for last, made in ((0.0, 2.0**-24), (2.0**-24, 2.0**-24)):
+        model = adapters.from_v(lambda z, k: z, (2,), alphas_cumprod=[*table.tolist(), last])
+        assert model.schedule.alphas_cumprod[-1] == made
+    last = adapters.from_v(lambda z, k: z, (2,), alphas_cumprod=[0.5, 1e-9, 2.0**-24]).schedule.alphas_cumprod[-1]
+    assert last == 5e-10
+    with pytest.raises(ValueError, match=r"entries \[1\]"):
+        adapters.from_v(lambda z, k: z, (2,), alphas_cumprod=[0.4, 0.4])
+
+
+def test_a_network_that_looks_up_its_index_is_told_of_nearest():
+    class Looking(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(100, 2)
+
+        def forward(self, z, k):
+            return z + self.table(k)
+
+    options = {"alphas_cumprod": torch.linspace(0.99, 0.01, 100, dtype=torch.float64)}
+    with pytest.raises(ndm_ct.PredictorError, match="nearest=True"):
+        ndm_ct.sample(adapters.from_eps(Looking(), (2,), **options), 2, method="ddim", steps=2)
+    ndm_ct.sample(adapters.from_eps(Looking(), (2,), nearest=True, **options), 2, method="ddim", steps=2)
+
+    def broken(z, k):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        adapters.from_eps(broken, (2,), **options).velocity(torch.zeros(1, 2), 0.5)

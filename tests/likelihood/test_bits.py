@@ -1,15 +1,18 @@
 """Bits per dimension against a closed-form discretised Gaussian."""
 
+import copy
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ndm_ct
-from ndm_ct import schedules
+from ndm_ct import adapters, schedules
 from ndm_ct.divergence import Quadrature
 from ndm_ct.quantisation import Quantisation, rename_earlier, resolve_quantisation
 from ndm_ct.reference import Gaussian
+from ndm_ct.storage.models import describe
 
 LEVELS, D = 17, 4
 BINS = Quantisation(LEVELS)
@@ -329,7 +332,7 @@ def test_earlier_names_of_dequantisation_are_read():
 def test_fine_levels_are_scored_by_either_bound(generator):
     """50,000 levels on (0, 1), whose bin centres float32 rounds by up to 0.3 % of a bin."""
     exact = Gaussian(torch.full((2,), 0.5), 0.01 * torch.eye(2), schedule=schedules.LinearLogSNR(-23.0, 5.0)).float()
-    fine = Quantisation(50_000, (0.0, 1.0))
+    fine = Quantisation(50_000, edges=(0.0, 1.0))
     k = torch.randint(20_000, 30_000, (64, 2), generator=generator)
     x = fine.centres(k, torch.float32)
     fine.validate_centres(x)
@@ -339,3 +342,125 @@ def test_fine_levels_are_scored_by_either_bound(generator):
     assert bool(bits.isfinite().all())
     with pytest.raises(ValueError, match="float32 cannot tell 67108864 levels apart"):
         Quantisation(2**26).validate_centres(torch.zeros(1, 2))
+
+
+# --- where the levels lie ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"dequantisation": "process"}, {"bound": "elbo", "samples": 4}], ids=str)
+def test_centres_are_edges_half_a_bin_further_out(options):
+    """x / 8 - 1 for 17 levels: the extreme levels at -1 and 1, their outer edges at -17/16 and 17/16."""
+    exact, k = model(safe_gamma(LEVELS)), levels(6, torch.Generator().manual_seed(0))
+    by_centres, by_edges = Quantisation(17, centres=(-1.0, 1.0)), Quantisation(17, edges=(-17 / 16, 17 / 16))
+    torch.testing.assert_close(by_centres.centres(k, torch.float64), k.double() / 8.0 - 1.0, rtol=0.0, atol=1e-15)
+    found, expected, narrow = (
+        ndm_ct.bits_per_dim(exact, k, quantisation=bins, generator=torch.Generator().manual_seed(1), **options)
+        for bins in (by_centres, by_edges, Quantisation(17, edges=(-1, 1)))
+    )
+    assert torch.equal(found, expected)
+    assert float((found - narrow).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("interval", [(-1.0, 1.0), (0.0, 1.0)], ids=["x / 8 - 1", "x / 16"])
+def test_a_gaussian_on_its_levels_has_the_bits_of_their_bins(interval, generator):
+    """-log2 of the normal's mass on each bin, whose centre is the value that the network was trained on."""
+    low, high = interval
+    mean, std, bins = 0.5 * (low + high), 0.2 * (high - low), Quantisation(17, centres=interval)
+    exact = Gaussian(torch.full((1,), mean), torch.tensor([[std**2]]), schedule=schedules.LinearLogSNR(-14.0, 5.0))
+    k = torch.tensor([[4], [8], [11]])
+    value, half = low + (high - low) * k / 16.0, 0.5 * (high - low) / 16.0
+    normal = torch.distributions.Normal(mean, math.hypot(std, math.exp(-7.0)))
+    truth = -(normal.cdf(value + half) - normal.cdf(value - half)).log2()[:, 0]
+    bits = ndm_ct.bits_per_dim(exact, k, quantisation=bins, samples=256, generator=generator)
+    torch.testing.assert_close(bits, truth.to(bits.dtype), rtol=0.0, atol=0.02)
+    wrong = ndm_ct.bits_per_dim(exact, k, quantisation=17, samples=256, generator=generator)
+    assert float((wrong - truth).abs().max()) > 0.05
+
+
+PLAIN = ndm_ct.NDM(lambda z, t: 0.5 * z, (2,))
+ADAPTED = adapters.from_denoiser(lambda z, sigma: z / (1.0 + sigma[:, None] ** 2), (2,))
+CONDITIONED = adapters.from_denoiser(
+    lambda z, sigma, label: z / (1.0 + sigma[:, None] ** 2) + 0.0 * label[:, None], (2,)
+)
+ROWS = torch.tensor([[0, 16], [3, 4], [8, 1]])
+SCORED = {
+    "bits_per_dim": lambda q: ndm_ct.bits_per_dim(ADAPTED, ROWS, quantisation=q),
+    "guided": lambda q: ndm_ct.bits_per_dim(
+        ndm_ct.guided(CONDITIONED, 2.0, null={"label": 0}), ROWS, quantisation=q, label=torch.tensor([1, 2, 3])
+    ),
+    "elbo": lambda q: ndm_ct.elbo(ADAPTED, resolve_quantisation(q).centres(ROWS, torch.float32), quantisation=q),
+    "evaluate": lambda q: ndm_ct.evaluate(ADAPTED, ROWS, quantisation=q, progress=False),
+    "compare": lambda q: ndm_ct.compare(PLAIN, ADAPTED, ROWS, quantisation=q, progress=False),
+    "fit": lambda q: ndm_ct.fit(
+        adapters.from_velocity(ndm_ct.nn.MLP(2, width=4, depth=1), (2,)), ROWS, quantisation=q, steps=1, progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_an_adapted_network_says_where_its_levels_lie(name):
+    for bins in (17, Quantisation(17)):
+        with pytest.raises(
+            ValueError, match=r"centres=\(-1, 1\)\) .* x / 8 - 1 .*Normalize.* x / 16 .* edges=\(-1, 1\)"
+        ):
+            SCORED[name](bins)
+    if name not in ("fit", "compare"):
+        for bins in (Quantisation(17, centres=(-1, 1)), Quantisation(17, edges=(-1, 1))):
+            SCORED[name](bins)
+
+
+def test_a_saved_model_stays_adapted(tmp_path):
+    network = ndm_ct.nn.MLP(2, width=4, depth=1)
+    for made, adapted in ((adapters.from_velocity(network, (2,)), True), (ndm_ct.NDM(network, (2,)), False)):
+        ndm_ct.save(made, tmp_path / "model")
+        assert ndm_ct.load(tmp_path / "model").adapted is adapted
+        assert ("adapted" in describe(made)) is adapted
+
+
+def test_edges_and_centres_exclude_each_other():
+    with pytest.raises(ValueError, match="give one"):
+        Quantisation(4, edges=(0, 1), centres=(0, 1))
+    assert Quantisation(4) == Quantisation(4, edges=(-1, 1))
+    assert Quantisation(4).placed is False
+    assert copy.deepcopy(Quantisation(4, edges=(-1, 1))).placed is True
+
+
+def test_files_with_a_range_are_read():
+    earlier = {"quantisation": {"levels": 4, "range": [-1.0, 1.0]}, "lr": 1}
+    assert rename_earlier(earlier) == {"quantisation": {"levels": 4, "edges": [-1.0, 1.0]}, "lr": 1}
+    assert rename_earlier({"quantisation": [4, -1.0, 1.0]}) == {"quantisation": [4, -1.0, 1.0]}
+
+
+@pytest.mark.parametrize("gamma", [-20.0, -6.0, 0.0])
+def test_the_decoder_sums_the_levels_that_count(gamma, generator):
+    """Levels far from z are left out, of 257 as of 5; beyond the ends too."""
+    for count in (5, 257):
+        bins = Quantisation(count)
+        k = torch.randint(count, (50, 3), generator=generator)
+        x, spread = bins.centres(k, torch.float64), torch.tensor([[0.05], [3.0]]).repeat(25, 1)
+        z = x + spread * torch.randn(50, 3, dtype=torch.float64, generator=generator)
+        values = bins.centres(torch.arange(count), torch.float64)
+        logits = -0.5 * (z[..., None] - values) ** 2 * math.exp(-gamma)
+        expected = torch.log_softmax(logits, -1).gather(-1, k[..., None]).sum((1, 2))
+        found = bins.decoder_log_prob(z, x, torch.full((50, 1), gamma, dtype=torch.float64))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_bound_of_many_levels_needs_little_memory():
+    """Two colour images with 65,536 levels: a table of all levels would have 400 million entries."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    images = torch.full((2, 3, 32, 32), 30_000)
+    net = ndm_ct.NDM(lambda z, t: 0.9 * z, (3, 32, 32), schedule=schedules.LinearLogSNR(-13.0, 5.0))
+    with Watch():
+        bits = ndm_ct.bits_per_dim(net, images, quantisation=65_536, bound="elbo")
+    assert bool(bits.isfinite().all())
+    assert largest <= 2**23

@@ -513,3 +513,20 @@ def test_trained_network_agrees_with_its_exact_trace(generator):
     z, error = scores(model, x, 25, exact, generator, rtol=1e-6, atol=1e-6)
     print("stderr", float(error.std()), "sd of scores", float(z.std()), "mean", float(z.mean()))
     check(z, error)
+
+
+@pytest.mark.parametrize(("shape", "most"), [((4,), 64), ((1, 16, 16), 64), ((3, 32, 32), 5)], ids=str)
+def test_large_events_go_in_smaller_batches(shape, most):
+    """A call at the nodes takes 64 rows of up to 256 numbers, and of 3,072 as many as hold no more numbers."""
+    calls = []
+
+    def net(z, t):
+        calls.append(len(z))
+        return 0.5 * z
+
+    model = NDM(net, shape, schedule=schedules.LinearLogSNR(-4.0, 4.0))
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    options = {"generator": 0, "rtol": 1e-3, "atol": 1e-3}
+    found = ndm_ct.loglik(model, x, trace=Quadrature(sweeps=4, max_batch=64), **options)
+    assert max(calls) == most
+    torch.testing.assert_close(found, ndm_ct.loglik(model, x, trace=Quadrature(sweeps=4), **options))

@@ -375,6 +375,16 @@ def test_conditioning_reaches_every_term():
         torch.testing.assert_close(given, bound(plain, x, generator=other))
 
 
+def test_the_standard_error_covers_a_prior_that_is_sampled():
+    """Scatter of the bound of one point over many generators, in units of its own standard error."""
+    normal = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(3), torch.full((3,), 2.0)), 1)
+    model = NDM(lambda z, t: 0.3 * z, (3,), schedule=schedules.LinearLogSNR(-4.0, 0.0), prior=normal)
+    x = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64).expand(2000, 3)
+    bound, info = ndm_ct.elbo(model, x, samples=16, generator=torch.Generator().manual_seed(0), return_info=True)
+    assert float(bound.std() / info.stderr.square().mean().sqrt()) == pytest.approx(1.0, abs=0.06)
+    assert float(info.prior.std()) == pytest.approx(0.25 * float(objectives.prior_term(model, x).std()), rel=0.1)
+
+
 def test_sampled_prior_term_is_the_divergence(generator):
     """A prior that knows no divergence in closed form, against one that does."""
     schedule = schedules.LinearLogSNR(-4.0, 0.0)
@@ -581,7 +591,7 @@ def test_level_decoder_is_a_softmax_over_levels(generator):
     expected = 0.0
     for level in (1, 6):
         own = bins.centres(torch.tensor(level), torch.float64)
-        logits = -0.5 * ((own + noise)[:, None] - bins.values(own)) ** 2 / std**2
+        logits = -0.5 * ((own + noise)[:, None] - bins.centres(torch.arange(8), own.dtype)) ** 2 / std**2
         expected -= float(torch.log_softmax(logits, 1)[:, level].mean())
     assert abs(float(nats.mean()) - expected) < 4 * float(nats.std()) / math.sqrt(40_000) * 1.2
 

@@ -227,6 +227,7 @@ def test_samples_of_the_flow_come_with_their_log_density(make, name, generator):
     options = {"dtype": torch.float64, "rtol": 1e-7, "atol": 1e-7, "generator": generator}
     x, info = ndm_ct.sample(model, 6, return_info=True, **options)
     assert float(info.stderr.abs().max()) == 0.0
+    assert 0.0 < float(info.ode_error.max()) < 1e-4
     torch.testing.assert_close(info.logp, model.log_prob(x), rtol=0.0, atol=1e-4)
     torch.testing.assert_close(info.logp, ndm_ct.loglik(model, x), rtol=0.0, atol=5e-4)
     plain = ndm_ct.sample(model, 6, **(options | {"generator": torch.Generator().manual_seed(1234)}))
@@ -241,6 +242,8 @@ def test_their_log_density_has_a_standard_error(trace, generator):
     score = (info.logp - model.log_prob(x)) / info.stderr
     assert float(score.abs().max()) < 5.0
     assert 0.7 < float(score.std()) < 1.4
+    assert info.ode_error.shape == (64,)
+    assert 0.0 < float(info.ode_error.max()) < 0.5
     assert float(((info.logp - value) / (info.stderr**2 + other.stderr**2).sqrt()).abs().max()) < 4.0
 
 
@@ -260,7 +263,7 @@ def test_only_the_flow_knows_the_density_of_its_samples(method):
     _, info = ndm_ct.sample(
         mixture(SMOOTH), 2, method=method, return_info=True, **({"steps": 3} if METHODS[method] else {})
     )
-    assert (info.logp is None) == (info.stderr is None) == (method != "ode")
+    assert (info.logp is None) == (info.stderr is None) == (info.ode_error is None) == (method != "ode")
 
 
 @pytest.mark.parametrize("method", ["ode", "dopri5", "sde"])
@@ -278,7 +281,7 @@ def test_denoise_after_adaptive_steps(method):
         assert info.nfe == plain.nfe + 1
     torch.testing.assert_close(x, model.predict_x(z, t_min), rtol=1e-4, atol=1e-4)
     assert float((x - z).abs().max()) > 1e-3
-    assert info.logp is info.stderr is None
+    assert info.logp is info.stderr is info.ode_error is None
     if method != "sde":
         with pytest.raises(ValueError, match=r"trace has no effect.*denoise=True"):
             ndm_ct.sample(model, 4, method=method, trace="exact", denoise=True, return_info=True)

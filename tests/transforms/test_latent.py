@@ -359,6 +359,21 @@ class _Constant(torch.nn.Module):
         return self.value
 
 
+def test_a_flow_of_zuko_onto_another_base_is_refused():
+    """The diffusion model stands for N(0, I); another base was dropped, and the density with it."""
+    zuko = pytest.importorskip("zuko")
+    for base in (
+        zuko.distributions.DiagNormal(torch.zeros(2), torch.full((2,), 3.0)),
+        zuko.distributions.DiagNormal(torch.ones(2), torch.ones(2)),
+        zuko.distributions.BoxUniform(-torch.ones(2), torch.ones(2)),
+    ):
+        flow = zuko.flows.NSF(2, transforms=1, hidden_features=(4,))
+        flow = zuko.flows.Flow(flow.transform, zuko.lazy.UnconditionalDistribution(lambda base=base: base))
+        model = ndm_ct.NDM(lambda z, t: z, (2,), transform=transforms.Flow(nn.FromZuko(flow)))
+        with pytest.raises(ValueError, match=r"the flow's base is .*N\(0, I\)"):
+            ndm_ct.loglik(model, torch.zeros(3, 2))
+
+
 def test_flows_of_zuko():
     """Behind an exact standard normal the density is zuko's own."""
     zuko = pytest.importorskip("zuko")
