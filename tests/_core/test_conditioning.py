@@ -8,7 +8,6 @@ import ndm_ct
 from ndm_ct import schedules
 from ndm_ct._core.conditioning import Conditioning, map_tensors, tensors_in
 from ndm_ct.nn import MLP, Preconditioned
-from ndm_ct.quantisation import Quantisation
 
 SHORT = schedules.LinearLogSNR(-4.0, 3.0)
 SPREAD = torch.tensor([[0.1], [1.0], [3.0], [6.0]])
