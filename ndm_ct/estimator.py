@@ -3,8 +3,8 @@ r"""A density estimator for tables, in the interface of scikit-learn.
 .. math::
     \log p(x) = \log p_{NDM}\Bigl(\frac{x - m}{s}\Bigr) - \sum_i \log s_i
 
-with mean m and standard deviation s of every column of the training rows, and :math:`p_{NDM}` the probability flow of a
-diffusion: an exact density up to 32 columns, beyond an unbiased estimate.
+with mean m and standard deviation s of every column of the training rows, and the density :math:`p_{NDM}` of the
+probability flow of a diffusion. It is exact up to 32 columns and beyond that an unbiased estimate.
 
 References:
     Pedregosa et al., Scikit-learn: Machine Learning in Python, https://jmlr.org/papers/v12/pedregosa11a.html
@@ -44,28 +44,29 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     r"""The density of rows of a table.
 
     Args:
-        width: of the perceptron's hidden layers.
+        width: width of the perceptron's hidden layers.
         depth: number of its residual blocks.
-        dropout: probability of dropping a hidden unit in training.
-        steps: most optimiser steps.
+        dropout: probability of dropping a hidden unit in training. It helps against overfitting of small tables.
+        steps: largest number of optimiser steps.
         batch_size: rows per step.
         lr: peak learning rate.
-        flow: spline transforms of an invertible :math:`F(x, t) = h(x)` that is learned too, by the package zuko; 0: F
-            is the identity. Which is better depends on the table: the bound in ``validation_`` tells, of two fits with
-            the same ``random_state`` on the same held-out rows.
-        gamma_min: :math:`\gamma(0)`: the density is that of standardised rows with noise of standard deviation
+        flow: number of spline transforms of an invertible :math:`F(x, t) = h(x)` that is learned too (with the package
+            zuko). 0 takes the identity for F. Which is better depends on the table: compare the bounds in
+            ``validation_`` of two fits with the same ``random_state``.
+        gamma_min: :math:`\gamma(0)`. The density is that of standardised rows with noise of standard deviation
             :math:`e^{\gamma_{min}/2}`.
-        validation_fraction: share of the rows held out for early stopping; 0 trains all steps on all rows, as do tables
+        validation_fraction: share of the rows held out for early stopping. 0 trains all steps on all rows. So do tables
             of which fewer than ten rows would be held out.
-        patience: validations, of which there are twenty, without a better one before training stops.
+        patience: number of validations without improvement (out of 20 in total) after which training stops early. None
+            trains all steps.
         random_state: seed, or source of seeds, of weights, batches and held-out rows.
-        device: of torch; "auto" is a GPU where there is one.
+        device: device of torch; "auto" is a GPU if there is one.
         verbose: whether to show a progress bar.
 
     Attributes:
         model_: the :class:`~ndm_ct.NDM` of standardised rows, trained in float32, kept in float64.
         mean_: m, shape ``(n_features,)``.
-        scale_: s; 1 for columns that are constant.
+        scale_: s, shape ``(n_features,)``; 1 for constant columns.
         n_steps_: optimiser steps done.
         validation_: rows of the training's validation, see :class:`~ndm_ct.FitResult`.
         n_features_in_: number of columns.
@@ -110,10 +111,14 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None) -> "NDMDensity":
-        """Train on rows ``(n_samples, n_features)``, two or more; y is ignored.
+        """Train the density.
+
+        Args:
+            X: rows ``(n_samples, n_features)``, two or more.
+            y: ignored; part of scikit-learn's interface.
 
         Raises:
-            ValueError: data that scikit-learn refuses, a parameter out of range, or no such device.
+            ValueError: scikit-learn does not accept the data, a parameter is out of range, or the device is missing.
             RuntimeError: the training diverged.
         """
         if not 0.0 <= self.validation_fraction < 1.0:
@@ -159,7 +164,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def score_samples(self, X: Any) -> np.ndarray:
         """Log-density of every row of X, in nats per row in the units of X, shape ``(n_samples,)``.
 
-        Beyond 32 columns an estimate, whose noise is seeded by the row itself: the same row, the same number.
+        Beyond 32 columns it is an estimate. The row itself seeds its noise, so equal rows get equal numbers.
         """
         z = self._standardised(X)
         log_p = [

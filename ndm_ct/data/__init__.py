@@ -1,1 +1,1 @@
-"""Data: arrays as sources of rows, and the files that hold them."""
+"""Sources of rows for training and evaluation: arrays, memory-mapped files and Datasets."""

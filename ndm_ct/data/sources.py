@@ -1,4 +1,4 @@
-"""Data as rows a model can be trained on: real values, or the levels of integer data and what their bounds mean."""
+"""Rows of data for training and evaluation: real values, or levels of integer data with their dequantisation."""
 
 import math
 import random
@@ -24,14 +24,20 @@ from ndm_ct.storage.tensors import hash_values
 __all__ = ["Bins", "Source", "Standardised"]
 
 _AT_ONCE = 2**22
-"""Bytes of data that are checked or hashed at a time; no more of a memory-mapped array is in memory then."""
+"""Bytes of data that are checked or hashed at a time. Not more than that of a memory-mapped array is in memory."""
 
 _ITEMS = 8
 """Items of a Dataset that processes compare."""
 
 
 class Bins:
-    """How data become what the model is trained on, and its nats become bits per dimension."""
+    """Conversion of data to the values on which the model is trained, and of nats to bits per dimension.
+
+    Args:
+        model: the model.
+        quantisation: the bins of integer data, or their number on (-1, 1); None for real data.
+        dequantisation: "uniform" adds noise in the bins, "process" takes the bin centres.
+    """
 
     def __init__(self, model: NDM, quantisation: int | Quantisation | None, dequantisation: str) -> None:
         if quantisation is not None and dequantisation == "process" and model.transform.latent:
@@ -48,7 +54,12 @@ class Bins:
         self.size = event_size(model.data_shape)
 
     def validate(self, x: Tensor, name: str) -> Tensor:
-        """Check rows as given."""
+        """Check rows as the user gave them.
+
+        Args:
+            x: the rows.
+            name: what messages call them.
+        """
         validate_dense(x, name)
         if self.quantisation is None:
             if not (x.is_floating_point() or x.is_complex()):
@@ -65,7 +76,12 @@ class Bins:
         return validate_data(x, self.model.data_shape, name=name, dtype=self.dtype, device=self.model.device)
 
     def real(self, x: Tensor, generator: GeneratorLike) -> Tensor:
-        """Validated rows as real values."""
+        """Convert validated rows to real values.
+
+        Args:
+            x: the rows.
+            generator: source of the noise in the bins.
+        """
         if self.quantisation is None:
             return x
         if self.dequantisation == "uniform":
@@ -73,7 +89,14 @@ class Bins:
         return self.quantisation.centres(x, self.dtype)
 
     def elbo(self, model: NDM, x: Tensor, generator: GeneratorLike, cond: Mapping[str, Any]) -> Tensor:
-        """The bound in nats per event, on the log-probability of integer data."""
+        """Lower bound on the log-density of real rows, or on the log-probability of integer rows, nats per event.
+
+        Args:
+            model: the model.
+            x: rows as :meth:`real` returns them.
+            generator: source of times and noise.
+            cond: conditioning.
+        """
         centres = self.quantisation is not None and self.dequantisation == "process"
         bound = objectives.elbo(
             model, x, quantisation=self.quantisation if centres else None, generator=generator, **cond
@@ -83,14 +106,15 @@ class Bins:
         return bound + self.size * self.quantisation.uniform_offset
 
     def bits(self, nats: float) -> float:
-        """Nats of a negative log-probability per event in bits per dimension."""
+        """Convert nats per event to bits per dimension."""
         return nats / (self.size * math.log(2.0))
 
     def bits_of_loss(self, loss: float) -> float | None:
-        """Bits per dimension of a training loss; None if it is no bound on a log-probability.
+        """Bits per dimension of a training loss; None if the loss does not bound a log-probability.
 
-        On bin centres the loss holds the reconstruction term of a density, :math:`\\frac d2 (\\log 2 \\pi e +
-        \\gamma_0)`; it is taken out, and that of the levels, negligible for a well-chosen :math:`\\gamma_0`, left out.
+        On bin centres the loss includes the reconstruction term of a density, :math:`\\frac d2 (\\log 2 \\pi e +
+        \\gamma_0)`. It is subtracted. The reconstruction term of the levels is left out, because it is negligible for a
+        well-chosen :math:`\\gamma_0`.
         """
         if self.quantisation is None or self.model.prediction == "moments":
             return None
@@ -102,14 +126,14 @@ class Bins:
 
 
 class Standardised:
-    r"""Rows :math:`(x - m) / s` of a memory-mapped array, made when they are read; no more of it is in memory.
+    r"""Rows :math:`(x - m) / s` of a memory-mapped array, computed when they are read.
 
     Args:
         array: x, shape ``(N, *E)``.
         mean: m, float64, of a row's shape or one number.
-        scale: s, likewise.
-        dtype: of the rows.
-        device: of the rows; None is the CPU.
+        scale: s, float64, of a row's shape or one number.
+        dtype: dtype of the rows.
+        device: device of the rows; None is the CPU.
         rows: numbers of the rows of the array that count; None takes all.
     """
 
@@ -127,7 +151,7 @@ class Standardised:
         return len(self.rows)
 
     def __getitem__(self, rows: Any) -> Tensor:
-        # In float64 first: a mean that is large against the deviation would eat the digits.
+        # In float64, because subtracting a mean much larger than the deviation loses digits.
         standardised = (np.asarray(self.array[self.rows[rows]]) - self.mean) / self.scale
         if isinstance(self.array, np.memmap):
             let_go(self.array)
@@ -135,10 +159,17 @@ class Standardised:
 
 
 class Source:
-    """Rows of data and their conditioning, checked once (a Dataset's as they come).
+    """Rows of data and their conditioning. All rows are checked at once; items of a Dataset are checked as they come.
 
-    Tensors stay where they are, and arrays are copied; a memory-mapped array stays in its file, standardised or not,
-    and rows of it are read when they are needed.
+    Tensors stay where they are, and arrays are copied. A memory-mapped array, standardised or not, stays in its file,
+    and its rows are read when they are needed.
+
+    Args:
+        data: tensor or array ``(N, *E)``, or a map-style Dataset whose items are tensors ``(*E)``.
+        cond: conditioning by name, with one row per row of data.
+        bins: checks and converts the rows.
+        name: what messages call the data.
+        caller: the public function, whose name messages give.
     """
 
     def __init__(self, data: Any, cond: Mapping[str, Any], bins: Bins, name: str, caller: Callable[..., Any]) -> None:
@@ -170,7 +201,7 @@ class Source:
         )
 
     def _parts(self, data: Tensor | np.memmap | Standardised) -> Iterator[tuple[str, Tensor]]:
-        """The rows in order, and their name: all of a tensor, a mapped array's bit by bit."""
+        """The rows in order, with what messages call them: a tensor at once, a large mapped array in parts."""
         if isinstance(data, Tensor):
             yield "", data
             return
@@ -182,17 +213,19 @@ class Source:
             yield f"[{start}:{start + size}]", self._mapped(data, slice(start, start + size))
 
     def _mapped(self, data: np.memmap | Standardised, rows: Any) -> Tensor:
-        """Rows of a mapped array, which leaves no more of itself in memory."""
+        """Rows of a mapped array. Its pages are released afterwards."""
         part = self._as_tensor(data[rows])
         if isinstance(data, np.memmap):
             let_go(data)
         return part
 
     def _validated_cond(self, key: str, value: Any) -> Any:
-        """A value with one row per row of data: an array, or a dict, list or tuple of arrays; shared ones as they are.
+        """Check one value of the conditioning: an array, or a dict, list or tuple of arrays.
+
+        Every array must have one row per row of data. Shared values are returned as they are.
 
         Raises:
-            ValueError: an array with another number of rows.
+            ValueError: an array has another number of rows.
         """
         if isinstance(value, Shared):
             return value
@@ -209,7 +242,12 @@ class Source:
         return value
 
     def batch(self, rows: Tensor, generator: GeneratorLike) -> tuple[Tensor, Conditioning]:
-        """Rows as the model is trained on them."""
+        """Read rows as real values, with their conditioning.
+
+        Args:
+            rows: row numbers.
+            generator: source of the noise in the bins of integer data.
+        """
         if isinstance(self.data, Tensor):
             x = self.data[rows]
         elif isinstance(self.data, np.memmap | Standardised):
@@ -242,7 +280,7 @@ class Source:
         return found
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must agree for a training to continue; of a Dataset only the length is known."""
+        """What must agree for a training or an evaluation to continue; for a Dataset it is only the length."""
         digests = {key: hash_values(tensors_in(value)) for key, value in self.cond.items()}
         if not isinstance(self.data, Dataset):
             digests[""] = hash_values(part for _, part in self._parts(self.data))
@@ -265,7 +303,7 @@ def _fixed_seeds() -> Iterator[None]:
 
 
 def _readable(dtype: np.dtype) -> np.dtype:
-    """What torch can read, and has operations for."""
+    """Dtype with operations in torch that holds the values of another one."""
     if dtype.kind == "u" and dtype.itemsize > 1:
         return np.dtype(np.int64)
     if dtype.kind == "f" and dtype.itemsize > 8:

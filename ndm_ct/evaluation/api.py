@@ -8,10 +8,10 @@ log-likelihood :math:`\ell_i`,
     \mathrm{se}^2 = \frac{1}{n (n-1)} \sum_{i=1}^n (\hat\ell_i - \bar\ell)^2, \qquad
     \mathrm{se}_{est}^2 = \frac{1}{n^2} \sum_{i=1}^n \operatorname{Var}(\hat\ell_i \mid x_i) .
 
-The first error is that of the expected value in the population the rows were drawn from: the scatter of the estimates
-is that of the data and of the estimator together. The second is the standard error of the mean over exactly these rows:
-the only uncertainty left once the whole data set has been scored. Neither includes the solver's error, which is
-systematic.
+The first error is that of the expected value in the population from which the rows were drawn: the scatter of the
+estimates is that of the data and of the estimator together. The second is the standard error of the mean over exactly
+these rows: the only uncertainty left once the whole data set has been scored. Neither includes the solver's error,
+which is systematic.
 
 Some estimators give every row an error of its own. For the others the variance is measured on the first rows, the
 pilot, and its mean stands for the rest: by further sweeps along the same path, or by a second, independent score for
@@ -23,14 +23,14 @@ work for a given standard error is (path + sweep) (D + v). It is smallest for a 
 evaluations of the path. So the default here is one sweep of four nodes, and no error budget.
 
 Two models are compared by the paired differences :math:`d_i = \hat\ell^a_i - \hat\ell^b_i` under common random numbers
-(rows, dequantisation noise, nodes, probes); what the models share cancels:
+(rows, dequantisation noise, nodes, probes). What the models share cancels:
 
 .. math::
     \operatorname{Var} d = \operatorname{Var} \hat\ell^a + \operatorname{Var} \hat\ell^b
     - 2 \operatorname{Cov}(\hat\ell^a, \hat\ell^b) .
 
-All randomness is a function of the seed and of a row's position in the random order: an evaluation that was killed
-continues with the bits of one that was not, and batches of another size give the same values, up to rounding.
+All randomness is a function of the seed and of a row's position in the random order. So an evaluation that was killed
+and continued gives the same bits as one that was not. Batches of another size give the same values up to rounding.
 """
 
 import math
@@ -78,53 +78,58 @@ def evaluate(
 ) -> Evaluation:
     r"""The mean negative log-likelihood of data, with its standard error.
 
-    Rows are scored in a random order that is a function of the seed, without replacement, so the rows scored so far are
-    a random sample of the data at every moment. Ctrl-C returns what is finished.
+    Rows are scored in a random order that is a function of the seed, each once. So the rows scored so far are a random
+    sample of the data at every moment. Ctrl-C returns the result of the finished rows.
 
-    With ``run_dir`` the folder receives ``rows.jsonl``, a line per batch, and ``evaluation.json`` with the result. The
-    same call continues an evaluation that was killed or stopped; ``stderr``, ``max_rows`` and ``time_limit`` may differ
-    from call to call.
+    With ``run_dir`` the folder receives ``rows.jsonl``, with a line per batch, and ``evaluation.json`` with the result.
+    The same call continues an evaluation that was killed or stopped. ``stderr``, ``max_rows`` and ``time_limit`` may
+    change from call to call.
 
     Args:
         model: the model.
         data: tensor or array ``(N, *E)``, or a map-style ``Dataset`` whose items are tensors ``(*E)``. Real values, or
-            integers together with ``quantisation``. A float array takes the model's dtype.
+            integers together with ``quantisation``. A float array takes the model's dtype. Every process of a
+            distributed job passes all rows.
         cond: conditioning by name, each with one row per row of ``data``.
-        quantisation: the bins of integer data, or their number on (-1, 1); the result is then the bound on
+        quantisation: the bins of integer data, or their number on (-1, 1). The result is then the bound on
             :math:`-\log P(x)` of :func:`ndm_ct.bits_per_dim`, in nats and in bits per dimension.
-        dequantisation: noise in the bins of integer data, "uniform" (for models trained with uniform noise in the bins)
-            or "process" (for models trained on the bin centres).
-        bound: "ode", the probability-flow likelihood, or "elbo", the bound of :func:`ndm_ct.elbo`.
+        dequantisation: noise in the bins of integer data: "uniform" for models trained with uniform noise in the bins,
+            or "process" for models trained on the bin centres.
+        bound: "ode", the likelihood of the probability flow, or "elbo", the bound of :func:`ndm_ct.elbo`.
         samples: for "elbo", pairs of time and noise per row, at least 2; None is 2. In few dimensions they scatter far
-            more than rows do: take 64.
-        stderr: the standard error to stop at, nats per event; looked at after each batch from 256 rows on, so that no
-            lucky first batch stops it. None goes through all data.
-        batch_size: rows solved together; the pilot, the first 32, is a batch of its own.
-        max_rows: rows to score at most; None is all. A batch is cut short to end there.
-        trace: for "ode", as in :func:`ndm_ct.loglik`. None or "auto" is exact up to 32 dimensions and else
-            ``divergence.Quadrature(nodes=4, probes=1, sweeps=1)``: cheap, because errors of rows average out.
-        rtol: for "ode", as in :func:`ndm_ct.loglik`.
-        atol: for "ode", as in :func:`ndm_ct.loglik`.
-        method: for "ode", as in :func:`ndm_ct.loglik`.
-        on_failure: for "ode", "raise", or "nan": rows that cannot be solved are left out, counted and named; the mean
-            is then that of the others.
-        seed: of the order, the dequantisation noise, nodes and probes.
-        run_dir: folder of the evaluation, made if missing.
-        resume: continue from the rows in ``run_dir``; False refuses a folder that has some.
+            more than rows do, so take 64.
+        stderr: the standard error to stop at, nats per event. It is looked at after each batch from 256 rows on, so
+            that a lucky first batch does not stop the evaluation. None scores all data.
+        batch_size: rows solved together. A smaller number needs less memory; values change by rounding only.
+        max_rows: most rows to score; None is all. The last batch is cut short to end there.
+        trace: for "ode", how the divergence is computed: "exact" without random error, or "quadrature", "hutchinson"
+            or an object of :mod:`ndm_ct.divergence` by random probes. None or "auto" is exact up to 32 dimensions, else
+            ``divergence.Quadrature(nodes=4, probes=1, sweeps=1)``, which is cheap and averages out over the rows.
+        rtol: for "ode", relative tolerance of the solver. A smaller one takes more network evaluations and moves every
+            value closer to the exact solution of the flow. None is the default of the trace: 2e-6, and for
+            "quadrature" 3e-5.
+        atol: for "ode", absolute tolerance of the solver, for states near zero; None as for ``rtol``.
+        method: for "ode", the solver: "ode" (None), where each row has steps of its own, or a torchdiffeq method such
+            as "dopri5", with one step size for the batch.
+        on_failure: for "ode", what to do if a row cannot be solved: "raise" a SolverError, or "nan" to leave the row
+            out. Such rows are counted and named in the result.
+        seed: of the order of the rows and of all noise. The same seed gives the same values.
+        run_dir: folder of the evaluation, made if missing. None writes nothing.
+        resume: whether ``run_dir`` may hold rows from before. False raises a ValueError if it does.
         progress: whether to show a progress bar.
-        time_limit: seconds after which to stop; one batch at least is scored.
+        time_limit: seconds after which to stop. At least one batch is scored.
 
     Returns:
         An :class:`Evaluation`.
 
     Raises:
-        TypeError: integer data without ``quantisation``, or arguments of the wrong type.
-        ValueError: an argument out of range or without effect; data that do not fit the model; a ``run_dir`` of other
-            settings, data or weights, which are named.
+        TypeError: the data are integers and ``quantisation`` is None, or an argument has the wrong type.
+        ValueError: an argument is out of range or has no effect; the data do not fit the model; ``run_dir`` holds work
+            of other settings, data or weights, which are named; or processes got different rows or arguments.
         CheckpointError: the rows in ``run_dir`` are damaged.
-        BlockingIOError: another process is at work in ``run_dir``.
-        SolverError: the solve failed; carries t, dt and the rows' numbers in the data.
-        KeyboardInterrupt: Ctrl-C before anything was finished.
+        BlockingIOError: another process works in ``run_dir``.
+        SolverError: a solve failed. The error has t, dt and the rows' numbers in the data.
+        KeyboardInterrupt: Ctrl-C came before any batch was finished.
 
     Example:
         >>> import ndm_ct
@@ -137,7 +142,7 @@ def evaluate(
     options = locals() | {"quantisation": resolve_optional(quantisation)}
     run = Run(
         "evaluation", {"model": model}, data, cond,
-        _taken(Settings, options), _taken(Limits, options), run_dir, resume, evaluate,
+        _select(Settings, options), _select(Limits, options), run_dir, resume, evaluate,
     )  # fmt: skip
     with run.in_folder():
         reason = run.run(progress)
@@ -176,41 +181,53 @@ def compare(
     progress: bool = True,
     time_limit: float | None = None,
 ) -> Comparison:
-    """Which of two models is better, from paired differences on the same rows with common random numbers.
+    r"""Which of two models is better, from paired differences on the same rows with common random numbers.
 
-    Both models see the same rows, dequantisation noise, nodes and probes; noise of the process has each
-    model's own width, from the same uniform numbers. What the rows have in common cancels, so the difference is known
-    far better than either mean.
+    Both models get the same rows, dequantisation noise, nodes and probes. (With "process" each model scales the same
+    uniform numbers to the width of its own noise.) Whatever the two values of a row have in common cancels, so the
+    difference is known far better than either mean.
 
     Args:
         model_a: one model.
-        model_b: the other, of the same event shape, dtype and device; its schedule, transform and head may differ.
-        data: as in :func:`evaluate`.
-        cond: as in :func:`evaluate`; both models get it.
-        quantisation: as in :func:`evaluate`.
-        dequantisation: as in :func:`evaluate`.
-        bound: as in :func:`evaluate`.
-        samples: as in :func:`evaluate`.
-        stderr: the standard error of the difference to stop at, nats per event; as in :func:`evaluate`.
-        batch_size: as in :func:`evaluate`; there is no pilot.
-        max_rows: as in :func:`evaluate`.
-        trace: as in :func:`evaluate`.
-        rtol: as in :func:`evaluate`.
-        atol: as in :func:`evaluate`.
-        method: as in :func:`evaluate`.
-        on_failure: as in :func:`evaluate`; "nan" leaves out rows that fail in either model.
-        seed: as in :func:`evaluate`.
-        run_dir: as in :func:`evaluate`; the result is written to ``comparison.json``.
-        resume: as in :func:`evaluate`.
-        progress: as in :func:`evaluate`.
-        time_limit: as in :func:`evaluate`.
+        model_b: the other model, of the same event shape, dtype and device. Everything else may differ.
+        data: tensor or array ``(N, *E)``, or a map-style ``Dataset`` whose items are tensors ``(*E)``. Real values, or
+            integers together with ``quantisation``. Every process of a distributed job passes all rows.
+        cond: conditioning by name, each with one row per row of ``data``. Both models get it.
+        quantisation: the bins of integer data, or their number on (-1, 1). Values are then bounds on
+            :math:`-\log P(x)`, and the difference is given in bits per dimension too.
+        dequantisation: noise in the bins of integer data: "uniform" for models trained with uniform noise in the bins,
+            or "process" for models trained on the bin centres.
+        bound: what is compared: "ode", the likelihood of the probability flow, or "elbo", the bound of
+            :func:`ndm_ct.elbo`.
+        samples: for "elbo", pairs of time and noise per row, at least 2; None is 2. More of them lower the standard
+            error and cost one network evaluation each.
+        stderr: the standard error of the difference to stop at, nats per event. It is looked at after each batch from
+            256 rows on. None scores all data.
+        batch_size: rows solved together. A smaller number needs less memory; values change by rounding only.
+        max_rows: most rows to score; None is all.
+        trace: for "ode", how the divergence is computed: "exact" without random error, or "quadrature", "hutchinson"
+            or an object of :mod:`ndm_ct.divergence` by random probes. None or "auto" is exact up to 32 dimensions, else
+            ``divergence.Quadrature(nodes=4, probes=1, sweeps=1)``.
+        rtol: for "ode", relative tolerance of the solver. A smaller one takes more network evaluations and moves every
+            value closer to the exact solution of the flow. None is the default of the trace: 2e-6, and for
+            "quadrature" 3e-5.
+        atol: for "ode", absolute tolerance of the solver, for states near zero; None as for ``rtol``.
+        method: for "ode", the solver: "ode" (None), or a torchdiffeq method such as "dopri5".
+        on_failure: for "ode", what to do if a row cannot be solved: "raise" a SolverError, or "nan" to leave out rows
+            that fail in either model. They are counted and named in the result.
+        seed: of the order of the rows and of all noise. The same seed gives the same values.
+        run_dir: folder for the scored rows (``rows.jsonl``) and the result (``comparison.json``), made if missing. The
+            same call continues a comparison that was stopped. None writes nothing.
+        resume: whether ``run_dir`` may hold rows from before. False raises a ValueError if it does.
+        progress: whether to show a progress bar.
+        time_limit: seconds after which to stop. At least one batch is scored.
 
     Returns:
         A :class:`Comparison`.
 
     Raises:
         TypeError, ValueError, CheckpointError, BlockingIOError, SolverError, KeyboardInterrupt: as in :func:`evaluate`.
-        ValueError: models that differ in event shape, dtype or device.
+        ValueError: the models differ in event shape, dtype or device.
 
     Example:
         >>> import ndm_ct
@@ -223,7 +240,7 @@ def compare(
     options = locals() | {"quantisation": resolve_optional(quantisation)}
     run = Run(
         "comparison", {"model_a": model_a, "model_b": model_b}, data, cond,
-        _taken(Settings, options), _taken(Limits, options), run_dir, resume, compare,
+        _select(Settings, options), _select(Limits, options), run_dir, resume, compare,
     )  # fmt: skip
     with run.in_folder():
         reason = run.run(progress)
@@ -241,6 +258,6 @@ def compare(
     return result
 
 
-def _taken(kind: type[T], options: Mapping[str, Any]) -> T:
-    """An object of the options that it has fields for."""
+def _select(kind: type[T], options: Mapping[str, Any]) -> T:
+    """An object of those options for which it has fields."""
     return kind(**{field.name: options[field.name] for field in fields(cast(Any, kind))})

@@ -1,4 +1,4 @@
-"""What an evaluation and a comparison return, and how they are printed."""
+"""The results of ``evaluate`` and ``compare``, and how they are printed."""
 
 import math
 from dataclasses import dataclass
@@ -21,25 +21,27 @@ class Evaluation:
     """The mean negative log-likelihood of a data set; ``str`` is a line to read.
 
     Args:
-        nll: mean negative log-likelihood, nats per event; for integer data and for the ELBO the bound on it.
-        stderr: its standard error as an estimate of the expectation over the population the data came from: scatter
-            of the data and of the estimator together, nats; NaN below two rows.
-        estimator_stderr: its standard error as an estimate of the mean over exactly the rows scored: what the trace
-            estimate contributes, for integer data the dequantisation noise too, for the ELBO times and noise; nats.
+        nll: mean negative log-likelihood, nats per event. For integer data and for the ELBO it is the bound on it.
+        stderr: standard error of ``nll`` as an estimate for the population from which the rows were drawn, nats. It
+            includes the scatter of the data and of the estimator. NaN below two rows.
+        estimator_stderr: standard error of ``nll`` as an estimate of the mean over exactly the rows scored, nats. It
+            includes the random probes of the trace, for integer data also the dequantisation noise, and for the ELBO
+            times and noise.
         estimator_uncertainty: the standard error of ``estimator_stderr`` itself, from the scatter of the variances of
             single rows. It is large where few rows make up the variance. Such rows outside the pilot (see
             :func:`ndm_ct.evaluate`) are missed by both numbers, and are part of ``stderr``.
         bits_per_dim: the same as ``nll`` in bits per dimension; None for real data.
         bits_stderr: ``stderr`` in bits per dimension; None for real data.
         rows: rows scored.
-        failed: rows whose solve failed, which are left out of everything else.
+        failed: rows whose solve failed. They are left out of everything else.
         failed_rows: their numbers in the data.
-        finished: False if it was stopped by the time limit or by Ctrl-C.
-        reason: why it stopped: "target", "data" (all rows scored), "max_rows", "time" or "interrupted".
-        values: negative log-likelihood of each row, nats, float64, ``(rows,)``, in the order scored.
+        finished: False if the time limit or Ctrl-C stopped the evaluation.
+        reason: why it stopped: "target" (``stderr`` was reached), "data" (all rows are scored), "max_rows", "time" or
+            "interrupted".
+        values: negative log-likelihood of each row, nats, float64, ``(rows,)``, in the order of scoring.
         indices: their row numbers in the data, ``(rows,)``.
-        seconds: time spent scoring, earlier runs of the same ``run_dir`` included.
-        nfe: mean number of network evaluations per row, the pilot's included.
+        seconds: time spent on scoring, earlier runs of the same ``run_dir`` included.
+        nfe: mean number of network evaluations per row, with the additional ones of the pilot.
     """
 
     nll: float
@@ -73,27 +75,30 @@ class Comparison:
     """The paired difference of two models on the same rows; ``str`` is a line to read.
 
     Args:
-        difference: mean of NLL_a - NLL_b, nats per event: positive where model b is better.
-        stderr: its standard error from the paired differences, data and estimator together, nats.
+        difference: mean of NLL_a - NLL_b, nats per event. It is positive if model b is better.
+        stderr: its standard error from the paired differences, nats. It includes the scatter of the data and of the
+            estimator.
         nll_a: mean negative log-likelihood of model a, nats per event.
-        nll_b: that of model b.
+        nll_b: mean negative log-likelihood of model b, nats per event.
         stderr_a: standard error of ``nll_a``.
         stderr_b: standard error of ``nll_b``.
-        correlation: of the two models' values over the rows.
-        variance_reduction: 1 - Var d / (Var a + Var b): the share of an unpaired comparison's variance that is saved.
+        correlation: correlation of the two models' values over the rows.
+        variance_reduction: 1 - Var d / (Var a + Var b): the share of the variance of an unpaired comparison that
+            pairing removes.
         bits_per_dim: the difference in bits per dimension; None for real data.
         bits_stderr: its standard error in bits per dimension; None for real data.
         rows: rows scored by both models.
-        failed: rows whose solve failed in either model, which are left out of everything else.
+        failed: rows whose solve failed in either model. They are left out of everything else.
         failed_rows: their numbers in the data.
-        finished: as in :class:`Evaluation`.
-        reason: as in :class:`Evaluation`.
+        finished: False if the time limit or Ctrl-C stopped the comparison.
+        reason: why it stopped: "target" (``stderr`` was reached), "data" (all rows are scored), "max_rows", "time" or
+            "interrupted".
         values_a: negative log-likelihood of each row under model a, nats, float64, ``(rows,)``.
-        values_b: that under model b.
+        values_b: negative log-likelihood of each row under model b.
         indices: their row numbers in the data, ``(rows,)``.
-        seconds: time spent scoring, earlier runs of the same ``run_dir`` included.
+        seconds: time spent on scoring, earlier runs of the same ``run_dir`` included.
         nfe_a: mean number of network evaluations per row, model a.
-        nfe_b: that of model b.
+        nfe_b: mean number of network evaluations per row, model b.
     """
 
     difference: float
@@ -131,7 +136,7 @@ def mean(values: Tensor) -> tuple[float, float]:
 
 
 def figures(value: float, error: float) -> str:
-    """A number to two figures of its error."""
+    """The number and its error, rounded to two figures of the error."""
     if not 0.0 < error < math.inf:
         return f"{value:.6g} ± {error:.2g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
@@ -139,7 +144,7 @@ def figures(value: float, error: float) -> str:
 
 
 def _line(result: Evaluation | Comparison, *parts: str) -> str:
-    """The parts, with bits per dimension after the first, and how it ended."""
+    """The parts, with bits per dimension after the first, then the number of rows and why scoring stopped."""
     first, *others = parts
     if result.bits_per_dim is not None and result.bits_stderr is not None:
         first += f" ({figures(result.bits_per_dim, result.bits_stderr)} bits/dim)"

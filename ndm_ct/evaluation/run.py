@@ -1,4 +1,4 @@
-"""An evaluation on its way through the data: batches, when to stop, and the folder that it continues from."""
+"""The loop of an evaluation: batches of rows, reasons to stop, and the folder from which it continues."""
 
 import json
 import math
@@ -32,7 +32,7 @@ from ndm_ct.storage.tensors import hash_state
 __all__ = ["MINIMUM_ROWS", "Limits", "Run"]
 
 MINIMUM_ROWS = 256
-"""Rows before a target may stop an evaluation: the error itself is then known to about 5 %."""
+"""Rows before a target may stop an evaluation. The standard error itself is then known to about 5 %."""
 
 UNEVEN = 0.5
 """Relative error of the pilot's variance above which more rows are needed: fewer than about four make it up."""
@@ -57,17 +57,17 @@ class Limits:
                 validate_positive(name, value, unit)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """A scored batch.
 
     Args:
         start: position of its first row in the random order.
         rows: row numbers in the data, ``(b,)``.
-        nll: as in ``Scores``, ``(models, b)``.
-        variance: likewise.
-        nfe: likewise, by model.
-        seconds: what it took.
+        nll: estimates of the negative log-likelihood, nats, ``(models, b)``; NaN in failed rows.
+        variance: their variance given the rows, ``(models, b)``; NaN where it is unknown.
+        nfe: network evaluations by model, summed over the rows.
+        seconds: time spent on scoring.
     """
 
     start: int
@@ -84,7 +84,7 @@ class Batch:
 
     @classmethod
     def from_json(cls, record: Record, models: int) -> "Batch":
-        """Read a record; raises ValueError, KeyError, TypeError, OverflowError or RuntimeError if it is none."""
+        """Read a record. Raises ValueError, KeyError, TypeError, OverflowError or RuntimeError if it is damaged."""
         _validate_entries(record, [field.name for field in fields(cls)])
         rows = torch.tensor(record["rows"])
         nll, variance = (
@@ -99,7 +99,7 @@ class Batch:
             raise ValueError(f"nfe is {nfe!r}, expected {models} counts")
         if not record["seconds"] >= 0.0:
             raise ValueError(f"seconds is {record['seconds']!r}, expected a time")
-        return cls(record["start"], rows, nll, variance, nfe, record["seconds"])
+        return cls(start=record["start"], rows=rows, nll=nll, variance=variance, nfe=nfe, seconds=record["seconds"])
 
 
 def _without_nan(values: Tensor) -> list[list[float | None]]:
@@ -107,7 +107,7 @@ def _without_nan(values: Tensor) -> list[list[float | None]]:
 
 
 class Folder(RunFolder):
-    """``rows.jsonl``, a line of settings and then one per batch, and the result; without a path nothing is written."""
+    """``rows.jsonl``, with a line of settings and one per batch, and the result. Without a path nothing is written."""
 
     def __init__(self, path: PathLike | None, kind: str) -> None:
         super().__init__(path)
@@ -119,15 +119,15 @@ class Folder(RunFolder):
         return Journal(self.path / "rows.jsonl", signed=True)
 
     def read(self, settings: Record, order: Tensor) -> list[Batch]:
-        """The batches scored before.
+        """Read the batches that were scored before.
 
         Args:
-            settings: those of this evaluation.
+            settings: settings of this evaluation.
             order: row numbers in the order in which they are scored.
 
         Raises:
-            ValueError: they belong to other settings, data or weights.
-            CheckpointError: they are damaged.
+            ValueError: the batches belong to other settings, data or weights.
+            CheckpointError: the file is damaged.
         """
         self.settings, header = json.loads(json.dumps(settings)), Record()
 
@@ -160,7 +160,7 @@ class Folder(RunFolder):
 
 
 def _valid_header(record: Record) -> Record:
-    """The first line of a journal; raises ValueError, KeyError or TypeError if it is another one."""
+    """Check the first line of a journal. Raises ValueError, KeyError or TypeError if it is not a valid header."""
     _validate_entries(record, ["format", "kind", "settings"])
     if record["format"] != FORMAT:
         raise ValueError(f"format {record['format']!r}, this version reads format {FORMAT}")
@@ -174,7 +174,7 @@ def _validate_entries(record: Record, names: list[str]) -> None:
 
 
 class Raw(Bins):
-    """Rows as they are: every model dequantises them itself."""
+    """Rows without dequantisation, which every model does itself."""
 
     def __init__(self, model: NDM, quantisation: Quantisation | None, dtype: torch.dtype) -> None:
         super().__init__(model, quantisation, "uniform")
@@ -185,7 +185,7 @@ class Raw(Bins):
 
 
 class Run:
-    """One or two models on their way through the data."""
+    """Scores the data under one or two models."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class Run:
     ) -> None:
         _validate_models(models, settings)
         self.settings, self.limits = settings, limits
-        # The one whose network prescribes dtype and device, if there is one.
+        # Dtype and device come from a model with parameters, if there is one.
         model = next((model for model in models.values() if model.dtype is not None), next(iter(models.values())))
         self.raw = Raw(model, settings.quantisation, model.dtype or _dtype_of(data))
         self.source = Source(data, {} if cond is None else cond, self.raw, "data", caller)
@@ -218,7 +218,7 @@ class Run:
 
     @contextmanager
     def in_folder(self) -> Iterator[None]:
-        """With the batches scored before, and no other process at work there."""
+        """Lock the folder, and read the batches that were scored before."""
         several, settings = self.group.size > 1, Record()
         if several or self.folder.is_real:
             settings = self._identity(self.models)
@@ -237,7 +237,7 @@ class Run:
         return sum(len(batch.rows) for batch in self.batches)
 
     def run(self, progress: bool) -> str:
-        """Score batches until there is a reason to stop, which is returned."""
+        """Score batches until there is a reason to stop; returns the reason."""
         began, before = time.monotonic(), self.visited
         limit = math.inf if self.limits.time_limit is None else self.limits.time_limit
         total = min(self.source.rows, self.limits.max_rows or self.source.rows)
@@ -269,7 +269,7 @@ class Run:
         return None
 
     def _advance(self) -> int:
-        """Score the next batch, in several processes one in each; returns the number of rows."""
+        """Score the next batch, or one batch in each process; returns the number of rows."""
         before, own = self.visited, self.group.share(self._next())
         for outcome in self.group.gathered(self._scored(*own[0][1]) if own else None):
             if isinstance(outcome, SolverError):
@@ -301,7 +301,7 @@ class Run:
         return rows
 
     def _scored(self, start: int, rows: Tensor) -> "Batch | SolverError":
-        """A batch, or why there is none: the other processes have to know."""
+        """Score a batch. An error is returned and not raised, because the other processes have to know of it."""
         began = time.monotonic()
         x, cond = self.source.batch(rows, torch.Generator())
         try:
@@ -314,19 +314,22 @@ class Run:
         bad = rows[~nll.isfinite().all(0)].tolist()
         if bad and self.settings.on_failure == "raise":
             return SolverError(
-                f"the log-likelihood is not finite in rows {some(bad)} of data, beyond the range of its dtype; rescale "
-                "or drop them, use a model in float64, or pass on_failure='nan' to leave them out.",
+                f"the log-likelihood is not finite in rows {some(bad)} of data: it is beyond the range of its dtype. "
+                "Rescale or drop them, use a model in float64, or pass on_failure='nan' to leave them out.",
                 rows=tuple(bad),
             )
-        return Batch(start, rows, nll, variance, [s.nfe for s in scores], time.monotonic() - began)
+        return Batch(
+            start=start, rows=rows, nll=nll, variance=variance, nfe=[s.nfe for s in scores],
+            seconds=time.monotonic() - began,
+        )  # fmt: skip
 
     def values(self) -> Tensor:
-        """Values of the rows that every model could score, ``(models, n)``."""
+        """Values of the rows that all models could score, ``(models, n)``."""
         nll = torch.cat([batch.nll for batch in self.batches], 1)
         return nll[:, nll.isfinite().all(0)]
 
     def _figure(self) -> Tensor:
-        """What is averaged: the values of the model, or the differences; empty before the first batch."""
+        """The numbers that are averaged: values of the model, or differences. Empty before the first batch."""
         if not self.batches:
             return torch.empty(0)
         values = self.values()
@@ -352,7 +355,7 @@ class Run:
         return None if self.settings.quantisation is None else self.raw.bits(nats)
 
     def shared(self, reason: str) -> dict[str, Any]:
-        """What an Evaluation and a Comparison both tell."""
+        """Fields that Evaluation and Comparison have in common."""
         indices = torch.cat([batch.rows for batch in self.batches])
         good = torch.cat([batch.nll for batch in self.batches], 1).isfinite().all(0)
         return {
@@ -366,13 +369,13 @@ class Run:
         }
 
     def summarise(self, result: Evaluation | Comparison) -> None:
-        """Write the result, all but its tensors."""
+        """Write the result without its tensors."""
         numbers = {field.name: getattr(result, field.name) for field in fields(result)}
         scalars = {name: value for name, value in numbers.items() if not isinstance(value, Tensor)}
         self.folder.write_result(f"{self.folder.kind}.json", scalars | {"settings": self.folder.settings})
 
     def _identity(self, models: Mapping[str, NDM]) -> Record:
-        """All that determines the score of every row."""
+        """Everything that determines the score of every row."""
         bins, trace = self.settings.quantisation, self.scorers[0].estimator
         return (
             {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
@@ -387,7 +390,7 @@ class Run:
 
 
 def _described(model: NDM) -> Record:
-    """Structure and weights of a model."""
+    """Describe the structure and hash the weights of a model."""
     parts: Record = {"sha256": hash_state(model.state_dict()), "prior": type(model.prior).__name__, "model": str(model)}
     for name, part in (("schedule", model.schedule), ("transform", model.transform), ("predictor", model.predictor)):
         try:
@@ -421,7 +424,7 @@ def _validate_models(models: Mapping[str, NDM], settings: Settings) -> None:
 
 
 def _dtype_of(data: Any) -> torch.dtype:
-    """The dtype for a model without parameters: that of the data, if they are real."""
+    """Dtype for a model without parameters: the dtype of real data, else torch's default."""
     example: Any = data
     if isinstance(data, Dataset) and len(data):  # type: ignore[arg-type]
         example = data[0]
@@ -433,7 +436,7 @@ def _dtype_of(data: Any) -> torch.dtype:
 
 
 def _of_data(error: SolverError, rows: Tensor) -> SolverError:
-    """The same failure with the rows' numbers in the data."""
+    """Restate a failure with the rows' numbers in the data."""
     numbers = tuple(rows[list(error.rows)].tolist())
     where = f" In data these are rows {some(numbers)}." if numbers else ""
     return SolverError(f"{error}{where}", t=error.t, dt=error.dt, rows=numbers)

@@ -1,4 +1,4 @@
-"""Scores of a batch of rows: one model's estimates of the negative log-likelihood, and their variance."""
+"""Scores of a batch of rows: estimates of the negative log-likelihood under one model, and their variance."""
 
 import math
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ _NOISE, _TRACE, ORDER = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options that determine the numbers, as the user gave them."""
+    """The options of ``evaluate`` that determine the values, as the user gave them."""
 
     bound: str
     quantisation: Quantisation | None
@@ -57,11 +57,13 @@ class Settings:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an int of at least 0, got {self.seed!r}.")
         if self.dequantisation != "uniform" and self.quantisation is None:
-            raise ValueError("dequantisation has no effect without quantisation; it is for integer data.")
+            raise ValueError("dequantisation has no effect without quantisation; leave it out, or pass quantisation=.")
         if self.bound == "elbo":
             self._refuse_ineffective()
         elif self.samples is not None:
-            raise ValueError(f"samples={self.samples!r} has no effect with bound='ode', which draws no times.")
+            raise ValueError(
+                f"samples={self.samples!r} has no effect with bound='ode'; pass bound='elbo', or leave it out."
+            )
         if self.samples is not None and validate_count("samples", self.samples) < 2:
             raise ValueError("samples=1 gives no standard error; take 2 or more.")
 
@@ -70,20 +72,20 @@ class Settings:
         defaults = {"on_failure": "raise", "dequantisation": "uniform"}
         given += [name for name, default in defaults.items() if getattr(self, name) != default]
         if given:
-            raise ValueError(f"{', '.join(given)} has no effect with bound='elbo', which takes no ODE solve.")
+            raise ValueError(f"{', '.join(given)} has no effect with bound='elbo'; leave it out, or pass bound='ode'.")
 
     def estimator(self, event_shape: tuple[int, ...]) -> TraceEstimator:
-        """The estimator that ``trace`` names."""
+        """Trace estimator that ``trace`` names."""
         return resolve("auto" if self.trace is None else self.trace, event_shape, large=SWEEP)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scores:
-    """One model's scores of a batch.
+    """Scores of a batch under one model.
 
     Args:
         nll: estimates of the negative log-likelihood, nats, float64, ``(b,)``; NaN in failed rows.
-        variance: their variance given the rows, ``(b,)``; NaN where it is not known.
+        variance: their variance given the rows, ``(b,)``; NaN where it is unknown.
         nfe: network evaluations, summed over the rows.
     """
 
@@ -94,7 +96,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """One model's estimates of its negative log-likelihood."""
+    """Estimates the negative log-likelihood of rows under one model."""
 
     model: NDM
     settings: Settings
@@ -106,7 +108,7 @@ class Scorer:
 
     @property
     def pilot(self) -> str | None:
-        """How a pilot measures the variance: "sweeps", "repeats", or None where every row knows its own."""
+        """How the pilot measures the variance: "sweeps", "repeats", or None if every row has a variance of its own."""
         if self.settings.bound == "elbo":
             return None
         if self.settings.quantisation is not None:
@@ -117,12 +119,19 @@ class Scorer:
 
     @property
     def pilot_gain(self) -> float:
-        """Variance of an ordinary row over that of a row of the pilot."""
+        """Ratio of the variance of an ordinary row to that of a row of the pilot."""
         sweeps = self.estimator.sweeps
         return (sweeps + PILOT_SWEEPS) / sweeps if self.pilot == "sweeps" else 2.0
 
     def score(self, x: Tensor, cond: Conditioning, start: int, pilot: bool) -> Scores:
-        """Score rows; ``start`` is the position of the first."""
+        """Score rows.
+
+        Args:
+            x: the rows.
+            cond: their conditioning.
+            start: position of the first row in the random order.
+            pilot: whether to measure the variance of these rows.
+        """
         estimator, way = self.estimator, self.pilot if pilot else None
         if way == "sweeps":
             estimator = estimator.with_sweeps(estimator.sweeps + PILOT_SWEEPS)
@@ -131,7 +140,7 @@ class Scorer:
             return first
         second = self._once(x, cond, start, 1, estimator)
         half = 0.5 * (first.nll - second.nll)
-        return Scores(first.nll - half, half.square(), first.nfe + second.nfe)
+        return Scores(nll=first.nll - half, variance=half.square(), nfe=first.nfe + second.nfe)
 
     @torch.no_grad()
     def _once(self, x: Tensor, cond: Conditioning, start: int, repeat: int, estimator: TraceEstimator) -> Scores:
@@ -148,9 +157,9 @@ class Scorer:
         )  # fmt: skip
         info = options.likelihood(self.model, x, (self.model.t_min, 1.0), cond, probes, budget=False)
         variance = info.variance.double()
-        if settings.quantisation is not None:  # whose noise is not in it
+        if settings.quantisation is not None:  # the noise in the bins is not included
             variance = torch.full_like(variance, math.nan)
-        return Scores(log_q - info.loglik.double(), variance, int(info.row_nfe.sum()))
+        return Scores(nll=log_q - info.loglik.double(), variance=variance, nfe=int(info.row_nfe.sum()))
 
     def _by_elbo(self, x: Tensor, cond: Conditioning, noise: Randomness) -> Scores:
         bins = self.settings.quantisation
@@ -160,9 +169,9 @@ class Scorer:
         bound, info = objectives.elbo(
             self.model, x, samples=samples, quantisation=bins, generator=noise, return_info=True, **cond
         )
-        return Scores(-bound.double(), info.stderr.double().square(), samples * len(x))
+        return Scores(nll=-bound.double(), variance=info.stderr.double().square(), nfe=samples * len(x))
 
     def _generators(self, start: int, n: int, repeat: int, use: int) -> list[torch.Generator]:
-        """One per row, by its position: what a row draws does not depend on its batch."""
+        """One generator per row, seeded by its position, so that its noise does not depend on its batch."""
         seeds = (derive_seeds(self.settings.seed, place, repeat, use)[0] for place in range(start, start + n))
         return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]

@@ -1,4 +1,4 @@
-r"""Training: minimise minus the ELBO, keep an average of the weights, survive being killed at any moment.
+r"""Training: minimise minus the ELBO, average the weights, and continue after being killed at any moment.
 
 Step k (from 0) of K has the learning rate
 
@@ -14,16 +14,16 @@ with W steps of warm-up and final fraction f. After n updates the averaged weigh
     d_n = \min\Bigl(\mathrm{ema}, \frac{1 + n}{10 + n}\Bigr), \quad d_0 = 0 .
 
 All randomness is a function of (seed, k): step k draws noise and times from a generator of its own, and epoch e has
-its own permutation. A training is therefore resumed from weights, optimiser state and k alone, and continues with the
-bits of a training that was never interrupted.
+its own permutation. So a training continues from weights, optimiser state and k alone, and gives the same bits as one
+that was never interrupted.
 
-With ``cond_dropout`` p, step k also draws a Bernoulli(p) for every row: where it is one, the row's conditioning c is
-replaced by the predictor's null values, and the loss is
+With ``cond_dropout`` p, step k also draws a Bernoulli(p) for every row. Where it is one, the predictor's null values
+replace the row's conditioning c. The loss is then
 
 .. math::
-    (1 - p)\, E\,L(\theta; x, c) + p\, E\,L(\theta; x, \varnothing) :
+    (1 - p)\, E\,L(\theta; x, c) + p\, E\,L(\theta; x, \varnothing) .
 
-one network learns the conditional and the unconditional model, which :func:`ndm_ct.guided` combines.
+One network learns the conditional and the unconditional model, which :func:`ndm_ct.guided` combines.
 
 References:
     Loshchilov and Hutter, SGDR (the cosine decay), https://arxiv.org/abs/1608.03983
@@ -93,64 +93,65 @@ def fit(
     optimiser state) and at the end ``model.safetensors`` for :func:`ndm_ct.load`. The same call continues a training
     that was killed. Ctrl-C finishes the step, writes a checkpoint and returns.
 
-    Networks may be compiled before, in place: ``model.predictor.compile()``, ``model.transform.features.compile()``;
-    files, averaged weights and :func:`ndm_ct.load` are those of the networks as they were. (``torch.compile(module)``
-    returns a wrapper, under whose name the weights would be saved.)
+    Networks may be compiled in place before: ``model.predictor.compile()``, ``model.transform.features.compile()``.
+    The weights keep their names in files.
 
     Args:
         model: the model; on return trained, also if interrupted.
         data: tensor or array ``(N, *E)``, or a map-style ``Dataset`` whose items are tensors ``(*E)``. Real values,
-            or integers together with ``quantisation``. A float array takes the model's dtype.
+            or integers together with ``quantisation``. A float array takes the model's dtype. Every process of a
+            distributed job passes all rows.
         steps: optimiser steps in total.
-        batch_size: rows per step, drawn without replacement within an epoch; an incomplete last batch is left out.
+        batch_size: rows per step, drawn without replacement within an epoch. An incomplete last batch is left out.
         lr: peak learning rate.
         optimizer: "adamw" or "adam".
-        weight_decay: of the weights with two or more axes; biases, scales and schedules have none.
-        grad_clip: largest norm of the gradient of the loss in nats per dimension; None for no clipping.
+        weight_decay: decay of the weights with two or more axes. Biases, scales and schedules have none.
+        grad_clip: largest norm of the gradient of the loss in nats per dimension. Larger gradients are scaled down to
+            it. None is no clipping.
         warmup: steps of linear warm-up; None is a tenth of ``steps``, at most 1000.
         lr_final: fraction of ``lr`` at the end of the cosine decay.
-        ema: decay of the averaged weights; 0 keeps none.
+        ema: decay of the averaged weights. Closer to 1 averages over more steps; 0 is no average.
         cond: conditioning by name, each with one row per row of ``data``.
-        cond_dropout: probability with which a row of a batch gets, in the place of its conditioning, the values that
-            mean none: those that the predictor names in its attribute ``null`` (networks of ``ndm_ct.nn`` with
-            ``classes`` have it). 0.1 to 0.2 is usual for a model that is to be ``guided``; validation drops none.
+        cond_dropout: probability that null values replace the conditioning of a row. The predictor gives these values
+            in its attribute ``null``; networks of ``ndm_ct.nn`` with ``classes`` have it. 0.1 to 0.2 is usual for a
+            model to be used with :func:`ndm_ct.guided`. Validation keeps all conditioning.
         quantisation: the bins of integer data, or their number on (-1, 1).
         dequantisation: "uniform" trains on levels with noise uniform in their bins. "process" trains on the bin
-            centres, where the process' own noise at t_min fills the bins. Evaluate with the same word.
+            centres; the process' own noise at t_min fills the bins. Evaluate with the same word.
         validation: held-out data of the same kind.
-        validation_cond: its conditioning.
+        validation_cond: conditioning of the held-out data.
         validate_every: steps between validations of the averaged weights; None is a tenth of ``steps``.
-        patience: stop after so many validations without a better one, and keep the weights of the best; None trains
-            to the end, and keeps the last.
-        run_dir: folder of the training, made if missing.
+        patience: number of validations without improvement after which training stops. The weights of the best
+            validation are kept. None trains to the end and keeps the last weights.
+        run_dir: folder of the training, made if missing. None writes nothing.
         checkpoint_every: steps between checkpoints; None is 1000.
         log_every: steps between rows of the history.
-        resume: continue from the checkpoint in ``run_dir``; False refuses a folder that has one.
-        seed: of everything random, dropout included; the global generator of torch is left as it was.
-        accumulate: K parts that a batch is cut into, whose gradients are added up: less memory, or work for several
-            processes, each of which takes K / processes of them. The result depends on K, but not on the number of
-            processes, beyond rounding. None is the number of processes.
+        resume: whether ``run_dir`` may hold a checkpoint to continue from. False raises a ValueError if it does.
+        seed: of everything random, dropout included. The global generator of torch is left as it was.
+        accumulate: number K of parts into which a batch is divided. Their gradients are added up. More parts need less
+            memory. With several processes each takes K / processes of them. Up to rounding, the result depends on K
+            and not on the number of processes. None is the number of processes.
         precision: "full", or "bf16-mixed": the predictor and the networks of ``Neural`` and ``Separable`` run under
             ``torch.autocast`` in bfloat16. Their outputs, everything computed from them, the loss, weights, averages
-            and optimiser state stay in float32, as do flows, encoders and decoders, and validation.
+            and optimiser state stay in float32. So do flows, encoders, decoders and validation.
         progress: whether to show a progress bar.
         time_limit: seconds after which to stop with a checkpoint, as if interrupted.
-        objective: what is minimised, called as ``objective(model, x, generator=generator, **cond)`` for one value per
-            row, such as a :class:`~ndm_ct.objectives.Regression` (:mod:`ndm_ct.presets` has the published ones);
-            None is minus the ELBO, :func:`ndm_ct.loss`, and :class:`~ndm_ct.objectives.Bound` the same with importance
-            sampling of the times. Validation is by the ELBO whatever it is. A module may have a state (buffers): a step
-            leaves the mean of what its parts make of it, and checkpoints hold it.
+        objective: the loss, called as ``objective(model, x, generator=generator, **cond)`` for one value per row. None
+            is minus the ELBO, :func:`ndm_ct.loss`. :class:`~ndm_ct.objectives.Bound` is the same with importance
+            sampling of the times, and :mod:`ndm_ct.presets` has published regressions. Validation always uses the
+            ELBO. If the objective is a module with buffers, they are averaged over the parts of each step and saved in
+            checkpoints.
 
     Returns:
         A :class:`FitResult`.
 
     Raises:
-        TypeError: integer data without ``quantisation``, or data of the wrong type.
-        ValueError: an argument out of range or without effect; data that do not fit the model; a checkpoint of other
-            settings, which are named.
+        TypeError: the data are integers and ``quantisation`` is None, or the data have the wrong type.
+        ValueError: an argument is out of range or has no effect; the data do not fit the model; ``run_dir`` holds a
+            checkpoint of other settings, which are named; or processes got different rows or arguments.
         CheckpointError: the checkpoint in ``run_dir`` is damaged.
-        BlockingIOError: another process is at work in ``run_dir``.
-        RuntimeError: loss, gradient or prediction became NaN or infinite; the last checkpoint is as it was.
+        BlockingIOError: another process works in ``run_dir``.
+        RuntimeError: loss, gradient or prediction became NaN or infinite. The last checkpoint is as it was.
     """
     cond, group = {} if cond is None else cond, Group()
     _refuse_ineffective(locals())
@@ -194,7 +195,7 @@ def _refuse_ineffective(arguments: Mapping[str, Any]) -> None:
         if arguments[name] is not None and arguments[needed] is None:
             raise ValueError(f"{name} has no effect without {needed}; pass {needed}= or leave {name} out.")
     if arguments["dequantisation"] != "uniform" and arguments["quantisation"] is None:
-        raise ValueError("dequantisation has no effect without quantisation; it is for integer data.")
+        raise ValueError("dequantisation has no effect without quantisation; leave it out, or pass quantisation=.")
 
 
 def _shared_arguments(settings: Settings, intervals: Intervals, data: Source, validation: Source | None) -> Row:

@@ -1,4 +1,4 @@
-"""The loop of a training: steps until it is finished, interrupted or out of time, and what is due after each."""
+"""The loop of a training: steps with logs, validations and checkpoints, until it is finished or interrupted."""
 
 import json
 import math
@@ -26,11 +26,11 @@ __all__ = ["FitResult", "Training"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training did.
+    """The result of :func:`ndm_ct.fit`.
 
     Args:
         step: optimiser steps completed, earlier runs of the same ``run_dir`` included.
-        finished: whether all steps were done, or patience ended (not if interrupted or out of time).
+        finished: whether all steps were done or patience ended; False if interrupted or out of time.
         history: rows with step, loss (nats per event, mean since the row before), lr, grad_norm, seconds, and
             bits_per_dim for integer data.
         validation: rows with step, validation_elbo (nats per event), validation_stderr, seconds, and
@@ -47,11 +47,11 @@ class Training:
     """A training in a folder, continued from the checkpoint there.
 
     Args:
-        state: what the training changes.
+        state: weights, optimiser and counters.
         data: rows to train on.
         validation: held-out rows.
-        folder: locked, or of no path.
-        intervals: steps between reports.
+        folder: a locked folder, or one without a path.
+        intervals: steps between reports, and the time limit.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Training:
             with torch.random.fork_rng(devices):
                 self._loop(progress and self.group.is_main)
         except KeyboardInterrupt:
-            if self.updating:  # the weights are those of no step; the last checkpoint stands
+            if self.updating:  # the weights are between two steps, so the last checkpoint is kept
                 raise
         finally:
             for module, training in modes:
@@ -164,7 +164,7 @@ class Training:
         return self.bins.bits_of_loss(loss) if bound else None
 
     def _validate(self, source: Source) -> None:
-        """The ELBO of the averaged weights, every time with the same noise."""
+        """Log the ELBO of the averaged weights. The noise is the same in every validation."""
         model, device = self.state.averaged, self.state.device
         bound = torch.zeros(source.rows, dtype=torch.float64, device=device)
         with torch.no_grad(), model.evaluating():
@@ -198,14 +198,14 @@ class Training:
 
 
 def _described(objective: Objective) -> str:
-    """Text that changes with the objective, for a checkpoint to compare."""
+    """Text by which a checkpoint recognises its objective."""
     if hasattr(objective, "describe"):
         return str(objective.describe())
     return str(getattr(objective, "__qualname__", type(objective).__qualname__))
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request, so that a step is never left half done."""
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request to stop after the current step."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -214,6 +214,6 @@ class _Interrupt:
         return stop_signals(self._request)
 
     def _request(self, *_: Any) -> None:
-        if self.requested:  # the second one is impatient
+        if self.requested:  # a second signal stops at once
             raise KeyboardInterrupt
         self.requested = True

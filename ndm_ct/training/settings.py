@@ -16,7 +16,7 @@ __all__ = ["OPTIMIZERS", "PRECISIONS", "Intervals", "Settings"]
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 PRECISIONS = {"full": None, "bf16-mixed": torch.bfloat16}
-"""The dtype in which networks are evaluated during training, by Lightning's names; None is that of their weights."""
+"""Dtype of the networks during training, by Lightning's names for it; None is the dtype of their weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ class Settings:
             cond: conditioning of the data.
 
         Raises:
-            TypeError: it is not a model.
-            ValueError: nothing can be trained, or an option has no effect.
+            TypeError: ``model`` is not an NDM.
+            ValueError: the model has nothing to train, or an option has no effect.
         """
         if not isinstance(model, NDM):
             raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
@@ -93,7 +93,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """Options of :func:`ndm_ct.fit` that leave the weights as they are: steps between reports, and when to stop."""
+    """Options of :func:`ndm_ct.fit` that do not change the weights: steps between reports, and the time limit."""
 
     validate_every: int
     checkpoint_every: int

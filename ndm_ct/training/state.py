@@ -1,4 +1,4 @@
-"""Everything that a training changes: weights, their average, the optimiser, counters; to a checkpoint and back."""
+"""Everything that a training changes (weights, their average, optimiser, counters), and its checkpoints."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -26,12 +26,12 @@ __all__ = ["Folder", "Objective", "Row", "State"]
 Row = dict[str, Any]
 Objective = Callable[..., Tensor]
 
-# Settings that early checkpoints lack, with the values that correspond to their absence.
+# Settings that early checkpoints do not have, with the values that they then had.
 _LATER = {"cond_dropout": 0.0, "objective": None, "patience": None, "accumulate": 1, "precision": "full"}
 
 
 class Folder(RunFolder):
-    """The files of a training; without a path nothing is written."""
+    """The files of a training. Without a path nothing is written."""
 
     def __init__(self, path: PathLike | None, group: Group) -> None:
         super().__init__(path, group=group)
@@ -48,7 +48,7 @@ class Folder(RunFolder):
         return Journal(self.path / "log.jsonl")
 
     def rewind(self, step: int) -> None:
-        """Drop rows of the log after ``step``, which will be written again."""
+        """Drop rows of the log after ``step``, because they will be written again."""
 
         def rewound() -> list[Row]:
             rows = self.log.read(lambda _, row: (row, bool(row["step"] <= step)))
@@ -66,7 +66,7 @@ class Folder(RunFolder):
             self.log.add(row)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Progress:
     """The counters of a :class:`State`, as a checkpoint holds them."""
 
@@ -81,16 +81,17 @@ class _Progress:
         """Read the counters of a training of ``steps`` steps.
 
         Raises:
-            KeyError, TypeError, ValueError: they are missing or impossible.
+            KeyError, TypeError, ValueError: the counters are missing or impossible.
         """
         loss, norm, pending = description["pending"]
         counts = {"step": description["step"], "pending": pending, "waited": description.get("waited", 0)}
         for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= steps:
                 raise ValueError(f"{name} is {value!r}, expected an integer from 0 to {steps}")
-        sums = (float(loss), float(norm), pending)
-        best = float(description.get("best", -math.inf))
-        return cls(counts["step"], float(description["seconds"]), sums, best, counts["waited"])
+        return cls(
+            step=counts["step"], seconds=float(description["seconds"]), pending=(float(loss), float(norm), pending),
+            best=float(description.get("best", -math.inf)), waited=counts["waited"],
+        )  # fmt: skip
 
 
 class State:
@@ -98,9 +99,9 @@ class State:
 
     Args:
         model: the model, trained in place.
-        settings: of the training.
-        objective: what is minimised; None is minus the ELBO.
-        group: the processes of this training; all start from the weights of the first one.
+        settings: settings of the training.
+        objective: the loss; None is minus the ELBO.
+        group: the processes of this training. All start from the weights of the first one.
     """
 
     def __init__(self, model: NDM, settings: Settings, objective: Objective | None, group: Group) -> None:
@@ -149,8 +150,8 @@ class State:
         """Move the weights along the gradient, and count the step.
 
         Args:
-            loss: of the step.
-            norm: of its gradient.
+            loss: loss of the step, for the log.
+            norm: norm of its gradient, for the log.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(self.step)
@@ -183,11 +184,11 @@ class State:
         return tensors
 
     def write(self, folder: Folder, identity: Row) -> None:
-        """Write a checkpoint; the main process does.
+        """Write a checkpoint, in the main process.
 
         Args:
-            folder: where to.
-            identity: settings that a training must have to continue from it.
+            folder: folder of the training.
+            identity: settings that a training must have to continue from the checkpoint.
         """
         tensors = self._tensors() | {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -202,7 +203,7 @@ class State:
         """Continue from the checkpoint in the folder, if there is one, and drop later rows of the log.
 
         Args:
-            folder: of the training.
+            folder: folder of the training.
             identity: settings of this training.
 
         Raises:
@@ -245,7 +246,7 @@ class State:
             setattr(self, name, value)
 
     def _expected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a checkpoint of this training; of the optimiser, those of parameters that had a gradient."""
+        """Tensors that a checkpoint should have, with optimiser state only for parameters that had a gradient."""
         expected = self._tensors()
         if any(name.startswith("best.") for name in tensors):
             expected |= {f"best.{name}": tensor for name, tensor in self.model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""One step of a training: the rows of its batch, the loss, and the gradient, shared among processes."""
+"""One step of a training: its batch, and the loss and gradient, which processes compute together."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -25,9 +25,9 @@ class Gradient:
     """The loss of each step and its gradient in the parameters.
 
     Args:
-        state: of the training.
+        state: state of the training.
         data: rows to train on.
-        remark: added to error messages.
+        remark: sentence that is added to error messages.
     """
 
     def __init__(self, state: State, data: Source, remark: str) -> None:
@@ -37,7 +37,7 @@ class Gradient:
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def compute(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of this step's batch, and the objective's next state; the gradient is left in the parameters.
+        """The loss of this step's batch, and the objective's next state. The gradient is put into the parameters.
 
         The batch is split into parts, shared among processes. Each part starts from the same objective state, and the
         new state is their mean, so the result does not depend on which process handles which part.
@@ -81,18 +81,18 @@ class Gradient:
         self.group.sum_([cast(Tensor, p.grad) for p in theirs])
 
     def _loss(self, part: int, rows: Tensor) -> Tensor:
-        """Mean over the rows of a part, with noise that no other part has."""
+        """Mean loss over the rows of a part. Every part has noise of its own."""
         own, others = derive_seeds(self.settings.seed, self.state.step, *((part, _PART) if part else ()), count=2)
         generator = torch.Generator(self.state.device).manual_seed(own)
-        torch.manual_seed(others)  # dropout, and whatever else the networks draw
+        torch.manual_seed(others)  # for dropout and other noise inside the networks
         x, given = self.data.batch(rows, generator)
         cond = self._dropped(given, len(x), generator)
         with networks_in(PRECISIONS[self.settings.precision]):
             return self.state.minimised(self.state.model, x, generator=generator, **cond).mean()
 
     def _dropped(self, cond: Mapping[str, Any], rows: int, generator: torch.Generator) -> Mapping[str, Any]:
-        """The conditioning of a batch with null values in some rows, the same rows for every name."""
-        if self.settings.cond_dropout == 0.0:  # and nothing is drawn
+        """Put null values into random rows of the conditioning, the same rows for every name."""
+        if self.settings.cond_dropout == 0.0:
             return cond
         drop = torch.rand(rows, generator=generator, device=generator.device) < self.settings.cond_dropout
         null = {
