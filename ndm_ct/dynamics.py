@@ -32,7 +32,7 @@ __all__ = ["ProbabilityFlow", "ReverseSDE"]
 
 
 class MomentsFunction(Protocol):
-    r"""The model's head, ``(z (B, *E), t (B,)) -> (F, dF)``, both ``(B, *E)``."""
+    r"""The model's moments, ``(z (B, *E), t (B,)) -> (F, dF)``, both ``(B, *E)``."""
 
     def __call__(self, z: Tensor, t: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
@@ -62,7 +62,12 @@ class ProbabilityFlow:
         return self._last[2]
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        """Velocity at any time ``t``, ``()`` or ``(B,)``, and state ``z`` ``(B, *E)``; shape of z."""
+        """Velocity, shape of z.
+
+        Args:
+            t: any time, ``()`` or ``(B,)``; it is moved into [t_min, 1].
+            z: state, shape ``(B, *E)``.
+        """
         return self.velocity(as_time(t, z.device).clamp(self.t_min, 1.0), z)
 
     def velocity(self, t: Tensor, z: Tensor) -> Tensor:

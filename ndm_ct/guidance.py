@@ -1,10 +1,10 @@
-r"""Classifier-free guidance: a conditional model pushed away from what it says without its conditioning.
+r"""Classifier-free guidance: a conditional prediction extrapolated away from the unconditional one.
 
 .. math::
     \hat y_w(z, t, c) = \hat y(z, t, \varnothing)
     + w\,\bigl[\hat y(z, t, c) - \hat y(z, t, \varnothing)\bigr]
 
-for whatever the predictor returns, with the null values :math:`\varnothing` in the place of c. At fixed z and t the
+for any kind of prediction, with the null values :math:`\varnothing` in the place of c. At fixed z and t the
 score is an affine function of x, eps, v and of the pair of "moments", so the scores mix with the same weights,
 
 .. math::
@@ -54,8 +54,8 @@ def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> N
     keep it in a file, save ``model`` and guide what is loaded.
 
     Args:
-        model: a conditional model; one that was trained with its conditioning dropped, as ``fit(cond_dropout=)`` does,
-            knows what to predict without.
+        model: a conditional model, trained with its conditioning dropped in some rows (``fit(cond_dropout=...)``), so
+            that it can predict without it.
         scale: w. 1 is the conditional model, 0 the unconditional one, each by a single evaluation and with its bits.
         null: the conditioning that means none, by name: a number, which fills the tensor given at call time, or a
             tensor that broadcasts to it. None: the predictor's own, its attribute ``null`` (for networks of
@@ -66,7 +66,7 @@ def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> N
         stands for: 2, or 1 for a scale of 0 or 1. All of ``null`` must be given at every call, one entry per row.
 
     Raises:
-        TypeError: ``model`` is no model, or ``scale`` no number.
+        TypeError: ``model`` is not a model, or ``scale`` is not a number.
         ValueError: ``scale`` is not finite; there is nothing to guide by; ``null`` names what the predictor does not
             take, or what the transform takes too.
 
@@ -165,7 +165,7 @@ def _validate_null(model: NDM, null: Mapping[str, Any]) -> None:
 
 
 class _Guided(nn.Module):
-    """The guided predictor, see :func:`guided`."""
+    """The guided predictor; see :func:`guided`."""
 
     def __init__(self, predictor: Any, scale: float, null: dict[str, Any]) -> None:
         super().__init__()
@@ -175,14 +175,14 @@ class _Guided(nn.Module):
         self.evaluations_per_call = own * evaluations_per_call(predictor)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
-        """Those of the predictor."""
+        """Conditioning that the predictor takes."""
         return keyword_names(self.predictor, 2)
 
     def forward(self, z: Tensor, t: Tensor, /, *schedule: Any, **cond: Any) -> Any:
         """The guided prediction at state z ``(B, *E)`` and time t ``(B,)``; a schedule is handed on.
 
         Raises:
-            ValueError: a conditioning to guide by is missing or has not one entry per row.
+            ValueError: a conditioning to guide by is missing or does not have one entry per row.
             PredictorError: the predictor does not return one row per row.
         """
         self._validate(cond, len(z))
@@ -193,7 +193,7 @@ class _Guided(nn.Module):
             return self.predictor(z, t, *schedule, **cond | null)
         others = {name: value for name, value in cond.items() if name not in null}
         if any(_by_rows(tensor, len(z)) for tensor in tensors_in(others)):
-            # Whether these belong to the rows or are shared is the predictor's affair: it gets them as they came.
+            # Only the predictor can tell whether these belong to the rows or are shared, so it gets them unchanged.
             return self._mixed(self.predictor(z, t, *schedule, **cond), self.predictor(z, t, *schedule, **cond | null))
         both = {name: torch.cat([cond[name], value]) for name, value in null.items()}
         output = self.predictor(torch.cat([z, z]), torch.cat([t, t]), *schedule, **others | both)

@@ -1,4 +1,4 @@
-r"""What a predictor returns, and what the model takes it for.
+r"""The prediction: what a predictor returns and how the model uses it.
 
 The model's ``prediction`` says how the output becomes the pair :math:`(\hat F, \hat{\dot F})` that the dynamics need:
 
@@ -118,7 +118,7 @@ class PredictedProcess(nn.Module):
             cond: conditioning.
 
         Raises:
-            PredictorError: as in ``moments``, or the prediction is NaN or infinite (with time and rows).
+            PredictorError: the prediction has the wrong shape or dtype, or is NaN or infinite (with time and rows).
         """
         if self.prediction == "moments":
             F, dF = self.moments(z, t, **cond)
@@ -166,7 +166,7 @@ def validate_predictor(
 
     Args:
         predictor: as the user gave it.
-        prediction: what the model takes its output for, one of ``PREDICTIONS``.
+        prediction: what its output means, one of ``PREDICTIONS``.
         event_shape: E.
         transform: F.
         schedule: alpha and sigma.

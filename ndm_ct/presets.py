@@ -128,7 +128,13 @@ def ddpm(net: Any, event_shape: Shape, *, steps: int = 1000, beta_min: float = 1
 
 
 def ddim(net: Any, event_shape: Shape, **options: Any) -> Preset:
-    """DDIM: trained as :func:`ddpm`, whose options it takes, sampled without noise."""
+    r"""DDIM: trained like DDPM, sampled without noise.
+
+    Args:
+        net: :math:`\hat\epsilon(z, t)`.
+        event_shape: shape of one event.
+        options: options of :func:`ddpm`.
+    """
     return ddpm(net, event_shape, **options)._replace(method="ddim")
 
 
@@ -165,12 +171,19 @@ def score_sde_vp(net: Any, event_shape: Shape, *, beta_min: float = 0.1, beta_ma
 
 
 def score_sde_subvp(net: Any, event_shape: Shape, *, beta_min: float = 0.1, beta_max: float = 20.0) -> Preset:
-    """Score SDE, sub-variance preserving; arguments and objective as in :func:`score_sde_vp`."""
+    r"""Score SDE, sub-variance preserving; the objective is that of :func:`score_sde_vp`.
+
+    Args:
+        net: :math:`\hat s(z, t)`.
+        event_shape: shape of one event.
+        beta_min: :math:`\beta(0)`.
+        beta_max: :math:`\beta(1)`.
+    """
     return _score_sde(net, event_shape, schedules.SubVariancePreserving(beta_min, beta_max), "sde")
 
 
 def score_sde_ve(net: Any, event_shape: Shape, *, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Preset:
-    r"""Score SDE, variance exploding; objective as in :func:`score_sde_vp`.
+    r"""Score SDE, variance exploding; the objective is that of :func:`score_sde_vp`.
 
     Args:
         net: :math:`\hat s(z, t)`.
@@ -264,7 +277,7 @@ def flow_matching(net: Any, event_shape: Shape) -> Preset:
     r"""Flow matching on straight conditional paths: :math:`E \|(\epsilon - x) - \hat u\|^2`, t uniform.
 
     Args:
-        net: :math:`\hat u(z, t)`, in our direction of time: at t = 0 are the data.
+        net: :math:`\hat u(z, t)`, in the direction of time of this library: at t = 0 are the data.
         event_shape: shape of one event.
     """
     model = NDM(FromVelocity(net), event_shape, schedule=schedules.Rectified())
@@ -272,7 +285,12 @@ def flow_matching(net: Any, event_shape: Shape) -> Preset:
 
 
 def rectified_flow(net: Any, event_shape: Shape) -> Preset:
-    """Rectified flow: before its first reflow it is :func:`flow_matching`, sampled by a few Euler steps."""
+    r"""Rectified flow: before its first reflow it is :func:`flow_matching`, sampled by a few Euler steps.
+
+    Args:
+        net: :math:`\hat u(z, t)`, in the direction of time of this library: at t = 0 are the data.
+        event_shape: shape of one event.
+    """
     return flow_matching(net, event_shape)._replace(method="euler")
 
 
@@ -340,7 +358,7 @@ def lsgm(
         net: mixed with the normal's noise by :class:`~ndm_ct.nn.Mixed`.
         event_shape: shape of the latents.
         encoder: see :class:`~ndm_ct.transforms.Encoder`.
-        decoder: likewise.
+        decoder: from latents to data; see :class:`~ndm_ct.transforms.Encoder`.
         data_shape: shape of one data point.
         beta_min: :math:`\beta(0)`.
         beta_max: :math:`\beta(1)`.

@@ -136,7 +136,13 @@ class ForwardProcess(nn.Module):
         return ForwardProcess(self.transform, self.schedule, self.volatility, scale * self.volatility_scale)
 
     def mean(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        r""":math:`\alpha_t F(x, t)`, shape ``(B, *E)``."""
+        r""":math:`\alpha_t F(x, t)`, shape ``(B, *E)``.
+
+        Args:
+            x: data, shape ``(B, *E)``.
+            t: float64 time, ``()`` or ``(B,)``.
+            cond: conditioning of the transform.
+        """
         return expand(self.schedule(t).alpha, x) * self.transform(x, t, **cond)
 
     def sample(
@@ -163,22 +169,35 @@ class ForwardProcess(nn.Module):
         return self.state(self.transform(x, t, **cond), t, eps)
 
     def state(self, F: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        r""":math:`\alpha_t F + \sigma_t \epsilon` for a known F, shape ``(B, *E)``."""
+        r""":math:`\alpha_t F + \sigma_t \epsilon` for a known F, shape ``(B, *E)``.
+
+        Args:
+            F: :math:`F(x, t)`, shape ``(B, *E)``.
+            t: float64 time, ``()`` or ``(B,)``.
+            eps: the noise :math:`\epsilon`, shape ``(B, *E)``.
+        """
         c = self.schedule(t)
         return expand(c.alpha, F) * F + expand(c.sigma, F) * eps
 
     def velocity(self, z: Tensor, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        r""":math:`v(z, x, t)`: the time derivative of z at fixed x and :math:`\epsilon`."""
+        r""":math:`v(z, x, t)`: the time derivative of z at fixed x and :math:`\epsilon`, shape of ``z``.
+
+        Args:
+            z: state, shape ``(B, *E)``.
+            x: the data it came from, shape ``(B, *E)``.
+            t: float64 time, ``()`` or ``(B,)``.
+            cond: conditioning of the transform.
+        """
         F, dF = self.transform.with_derivative(x, t, **cond)
         return drift(z, F, dF, self.schedule(t), self.transform)
 
     def score(self, z: Tensor, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        r""":math:`s(z, x, t) = \nabla_z \log q(z_t \mid x)`."""
+        r""":math:`s(z, x, t) = \nabla_z \log q(z_t \mid x)`; arguments and shape as of :meth:`velocity`."""
         c = self.schedule(t)
         return (expand(c.alpha, z) * self.transform(x, t, **cond) - z) / expand(c.sigma**2, z)
 
     def reverse_drift(self, z: Tensor, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        r""":math:`v - \tfrac12 g^2 s` given x: the drift of the conditional reverse SDE."""
+        r""":math:`v - \tfrac12 g^2 s`, the drift of the reverse SDE given x; arguments as of :meth:`velocity`."""
         F, dF = self.transform.with_derivative(x, t, **cond)
         return drift(z, F, dF, self.schedule(t), self.transform, self.half_rate(t))
 
@@ -194,6 +213,10 @@ class ForwardProcess(nn.Module):
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""The frozen-x step from t to s < t.
+
+        Args:
+            s: the earlier time (less noise), float64, ``()`` or ``(B,)``.
+            t: the later time, of the shape of ``s``.
 
         Returns:
             :math:`\kappa` and :math:`\tilde\sigma`, float64, with the shape of :math:`\eta(t)`.
@@ -227,7 +250,7 @@ class ForwardProcess(nn.Module):
         if not callable(self.volatility):
             constant = self.volatility_scale * self.volatility
             return torch.zeros_like(end) if constant == 0.0 else constant * (end - start)
-        # Gauss-Legendre in gamma: the measure gamma' du is d gamma, whatever the schedule.
+        # Gauss-Legendre in gamma: the measure gamma' du is d gamma for every schedule.
         half = 0.5 * (end - start).clamp(max=_LARGEST_EXPONENT)
         total = half.new_zeros(())
         for node, weight in zip(_NODES, _WEIGHTS, strict=True):

@@ -69,7 +69,7 @@ class _Marginals:
         return log_density, self.means + _apply(gain, residual)
 
     def _in_eigenbasis(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The same where A = a(t) I: S_k and C_k have the eigenvectors in common, and nothing is factorised."""
+        """The same if A = a(t) I: S_k and C_k then share their eigenvectors, and no factorisation is needed."""
         t = as_time(t).reshape(-1)
         c, ones = self.schedule(t), torch.ones(len(t), *self.event_shape, dtype=torch.float64, device=t.device)
         scale = (c.alpha * self.transform(ones, t).reshape(len(t), len(self.basis[0]))[:, 0])[:, None, None]
@@ -199,7 +199,7 @@ class GaussianMixture(NDM):
 
     Raises:
         ValueError: a transform that is not linear, or parameters that do not describe a mixture.
-        TypeError: parameters that are no numbers.
+        TypeError: parameters that are not numbers.
 
     Example:
         >>> import ndm_ct
@@ -268,7 +268,12 @@ class GaussianMixture(NDM):
         return self.marginals.log_prob(z, validate_time(self.t_min if t is None else t, self.t_min, z))
 
     def sample_data(self, n: int, *, generator: GeneratorLike = None) -> Tensor:
-        """Draw x from the mixture itself, float64, shape ``(n, *E)``."""
+        """Draw x from the mixture itself, float64, shape ``(n, *E)``.
+
+        Args:
+            n: number of draws.
+            generator: a seed, a generator, or one per draw; None is torch's global generator.
+        """
         return self.marginals.draw(n, None, generator)
 
 
@@ -278,8 +283,8 @@ class Gaussian(GaussianMixture):
     Args:
         mean: m, shape ``E``.
         cov: C, shape ``(d, d)`` over the flattened event.
-        schedule: as in :class:`GaussianMixture`.
-        transform: as in :class:`GaussianMixture`.
+        schedule: :math:`\alpha, \sigma`; None is that of :class:`ndm_ct.NDM`.
+        transform: F, linear in x; None is the identity.
         volatility: :math:`\eta`.
         t_min: None is the schedule's safe value.
     """

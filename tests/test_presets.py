@@ -380,7 +380,7 @@ def test_a_regression_leaves_no_transform_to_train():
     learned = transforms.Neural(nn.MLP(2, width=8))
     model = ndm_ct.NDM(nn.Preconditioned(nn.MLP(2, width=8)), (2,), transform=learned)
     x = data().float()
-    with pytest.raises(ValueError, match=r"says nothing about F, but Neural has parameters.*objective=None|bound"):
+    with pytest.raises(ValueError, match=r"does not determine F, but Neural has parameters.*objective=None|bound"):
         Regression("eps")(model, x)
     learned.requires_grad_(False)
     assert Regression("eps")(model, x, generator=seeded()).shape == (ROWS,)

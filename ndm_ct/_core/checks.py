@@ -89,7 +89,7 @@ def sum_event(y: Tensor) -> Tensor:
 def bad_rows(y: Tensor) -> tuple[int, ...]:
     """Rows of ``(B, ...)`` with a NaN or an infinity."""
     y = y.detach()
-    if math.isfinite(float(y.sum())):  # one pass; a sum that overflows decides nothing
+    if math.isfinite(float(y.sum())):  # one pass; a sum that overflows is looked at again
         return ()
     finite = torch.isfinite(y)
     return tuple(torch.nonzero(~finite.reshape(y.shape[0], -1).all(1)).flatten().tolist())
@@ -126,7 +126,11 @@ def validate_count(argument: str, value: Any) -> int:
 
 
 def validate_number(argument: str, value: Any) -> None:
-    """Refuse what is no number that tensors can be multiplied by; ranges, NaN and infinities are the caller's.
+    """Raise unless the value is a real number. The caller checks its range.
+
+    Args:
+        argument: name of the argument, for messages.
+        value: what was passed.
 
     Raises:
         TypeError: a word, a list, a tensor, a bool.
@@ -139,10 +143,16 @@ def validate_number(argument: str, value: Any) -> None:
 
 
 def validate_positive(argument: str, value: Any, unit: str | None = None) -> None:
-    """Refuse what is no positive finite number.
+    """Raise unless the value is a positive and finite number.
+
+    Args:
+        argument: name of the argument, for messages.
+        value: what was passed.
+        unit: in which the value is counted, for messages.
 
     Raises:
-        TypeError, ValueError: as of :func:`validate_number`; zero or less, NaN or infinite.
+        TypeError: not a number.
+        ValueError: zero or less, NaN or infinite.
     """
     validate_number(argument, value)
     if not 0.0 < value < math.inf:
@@ -151,11 +161,15 @@ def validate_positive(argument: str, value: Any, unit: str | None = None) -> Non
 
 
 def validate_shape(argument: str, value: Any) -> tuple[int, ...]:
-    """A sequence of sizes of at least one.
+    """The sizes of a shape, each at least 1.
+
+    Args:
+        argument: name of the argument, for messages.
+        value: what was passed.
 
     Raises:
-        TypeError: no sequence of whole numbers.
-        ValueError: one below 1.
+        TypeError: not a sequence of whole numbers.
+        ValueError: a size below 1.
     """
     sizes = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value,)
     if sizes == (value,) or not all(isinstance(size, numbers.Integral) for size in sizes):
@@ -168,8 +182,12 @@ def validate_shape(argument: str, value: Any) -> tuple[int, ...]:
 def validate_dense(x: Any, name: str) -> Tensor:
     """Check that ``x`` is an ordinary tensor.
 
+    Args:
+        x: what was passed.
+        name: name of the argument, for messages.
+
     Raises:
-        TypeError: it is none, or nested, sparse or quantised.
+        TypeError: not a tensor, or a nested, sparse or quantised one.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor(...).")
@@ -180,18 +198,18 @@ def validate_dense(x: Any, name: str) -> Tensor:
 
 
 def validate_values(x: Tensor, name: str) -> None:
-    """Refuse a tensor of the device "meta", which has none."""
+    """Raise if a tensor is on the device "meta" and so has no values."""
     if x.is_meta:
         raise ValueError(f"{name} is on device meta, which holds no values; make it on the CPU or an accelerator.")
 
 
 def usable_device(device: Any) -> torch.device:
-    """The device by that name; a ValueError if there is none here."""
+    """The device by that name. Raises ValueError if it is not available."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # the last from builds without the device
         raise ValueError(
-            f"device={device!r} is none that can be used here ({str(error).splitlines()[0]}); use 'cpu'."
+            f"device={device!r} is not available on this machine ({str(error).splitlines()[0]}); use 'cpu'."
         ) from error
 
 
@@ -204,8 +222,8 @@ def validate_data(
         x: the data.
         event_shape: E of the model.
         name: the argument's name in messages.
-        dtype: dtype of the model's parameters (None: it has none, anything floating goes).
-        device: device of the model's parameters (None: it has none).
+        dtype: dtype of the model's parameters; None for a model without parameters accepts any floating dtype.
+        device: device of the model's parameters; None for a model without parameters accepts any device.
 
     Raises:
         TypeError: not a tensor, or integer, bool or complex.

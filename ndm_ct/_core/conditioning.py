@@ -24,7 +24,7 @@ _ALL_WAYS = 4
 """Candidates up to which every combination is tried; beyond, one at a time and all together."""
 
 _TOLERANCE = 1e-2
-"""Relative difference between outputs that rounding, in whatever precision, explains."""
+"""Relative difference between outputs that rounding can explain, in any precision."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class _Batch:
         try:
             both = probe(self.taken(index, way), place)
             alone = [probe(self.taken(index[k : k + 1], way), place[k : k + 1]) for k in (0, 1)]
-        except Exception:  # whatever a network raises for shapes that it does not take
+        except Exception:  # networks raise anything for shapes that they do not take
             return torch.inf
         if len(both) != 2 or any(len(each) != 1 for each in alone):
             return torch.inf

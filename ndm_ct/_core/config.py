@@ -69,7 +69,7 @@ def from_config(value: Any) -> Any:
     """Rebuild what ``to_config`` wrote.
 
     Raises:
-        CheckpointError: an unknown class, or arguments its constructor refuses.
+        CheckpointError: an unknown class, or arguments that its constructor rejects.
     """
     if isinstance(value, list):
         return tuple(from_config(item) for item in value)

@@ -16,7 +16,7 @@ __all__ = ["accepted_by", "keyword_names", "options_of", "public_options", "vali
 def keyword_names(function: Callable[..., Any], skip: int) -> tuple[frozenset[str], bool]:
     """Keywords a callable accepts after its first ``skip`` arguments, and whether it takes ``**kwargs``.
 
-    A module that hands its keywords on to another says what that one accepts in a method ``cond_names()``.
+    A module that passes its keywords on to another module reports in a method ``cond_names()`` what that one accepts.
     """
     if isinstance(function, nn.Module) and hasattr(function, "cond_names"):
         return cast(Any, function).cond_names()
@@ -31,7 +31,7 @@ def keyword_names(function: Callable[..., Any], skip: int) -> tuple[frozenset[st
 
 
 def accepted_by(names: tuple[frozenset[str], bool], cond: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The conditioning that a network accepts, ``names`` being its :func:`keyword_names`."""
+    """The part of the conditioning that a network accepts; ``names`` is its :func:`keyword_names`."""
     own, anything = names
     return cond if anything else {key: value for key, value in cond.items() if key in own}
 
@@ -83,6 +83,6 @@ def validate_cond(cond: Mapping[str, Any], names: tuple[frozenset[str], bool], c
         if hint or not anything:
             accepted = ", ".join(map(repr, sorted(own))) or "none"
             raise TypeError(
-                f"{caller.__name__}() got the keyword {key!r}{hint or ';'} it is no option of this function, and the "
-                f"predictor does not name it (conditioning keywords it names: {accepted})."
+                f"{caller.__name__}() got the keyword {key!r}{hint or ';'} it is not an option of this function, and "
+                f"the predictor does not name it (conditioning keywords it names: {accepted})."
             )

@@ -76,7 +76,7 @@ def as_randomness(generator: GeneratorLike, n: int | None, device: torch.device 
             noise in ``sample`` and in ``loglik``.
 
     Raises:
-        TypeError: generator is none of these.
+        TypeError: generator is something else.
         ValueError: a seed below 0; a sequence of the wrong length, or one with the same generator twice.
     """
     if generator is None or isinstance(generator, torch.Generator | Rows):

@@ -1,9 +1,9 @@
-"""Several processes at one training: what they say to each other, through torch.distributed.
+"""Communication between the processes of a distributed training run (torch.distributed).
 
-A group is found, not made: ``torchrun`` and ``accelerate launch`` start the processes, and the script (or Accelerate)
-calls ``torch.distributed.init_process_group``. Without one everything here is the identity. No network is wrapped, and
-what is wrapped is unwrapped, so that adaptive solves, of a length of their own in every process, have nothing to wait
-for.
+``torchrun`` or ``accelerate launch`` start the processes, and the script (or Accelerate) calls
+``torch.distributed.init_process_group``. Without a process group everything here is the identity. Networks are used
+without DistributedDataParallel (wrappers are removed), because adaptive solves take a different number of steps in each
+process and would deadlock in its collective calls.
 """
 
 from collections.abc import Callable, Iterable
@@ -37,7 +37,7 @@ def unwrapped(network: Any) -> Any:
 
 
 class Group:
-    """The processes of this training; one, if none were started."""
+    """The processes of this training run: a single one unless a process group was initialised."""
 
     def __init__(self) -> None:
         together = distributed.is_available() and distributed.is_initialized()
@@ -50,7 +50,7 @@ class Group:
         return self.rank == 0
 
     def share(self, items: Iterable[T]) -> list[tuple[int, T]]:
-        """This process' items, every ``size``-th, with their places."""
+        """The items that fall to this process (every ``size``-th), each with its place among all."""
         return [(place, item) for place, item in enumerate(items) if place % self.size == self.rank]
 
     def sum_(self, tensors: list[Tensor]) -> None:
@@ -71,7 +71,7 @@ class Group:
                 distributed.broadcast(tensor, 0)
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is so in any process."""
+        """Whether the flag is set in any process."""
         if self.size == 1:
             return flag
         count = torch.tensor(float(flag), device=device)
@@ -94,7 +94,7 @@ class Group:
         return cast(T, outcome[0])
 
     def gathered(self, item: T) -> list[T]:
-        """The item of every process, in their order."""
+        """The items of all processes, ordered by rank."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size

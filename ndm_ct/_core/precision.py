@@ -1,11 +1,11 @@
-"""Networks in lower precision than the algebra around them, for the length of a training's step.
+"""Networks in lower precision than the algebra around them, for the length of a training step.
 
-Autocast around a whole loss would round the algebra too: the matrix products of ``Blur``, the sum over the terms of
-``Separable``, whatever else is a product. So the three places that call a network ask here, autocast is on while the
-network runs, and its output has the precision of its input again.
+Autocast around a whole loss would round the algebra too, for instance the matrix products of ``Blur`` and the sum over
+the terms of ``Separable``. The three places that call a network go through :func:`run_network`, which enables autocast
+for that call only and casts the output back to the input's dtype.
 
-A network is what returns a prediction or the features of a transform. Flows, encoders and decoders return
-log-determinants and densities, and stay as they are.
+This concerns networks that return a prediction or the features of a transform. Flows, encoders and decoders return
+log-determinants and densities, and keep their precision.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ _DTYPE: ContextVar[torch.dtype | None] = ContextVar("precision of networks", def
 
 @contextmanager
 def networks_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the networks of this thread's models by autocast in ``dtype``; None leaves them alone."""
+    """Context manager: the networks of this thread run by autocast in ``dtype``; None changes nothing."""
     before = _DTYPE.set(dtype)
     try:
         yield
@@ -44,5 +44,5 @@ def run_network(network: Callable[..., Any], x: Tensor, /, *others: Any, **cond:
 
 
 def _restored(output: Any, dtype: torch.dtype, x: Tensor) -> Any:
-    # What has another dtype than autocast's is the network's own doing, and refused as ever.
+    # Any other output dtype was chosen by the network itself and is rejected by the usual check.
     return output.to(x.dtype) if isinstance(output, Tensor) and output.dtype == dtype else output

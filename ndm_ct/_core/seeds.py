@@ -38,7 +38,7 @@ def make_generator(*words: Word, device: torch.device | str = "cpu") -> torch.Ge
     """A generator whose noise is a function of the words.
 
     On the CPU the words fill the whole state of the Mersenne twister. ``manual_seed`` would use 32 bits of a seed only,
-    and of 100,000 rows with seeds of their own, two would be expected to get the same noise.
+    so that among 100,000 seeds two would be expected to give the same noise.
 
     Args:
         words: what the noise is for, as in :func:`derive_seeds`.

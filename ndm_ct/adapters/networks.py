@@ -113,7 +113,7 @@ class OnTable(Wrapper):
 
 
 class FlowTime(Wrapper):
-    r"""The velocity dz/dt of a network with a clock of its own: :math:`\pm\mathrm{net}(z, s\tau)`.
+    r"""The velocity dz/dt of a network with its own time axis: :math:`\pm\mathrm{net}(z, s\tau)`.
 
     Args:
         net: the network.

@@ -24,8 +24,8 @@ def for_pyro(distribution: NDMDistribution) -> Any:
         expansions.
 
     Raises:
-        ImportError: there is no Pyro.
-        TypeError: another distribution.
+        ImportError: Pyro is not installed.
+        TypeError: not a distribution of :func:`ndm_ct.distribution`.
 
     Example:
         >>> import pyro  # doctest: +SKIP

@@ -69,13 +69,13 @@ class Wrapper(nn.Module, Configurable):
         return self._names, self._anything
 
     def validate_event(self, event_shape: tuple[int, ...]) -> None:
-        """Refuse events that the network says it was not built for."""
+        """Raise if the network reports that it was not built for such events."""
         if hasattr(self.net, "validate_event"):
             self.net.validate_event(event_shape)
 
     @property
     def null(self) -> dict[str, Any]:
-        """The conditioning that means none to the network, by name; empty if it does not say."""
+        """The values that mean "no conditioning" to the network, by name; empty if it declares none."""
         return null_of(self.net)
 
 
@@ -222,6 +222,6 @@ class Mixed(_Scheduled):
 
 
 def null_of(predictor: Any) -> dict[str, Any]:
-    """The conditioning that means none to a predictor, by name: its attribute ``null``; empty if that is no mapping."""
+    """The values that mean "no conditioning" to a predictor, by name: its attribute ``null``, if that is a mapping."""
     null = getattr(predictor, "null", None)
     return dict(null) if isinstance(null, Mapping) else {}

@@ -85,7 +85,7 @@ class _LabelEmbedding(nn.Module):
         self.vectors = nn.Embedding(classes + 1, width)  # the first is that of no label
 
     def forward(self, label: Tensor | None, z: Tensor) -> Tensor:
-        """``(B,)`` to ``(B, width)``; None is no label for every row of ``z``."""
+        """Embed labels ``(B,)`` as ``(B, width)``. None stands for "no label" in every row of ``z``."""
         if label is None:
             label = torch.full((z.shape[0],), _NO_LABEL, device=z.device)
         else:
@@ -149,20 +149,20 @@ class _Network(nn.Module, Configurable):
         return {name: value for name, value in config.items() if name != "classes" or value is not None}
 
     def _set_embeddings(self, width: int, time: bool, classes: int | None) -> int | None:
-        """Make the embeddings; returns the width of what modulates the blocks, None if nothing does."""
+        """Make the embeddings and return the width of the vector that modulates the blocks; None without one."""
         self.time, self.classes = time, None if classes is None else validate_count("classes", classes)
         self.embedding = TimeEmbedding(width) if time else None
         self.labels = None if classes is None else _LabelEmbedding(classes, width)
         return None if self.embedding is None and self.labels is None else width
 
     def validate_event(self, event_shape: tuple[int, ...]) -> None:
-        """Refuse events of another shape than those the network was built for; nothing is evaluated.
+        """Raise if the events have another shape than the network was built for. The network is not run.
 
         Args:
             event_shape: E of the model.
 
         Raises:
-            ValueError: naming both.
+            ValueError: the shapes differ; the message names both.
         """
         raise NotImplementedError
 
@@ -389,10 +389,10 @@ def _modulate(h: Tensor, layer: nn.Module | None, embedding: Tensor | None) -> T
 
 
 class _GroupNorm(nn.GroupNorm):
-    """In the dtype of its weights, as autocast has it on GPUs.
+    """A group normalisation that runs in the dtype of its weights, as under autocast on GPUs.
 
-    On CPUs autocast hands it lower precision beside weights of full precision, and its forward derivative then has
-    another dtype than its value.
+    Autocast on CPUs passes it inputs of lower precision than its weights, and its forward derivative would then differ
+    in dtype from its value.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ sum tends to the integral at order 1/T. For F the identity and :math:`\eta = 1` 
 Real-valued data are decoded by :math:`N(z_0/\alpha_0, e^{\gamma_0} I)`, so the bound is on the density smoothed by that
 kernel; integer data by the softmax of the same exponent over the levels.
 
-Behind a Flow or Encoder all of this is about its latents y, and the bound is
+If the transform has a Flow or Encoder, all of this is about its latents y, and the bound is
 :math:`E[\mathrm{ELBO}(y) + w]` (:mod:`ndm_ct.transforms.latent`).
 
 References:
@@ -51,7 +51,7 @@ class ElboInfo:
     Args:
         prior: KL(q(z_1|x) || p(z_1)); an estimate, one draw of z_1 per sample, for a prior without that closed form.
         diffusion: estimate of L_diff.
-        reconstruction: E[-log p(x|z_0)]; behind a Flow or Encoder less the log-weight of its latents.
+        reconstruction: E[-log p(x|z_0)], minus the latents' log-weight if the transform has a Flow or Encoder.
         stderr: standard error of the bound from everything random in it (times, noise, draws of z_1 and of latents);
             NaN for one sample.
         nfe: network evaluations of each row.
@@ -91,7 +91,7 @@ def elbo(
 ) -> Tensor | tuple[Tensor, ElboInfo]:
     r"""The evidence lower bound on :math:`\log p(x)` in continuous time, nats, one unbiased estimate per row.
 
-    The network is switched to eval mode meanwhile; gradients flow unless disabled by the caller.
+    The network is in eval mode during the call. Gradients flow unless the caller disables them.
 
     Args:
         model: the model.
@@ -99,7 +99,8 @@ def elbo(
         samples: pairs (t, eps) per row, stratified in time; two and more give a standard error.
         quantisation: for x at the centres of integer levels, whose log-probability the bound is then on: their number,
             if their bins fill (-1, 1), or a :class:`~ndm_ct.quantisation.Quantisation` that says where they lie.
-        generator: source of times and noise; or a sequence of one per row, whose bound is then its own in any batch.
+        generator: source of times and noise: a seed, a generator, or one per row; a row's bound then does not depend on
+            its batch.
         return_info: also return an :class:`ElboInfo`.
         cond: conditioning.
 
@@ -144,10 +145,10 @@ def elbo_discrete(
         model: the model.
         x: data, shape ``(B, *E)``.
         steps: T.
-        samples: transitions drawn per row.
-        quantisation: as in :func:`elbo`.
-        generator: as in :func:`elbo`.
-        return_info: as in :func:`elbo`.
+        samples: transitions drawn per row; more of them reduce the random error, two and more give a standard error.
+        quantisation: the bins, or their number on (-1, 1), if x are the centres of integer levels.
+        generator: source of transitions and noise: a seed, a generator, or one per row.
+        return_info: also return an :class:`ElboInfo`.
         cond: conditioning.
 
     Returns:
@@ -287,7 +288,7 @@ class Bound(nn.Module):
     Args:
         sampler: a :class:`TimeSampler`; its state is saved in the checkpoints of a training. None:
             times uniform in the coordinate of :func:`times`.
-        regressions: as in :func:`loss`.
+        regressions: weights of the two regressions for prediction "moments"; see :func:`loss`.
 
     Raises:
         ValueError: a weight of a regression is negative or not finite.

@@ -13,7 +13,7 @@ where y is one of
 ==============  ==========================================  ==================================================
 
 and :math:`\hat y` is the same with the model's prediction. With the true conditional expectations each is at its
-minimum, whatever w and p; none says anything about F, whose parameters therefore must be fixed.
+minimum for any w and p. None of them determines F, whose parameters must therefore be fixed.
 
 References:
     Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, eq. 14, https://arxiv.org/abs/2006.11239
@@ -92,7 +92,7 @@ class Regression:
         given = model.validate(x, cond, type(self).__call__)
         if any(parameter.requires_grad for parameter in model.transform.parameters()):
             raise ValueError(
-                f"a regression on {self.target!r} says nothing about F, but {type(model.transform).__name__} has "
+                f"a regression on {self.target!r} does not determine F, but {type(model.transform).__name__} has "
                 "parameters to train; train by the bound (objective=None), or freeze them with requires_grad_(False)."
             )
         generator = as_randomness(generator, len(x), x.device, "Regression")
@@ -102,7 +102,15 @@ class Regression:
         return self.at(model, y, t, eps, **given)
 
     def at(self, model: NDM, x: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:
-        r""":math:`w(t)\|y - \hat y\|^2` at times t, float64 ``(B,)``, and noise ``(B, *E)``; x may be latents."""
+        r""":math:`w(t)\|y - \hat y\|^2` at given times and noise, shape ``(B,)``.
+
+        Args:
+            model: the model.
+            x: data or latents, shape ``(B, *E)``.
+            t: float64 times, shape ``(B,)``.
+            eps: noise, shape ``(B, *E)``.
+            cond: conditioning.
+        """
         c = model.schedule(t)
         F, dF = model.transform.with_derivative(x, t, **cond)
         F_hat, dF_hat = model.moments(model.process.state(F, t, eps), t, **cond)

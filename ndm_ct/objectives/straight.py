@@ -1,4 +1,4 @@
-r"""Straight paths: the curvature of the probability flow as a penalty beside the bound.
+r"""Straight paths: the curvature of the probability flow as a penalty added to the bound.
 
 .. math::
     L = -\mathrm{ELBO} + \lambda\, C, \qquad
@@ -9,7 +9,7 @@ with :math:`\tau = (t - t_{min})/(1 - t_{min})` and the velocity v of a probabil
 :math:`z_t = \alpha F_\varphi(x, t) + \sigma\epsilon`. The acceleration is one Jacobian-vector product of v with the
 tangent (v, 1).
 
-**Whose flow.** Of two:
+**Which flow.** There are two choices:
 
 - The *model's*: v from the predictor. The gradient reaches the predictor, and the transform through the state z alone:
   the predictor is bent towards straight paths, whether or not its flow still ends in the data, and the transform

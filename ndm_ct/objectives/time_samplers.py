@@ -27,7 +27,13 @@ __all__ = ["LearnedBuckets", "LossHistory", "TimeSampler"]
 
 
 def low_discrepancy(n: int, generator: Randomness, device: torch.device) -> Tensor:
-    """n uniform numbers in [0, 1), one in every interval of length 1/n; independent ones if rows have generators."""
+    """n uniform numbers in [0, 1), float64: one in every interval of length 1/n.
+
+    Args:
+        n: how many.
+        generator: one generator, or None for torch's own. With one per row the numbers are independent instead.
+        device: of the result.
+    """
     if not (generator is None or isinstance(generator, torch.Generator)):
         return uniform((n,), generator, torch.float64, device)
     shift = torch.rand((), dtype=torch.float64, device=device, generator=generator)

@@ -224,7 +224,7 @@ class DDPM(_Frozen):
     Args:
         model: the model.
         variance: "volatility": :math:`\tilde\sigma^2 = \sigma_s^2 (1 - \exp(-\int_s^t \eta\gamma' du))`, that of the
-            model's reverse SDE, in mean and noise; "small": the same at volatility one whatever the model's; "large":
+            model's reverse SDE, in mean and noise; "small": the same at volatility one for any model; "large":
             the mean of "small" with noise of variance :math:`\sigma_t^2 - \alpha_t^2 \sigma_s^2 / \alpha_s^2` (in the
             last step of a walk that of "small": nothing would remove the surplus); "analytic": the mean of
             "volatility" with the optimal variance for it, from ``residuals`` (a volatility or a transform that is

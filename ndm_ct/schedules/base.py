@@ -177,7 +177,12 @@ class Level:
 
 
 def levels(schedule: Schedule, times: Tensor) -> list[Level]:
-    """The schedule at float64 times ``(N,)``, in one evaluation."""
+    """The schedule at several times, in one evaluation.
+
+    Args:
+        schedule: the schedule.
+        times: float64, shape ``(N,)``.
+    """
     with torch.no_grad():
         c = schedule(times)
         numbers = (times, c.alpha, c.sigma, -0.5 * c.gamma, -2.0 * c.inverse_dgamma, c.dalpha, c.dlog_sigma)

@@ -192,16 +192,16 @@ class LearnedLogSNR(Schedule):
         h(t) = a_0 t + \sum_k a_k \operatorname{sigmoid}(b_k (t - c_k)), \quad a, b > 0 .
 
     It starts nearly linear: the sigmoids begin with a small share of h. With F the identity the bound depends on the
-    ends alone; between them :math:`\gamma` matters to the variance of its estimate if times are drawn evenly in t.
-    Ours are drawn in :math:`\gamma`, and their density is a matter of its own (:mod:`ndm_ct.objectives.time_samplers`).
+    ends alone; between them :math:`\gamma` matters to the variance of its estimate if times are drawn evenly in t. Here
+    times are drawn uniformly in :math:`\gamma`; their density can be learned (:mod:`ndm_ct.objectives.time_samplers`).
 
     Args:
         gamma_min: :math:`\gamma(0)`.
         gamma_max: :math:`\gamma(1)`.
         features: number of sigmoids.
-        learn_ends: whether :math:`\gamma(0)` and :math:`\log(\gamma(1) - \gamma(0))` are learned too, from there. For
-            data whose bound ends in a decoder over levels, or whose density is finite at the scale of the first noise;
-            else :math:`\gamma(0)` has no best value.
+        learn_ends: whether :math:`\gamma(0)` and :math:`\log(\gamma(1) - \gamma(0))` are learned too, from there. Use
+            it for integer data decoded over levels, or for densities that are smooth at the scale of the smallest
+            noise; otherwise the bound improves without limit as :math:`\gamma(0)` decreases.
 
     References:
         Kingma et al., Variational Diffusion Models, section 6 and appendix H, https://arxiv.org/abs/2107.00630

@@ -7,8 +7,8 @@ the identity the bound is best at :math:`\eta = 1`, where the coefficients start
 .. math::
     \eta^*(t) = \sqrt{E\|\tfrac12 \Delta F - \Delta \dot F/\gamma'\|^2 \big/ E\|\tfrac12 \Delta F\|^2} ,
 
-so that a learned transform wants a learned volatility, and a fixed one makes it pay for moving. For F = a(t) x that is
-the second formula, whatever the data.
+so a learned transform needs a learned volatility; with a fixed one the bound penalises its motion. For F = a(t) x this
+is the second formula, for any data.
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
@@ -51,7 +51,7 @@ class Matched(nn.Module, Configurable):
     r""":math:`\eta_i(t) = |1 - 2 (\log a_i)'/\gamma'|`, :math:`a_i` the factors of the model's transform.
 
     With it a scaling of single coordinates, :math:`a_i = e^{(\gamma - \gamma_i)/2}`, is a diffusion in which every
-    coordinate has a log-SNR :math:`-\gamma_i` of its own: :math:`\eta_i = \gamma_i'/\gamma'`.
+    coordinate has its own log-SNR :math:`-\gamma_i`: :math:`\eta_i = \gamma_i'/\gamma'`.
 
     Example:
         >>> import ndm_ct

@@ -4,9 +4,9 @@ r"""Forward transforms: :math:`F_\varphi(x, t)` and :math:`\dot F = \partial F/\
     q(z_t \mid x) = N(\alpha_t F_\varphi(x, t),\ \sigma_t^2 I), \qquad F(x, t) = G(y, t), \quad y = h(x)
 
 F need not be invertible. :math:`G(y, 0) = y` for all transforms here, so the reconstruction term of the ELBO and the
-bins of integer data do not depend on :math:`\varphi`. The map h from data to latents is the identity but for
-:class:`~ndm_ct.transforms.Flow` and :class:`~ndm_ct.transforms.Encoder`; it does not move with t, and everything
-else is about G.
+bins of integer data do not depend on :math:`\varphi`. The map h from data to latents is the identity
+except in :class:`~ndm_ct.transforms.Flow` and :class:`~ndm_ct.transforms.Encoder`. It does not depend on t, and
+everything else is about G.
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
@@ -66,7 +66,7 @@ class Transform(nn.Module, Configurable):
     r"""A map :math:`F(x, t)`. Subclasses implement ``forward`` and, where they know it, the time derivative.
 
     Args of every method:
-        x: data, shape ``(B, *E)``; behind a Flow or Encoder, their latents y.
+        x: data, shape ``(B, *E)``, or the latents y of a Flow or Encoder.
         t: time, float64, shape ``()`` or ``(B,)``.
         cond: conditioning; a transform takes the keywords its network names and ignores the predictor's.
     """
@@ -92,7 +92,12 @@ class Transform(nn.Module, Configurable):
     def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""The latents y and their log-weight w, ``(B,)`` in nats, with :math:`\log p(x) \ge E[\log p(y) + w]`.
 
-        An equality where ``bijective``. None means that y is x and the weight zero.
+        This is an equality where ``bijective``. A weight of None stands for zero; y is then x.
+
+        Args:
+            x: data, shape ``(B, *data_shape)``.
+            generator: source of an Encoder's noise: a seed, a generator, or one per row.
+            cond: conditioning.
         """
         return x, None
 
@@ -146,7 +151,11 @@ class Transform(nn.Module, Configurable):
 
 
 def jvp_in_time(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    """A function of time and its derivative, in one forward-mode product.
+    """Value and time derivative of a function, in one forward-mode product.
+
+    Args:
+        function: of a time of the shape of ``t``.
+        t: where it is evaluated, ``()`` or ``(B,)``.
 
     Raises:
         PredictorError: a layer of the function has no forward-mode derivative.
@@ -193,7 +202,7 @@ class Composed(Transform):
         inner: :math:`F_1`, applied to the data.
 
     Raises:
-        ValueError: the outer one has latents of its own, which nothing could lead to.
+        ValueError: the outer transform maps data to latents; only the inner one may.
     """
 
     def __init__(self, outer: Transform, inner: Transform) -> None:

@@ -52,7 +52,7 @@ class Flow(Identity):
         flow = unwrapped(flow)
         if not callable(getattr(flow, "inverse", None)):
             raise TypeError(
-                f"flow must have a method inverse(y), which {type(flow).__name__} has not; wrap one of zuko in "
+                f"flow must have a method inverse(y), got a {type(flow).__name__} without it; wrap a flow of zuko in "
                 "ndm_ct.nn.FromZuko."
             )
         self.flow = flow

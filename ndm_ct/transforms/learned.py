@@ -30,14 +30,10 @@ class Neural(Transform):
     That is :math:`F = x + t\,\mathrm{net}(x, t)` and
     :math:`\dot F = \mathrm{net} + t\,\partial_t \mathrm{net}`. A network that returns zero gives the identity.
 
-    The derivative is exact, by forward mode. With the backward pass of a training it costs 3.8 to 3.9 times the
-    forward and backward pass of a U-Net, 3.8 to 4.6 times that of a perceptron (medians of
-    ``benchmarks/training_cost.py`` on one CPU core); a :class:`Separable` transform of the same network costs 0.6 to
-    1.0 times, so prefer it where cost matters. What else was measured: without its GroupNorms the U-Net would cost 2.5
-    times, which bounds what a faster normalisation could save; GroupNorm in plain operations saves nothing here and
-    makes ordinary training of the network slower by 23 to 33 %. A central difference in time costs 1.7 to 2.0 times,
-    but its error is 5e-4 at best in float32 and grows with the rounding of lower precisions, a bias of the bound: it is
-    not offered.
+    The derivative is exact, by forward mode. In training it costs about four times the forward and backward pass of the
+    network, and a :class:`Separable` transform of the same network about once (``benchmarks/training_cost.py``), so
+    prefer that one where cost matters. A central difference in time would be cheaper, but its rounding error would bias
+    the bound.
 
     Args:
         net: ``net(x, t, **cond) -> (B, *E)`` with t of shape ``(B,)``.
@@ -144,8 +140,8 @@ def _mix(weights: Tensor, features: Tensor) -> Tensor:
 class LearnedScaling(Transform):
     r"""One learned factor for every coordinate: :math:`F_i(x, t) = a_i(t)\, x_i`, :math:`\log a_i = \sum_k c_{ik} t^k`.
 
-    With the volatility :class:`~ndm_ct.schedules.Matched` that is a diffusion in which every coordinate has a learned
-    log-SNR of its own, :math:`\gamma_i = \gamma - 2 \log a_i`.
+    With the volatility :class:`~ndm_ct.schedules.Matched` this is a diffusion with one learned log-SNR per coordinate,
+    :math:`\gamma_i = \gamma - 2 \log a_i`.
 
     Args:
         event_shape: E.

@@ -355,7 +355,7 @@ def test_integers_of_a_table_are_levels_where_asked(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--head", "moments", "--transform", "neural", "--gamma-max", "-20"], "--gamma-min must be below --gamma-max"),
-        (["--device", "cuda:99"], "device='cuda:99' is none that can be used here"),
+        (["--device", "cuda:99"], "device='cuda:99' is not available on this machine"),
         (["--lr", "0"], "lr must be positive"),
         (["--patience", "3", "--validation-fraction", "0"], "patience has no effect without validation"),
         (["--levels", "4"], "values that are no integers"),
@@ -374,7 +374,7 @@ def test_settings_that_make_no_training_leave_nothing_that_insists_on_them(tmp_p
 def test_a_device_that_is_not_there_is_named(trained, capsys):
     arguments = ["sample", str(trained / "run"), "--out", str(trained / "x.csv"), "--device", "cuda:99"]
     assert cli.main(arguments) == 1
-    assert "device='cuda:99' is none that can be used here" in capsys.readouterr().err
+    assert "device='cuda:99' is not available on this machine" in capsys.readouterr().err
 
 
 COMMANDS = {
