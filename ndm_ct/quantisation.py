@@ -29,7 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import some, sum_event, validate_dense, validate_number, validate_values
+from ndm_ct._core.checks import (
+    is_whole,
+    some,
+    sum_event,
+    validate_dense,
+    validate_number,
+    validate_values,
+)
 from ndm_ct._core.noise import GeneratorLike, as_randomness, uniform
 
 __all__ = ["DEQUANTISATIONS", "Quantisation", "rename_earlier", "resolve_optional", "resolve_quantisation"]
@@ -73,7 +80,7 @@ class Quantisation:
     def __init__(
         self, levels: int = 256, *, edges: tuple[float, float] | None = None, centres: tuple[float, float] | None = None
     ) -> None:
-        if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= _MOST_LEVELS:
+        if not is_whole(levels) or not 2 <= levels <= _MOST_LEVELS:
             raise ValueError(f"levels must be an int of at least 2, and at most {_MOST_LEVELS}, got {levels!r}.")
         if edges is not None and centres is not None:
             raise ValueError(f"edges={edges!r} and centres={centres!r} both say where the levels lie; give one.")
@@ -83,7 +90,7 @@ class Quantisation:
             low, high = _validated_interval("centres", centres)
             half = 0.5 * (high - low) / (levels - 1)
             low, high = low - half, high + half
-        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "levels", int(levels))
         object.__setattr__(self, "edges", (low, high))
         object.__setattr__(self, "placed", edges is not None or centres is not None)
 
@@ -113,9 +120,9 @@ class Quantisation:
         validate_dense(x, name)
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise TypeError(
-                f"{name} has dtype {x.dtype}; bits per dimension are defined for integer levels "
-                f"0 ... {self.levels - 1}. Undo your scaling and convert with .to(torch.uint8), or use loglik for "
-                "continuous data."
+                f"{name} has dtype {x.dtype}; with quantisation={self.levels}, bits per dimension are defined for "
+                f"integer levels 0 ... {self.levels - 1}. Undo your scaling and convert with .to(torch.uint8), or use "
+                "loglik for continuous data."
             )
         validate_values(x, name)
         if x.ndim == 0:
@@ -251,7 +258,7 @@ def resolve_quantisation(quantisation: Any) -> Quantisation:
     """
     if isinstance(quantisation, Quantisation):
         return quantisation
-    if isinstance(quantisation, bool) or not isinstance(quantisation, int):
+    if not is_whole(quantisation):
         raise TypeError(
             "quantisation must be a number of levels or an ndm_ct.quantisation.Quantisation, got "
             f"{type(quantisation).__name__}; pass quantisation=256."

@@ -5,13 +5,16 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 __all__ = [
     "append_axes",
+    "as_tensor",
     "as_time",
     "bad_rows",
     "choose",
@@ -19,8 +22,10 @@ __all__ = [
     "expand",
     "expand_time",
     "first_parameter",
+    "is_whole",
     "of_time",
     "sum_event",
+    "unpack_numpy",
     "validate_count",
     "validate_data",
     "validate_dense",
@@ -116,13 +121,26 @@ def choose(argument: str, name: object, options: Iterable[str]) -> str:
     raise ValueError(f"{argument}={name!r} is unknown{hint or '.'} Valid: {', '.join(map(repr, options))}.")
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or numpy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def unpack_numpy(settings: Any) -> None:
+    """Replace the numpy scalars among the fields of a dataclass by numbers of Python, which JSON can hold."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(settings, each.name, value.item())
+
+
 def validate_count(argument: str, value: Any) -> int:
-    """A whole number of at least one (steps, probes, samples)."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return a whole number of at least one (steps, probes, samples) as an int; integers of numpy count."""
+    if not is_whole(value):
         raise TypeError(f"{argument} must be an int, got {type(value).__name__} ({value!r}).")
     if not 1 <= value <= sys.maxsize:
         raise ValueError(f"{argument} must be at least 1{', and fit 64 bits' if value > 1 else ''}, got {value}.")
-    return value
+    return int(value)
 
 
 def validate_number(argument: str, value: Any) -> None:
@@ -177,6 +195,31 @@ def validate_shape(argument: str, value: Any) -> tuple[int, ...]:
     if not all(1 <= size <= sys.maxsize for size in sizes):
         raise ValueError(f"{argument} must have positive sizes, got {value!r}.")
     return tuple(map(int, sizes))
+
+
+def as_tensor(x: Any, dtype: torch.dtype | None, device: torch.device | None) -> Any:
+    """A numpy array as a tensor; anything else as it is.
+
+    Args:
+        x: what a user passed as data.
+        dtype: of floating tensors; None keeps that of the array.
+        device: of the tensor; None is the CPU.
+
+    Raises:
+        ValueError: a masked array with missing values, which a tensor cannot mark.
+    """
+    if not isinstance(x, np.ndarray):
+        return x
+    if np.ma.is_masked(x):
+        masked = int(np.ma.getmaskarray(x).sum())
+        raise ValueError(f"{masked} values are masked; drop such rows, or fill them in by x.filled(...).")
+    kind: np.dtype = x.dtype.newbyteorder("=")
+    if kind.kind == "u" and kind.itemsize > 1:  # torch has few operations for these
+        kind = np.dtype(np.int64)
+    elif kind.kind == "f" and kind.itemsize > 8:
+        kind = np.dtype(np.float64)
+    tensor = torch.from_numpy(np.array(x, dtype=kind, order="C"))
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
 def validate_dense(x: Any, name: str) -> Tensor:

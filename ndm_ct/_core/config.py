@@ -8,6 +8,8 @@ import importlib
 import inspect
 from typing import Any, ClassVar
 
+import numpy as np
+
 from ndm_ct._core.errors import CheckpointError
 
 __all__ = ["Configurable", "Unconfigurable", "from_config", "to_config"]
@@ -50,6 +52,8 @@ def to_config(value: Any) -> Any:
     """JSON form of a scalar, a sequence or a Configurable."""
     if isinstance(value, Configurable):
         return value.config()
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):

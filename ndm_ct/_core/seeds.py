@@ -16,7 +16,7 @@ Word = int | str | bytes
 
 def _sequence(words: tuple[Word, ...]) -> np.random.SeedSequence:
     """numpy's hash of the words; names and bytes enter as numbers of 64 bits."""
-    return np.random.SeedSequence([word if isinstance(word, int) else _number(word) for word in words])
+    return np.random.SeedSequence([_number(word) if isinstance(word, str | bytes) else word for word in words])
 
 
 def _number(word: str | bytes) -> int:

@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from ndm_ct import objectives
-from ndm_ct._core.checks import as_time, event_size, validate_data, validate_dense
+from ndm_ct._core.checks import as_tensor, as_time, event_size, validate_data, validate_dense
 from ndm_ct._core.conditioning import Conditioning, Shared, tensors_in
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike
@@ -175,6 +175,11 @@ class Source:
     def __init__(self, data: Any, cond: Mapping[str, Any], bins: Bins, name: str, caller: Callable[..., Any]) -> None:
         self.bins, self.name = bins, name
         self.data: Tensor | np.memmap | Standardised | Dataset[Tensor]
+        if isinstance(data, IterableDataset):
+            raise TypeError(
+                f"{name} is the IterableDataset {type(data).__name__}, whose rows cannot be drawn at random; pass a "
+                "map-style Dataset, with __len__ and __getitem__, or a tensor."
+            )
         if isinstance(data, Dataset):
             self.data = data
             self.rows = len(cast(Any, data))
@@ -191,11 +196,9 @@ class Source:
         validate_cond(self.cond, bins.model.cond_names, caller)
 
     def _as_tensor(self, data: Any) -> Tensor:
-        if isinstance(data, np.ndarray):
-            tensor = torch.from_numpy(np.array(data, dtype=_readable(data.dtype), order="C"))
-            return tensor.to(self.bins.model.device, self.bins.dtype if tensor.is_floating_point() else None)
+        data = as_tensor(data, self.bins.dtype, self.bins.model.device)
         if isinstance(data, Tensor):
-            return data
+            return data.detach()
         raise TypeError(
             f"{self.name} must be a tensor, an array or a map-style Dataset of tensors, got {type(data).__name__}."
         )
@@ -257,7 +260,8 @@ class Source:
         return self.bins.real(x, generator), self.cond.take(rows)
 
     def _items(self, data: Dataset[Tensor], rows: Tensor) -> Tensor:
-        items = [data[row] for row in rows.tolist()]
+        items: list[Any] = [data[row] for row in rows.tolist()]
+        items = [item[0] if isinstance(item, tuple | list) and len(item) == 1 else item for item in items]
         if not all(isinstance(item, Tensor) for item in items):
             raise TypeError(
                 f"an item of {self.name} is a {type(items[0]).__name__}, expected a tensor x; pass conditioning as "
@@ -300,12 +304,3 @@ def _fixed_seeds() -> Iterator[None]:
     finally:
         np.random.set_state(legacy)  # noqa: NPY002
         random.setstate(state)
-
-
-def _readable(dtype: np.dtype) -> np.dtype:
-    """Dtype with operations in torch that holds the values of another one."""
-    if dtype.kind == "u" and dtype.itemsize > 1:
-        return np.dtype(np.int64)
-    if dtype.kind == "f" and dtype.itemsize > 8:
-        return np.dtype(np.float64)
-    return dtype.newbyteorder("=")

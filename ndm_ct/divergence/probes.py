@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.autodiff import vjp
-from ndm_ct._core.checks import event_size, sum_event, validate_count
+from ndm_ct._core.checks import event_size, sum_event, unpack_numpy, validate_count
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, coins
 from ndm_ct.divergence.interface import LogDet, Path, TraceEstimator
 
@@ -147,6 +147,7 @@ class Hutchinson(TraceEstimator):
     chunk: int | None = None
 
     def __post_init__(self) -> None:
+        unpack_numpy(self)
         validate_count("probes", self.probes)
 
     @property

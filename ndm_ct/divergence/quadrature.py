@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ndm_ct._core.autodiff import vjp
-from ndm_ct._core.checks import event_size, sum_event, validate_count
+from ndm_ct._core.checks import event_size, sum_event, unpack_numpy, validate_count
 from ndm_ct._core.noise import Randomness, rows_of, uniform
 from ndm_ct.divergence.interface import LogDet, Path, SolvedPath, TraceEstimator
 
@@ -94,6 +94,7 @@ class Quadrature(TraceEstimator):
     max_batch: int = 1024
 
     def __post_init__(self) -> None:
+        unpack_numpy(self)
         for name in ("nodes", "probes", "sweeps", "max_batch"):
             validate_count(name, getattr(self, name))
         if self.nodes % 2:

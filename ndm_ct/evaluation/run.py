@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ndm_ct._core.checks import some, validate_count, validate_positive
+from ndm_ct._core.checks import some, unpack_numpy, validate_count, validate_positive
 from ndm_ct._core.config import Unconfigurable, to_config
 from ndm_ct._core.errors import CheckpointError, SolverError
 from ndm_ct._core.keywords import validate_cond
@@ -49,6 +49,7 @@ class Limits:
     time_limit: float | None
 
     def __post_init__(self) -> None:
+        unpack_numpy(self)
         if self.max_rows is not None:
             validate_count("max_rows", self.max_rows)
         for name, unit in (("stderr", "nats"), ("time_limit", "seconds")):

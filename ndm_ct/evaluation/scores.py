@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct import objectives
-from ndm_ct._core.checks import choose, validate_count
+from ndm_ct._core.checks import choose, is_whole, unpack_numpy, validate_count
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import Randomness
 from ndm_ct._core.seeds import derive_seeds
@@ -50,12 +50,13 @@ class Settings:
     samples: int | None
 
     def __post_init__(self) -> None:
+        unpack_numpy(self)
         choose("bound", self.bound, ("ode", "elbo"))
         choose("dequantisation", self.dequantisation, DEQUANTISATIONS)
         choose("on_failure", self.on_failure, ("raise", "nan"))
-        validate_count("batch_size", self.batch_size)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        if not is_whole(self.seed) or self.seed < 0:
             raise ValueError(f"seed must be an int of at least 0, got {self.seed!r}.")
+        validate_count("batch_size", self.batch_size)
         if self.dequantisation != "uniform" and self.quantisation is None:
             raise ValueError("dequantisation has no effect without quantisation; leave it out, or pass quantisation=.")
         if self.bound == "elbo":

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct import objectives
-from ndm_ct._core.checks import as_time, choose, event_size, validate_count, validate_positive
+from ndm_ct._core.checks import as_tensor, as_time, choose, event_size, validate_count, validate_positive
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, repeated
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.likelihood.api import Trace
@@ -134,6 +134,7 @@ def bits_per_dim(
     """
     bins = resolve_quantisation(quantisation)
     bins.validate_placed(model.adapted)
+    x = as_tensor(x, None, model.device)
     bins.validate(x)
     generator = as_randomness(generator, len(x), x.device, "bits_per_dim")
     choose("bound", bound, ("ode", "elbo"))

@@ -31,7 +31,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.checks import expand, sum_event, validate_count
+from ndm_ct._core.checks import as_tensor, expand, sum_event, validate_count
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, uniform
 from ndm_ct.model import NDM
@@ -95,7 +95,7 @@ def elbo(
 
     Args:
         model: the model.
-        x: data, shape ``(B, *E)``.
+        x: data, shape ``(B, *E)``, a tensor or a numpy array.
         samples: pairs (t, eps) per row, stratified in time; two and more give a standard error.
         quantisation: for x at the centres of integer levels, whose log-probability the bound is then on: their number,
             if their bins fill (-1, 1), or a :class:`~ndm_ct.quantisation.Quantisation` that says where they lie.
@@ -116,6 +116,7 @@ def elbo(
         True
     """
     bins = resolve_optional(quantisation)
+    x = as_tensor(x, model.dtype, model.device)
     given = _validate(model, x, cond, elbo, bins)
     generator = as_randomness(generator, len(x), x.device, "elbo")
 
@@ -143,7 +144,7 @@ def elbo_discrete(
 
     Args:
         model: the model.
-        x: data, shape ``(B, *E)``.
+        x: data, shape ``(B, *E)``, a tensor or a numpy array.
         steps: T.
         samples: transitions drawn per row; more of them reduce the random error, two and more give a standard error.
         quantisation: the bins, or their number on (-1, 1), if x are the centres of integer levels.
@@ -155,6 +156,7 @@ def elbo_discrete(
         As :func:`elbo`.
     """
     bins = resolve_optional(quantisation)
+    x = as_tensor(x, model.dtype, model.device)
     given = _validate(model, x, cond, elbo_discrete, bins)
     generator = as_randomness(generator, len(x), x.device, "elbo_discrete")
     even = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
@@ -236,7 +238,7 @@ def loss(
 
     Args:
         model: the model, in the mode the caller chose.
-        x: data, shape ``(B, *E)``.
+        x: data, shape ``(B, *E)``, a tensor or a numpy array.
         sampler: density of the times in the coordinate of :func:`times`, which learns from this batch; None: uniform.
         regressions: weights :math:`\omega_1, \omega_2` of the two regressions, for prediction "moments" only. With
             weight 0 nothing ties the probability flow to the model whose bound is optimised. With weight 1 the
@@ -253,6 +255,7 @@ def loss(
         ValueError: a weight is negative or not finite.
     """
     bins = resolve_optional(quantisation)
+    x = as_tensor(x, model.dtype, model.device)
     given = _validate(model, x, cond, loss, bins)
     weights = _pair(regressions)
     generator = as_randomness(generator, len(x), x.device, "loss")

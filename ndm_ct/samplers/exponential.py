@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ndm_ct._core.checks import is_whole
 from ndm_ct._core.noise import Randomness, normal_like
 from ndm_ct.model import NDM
 from ndm_ct.samplers.base import Sampler, exponential_euler
@@ -51,7 +52,7 @@ class Multistep(Sampler):
 
     def __init__(self, model: NDM, order: int = 2) -> None:
         super().__init__(model)
-        if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= self.highest:
+        if not is_whole(order) or not 1 <= order <= self.highest:
             raise ValueError(f"order of {type(self).__name__} must be 1 to {self.highest}, got {order!r}.")
         self.order = order
         self._history: list[tuple[Level, Tensor]] = []

@@ -144,10 +144,11 @@ def sample(
         >>> x.shape, info.nfe
         (torch.Size([5, 2]), 10)
     """
-    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= sys.maxsize:
+    if not checks.is_whole(n) or not 0 <= n <= sys.maxsize:
         raise ValueError(f"n must be a non-negative int, got {n!r}.")
+    n = int(n)  # torch takes no integers of numpy
     if batch_size is not None:
-        checks.validate_count("batch_size", batch_size)
+        batch_size = checks.validate_count("batch_size", batch_size)
     dtype = _floating(model.dtype or torch.get_default_dtype() if dtype is None else dtype)
     device = checks.usable_device(device) if device is not None else model.device or torch.device("cpu")
     source = as_randomness(generator, n, device, "sample")

@@ -155,7 +155,7 @@ def fit(
     """
     cond, group = {} if cond is None else cond, Group()
     _refuse_ineffective(locals())
-    validate_count("steps", steps)
+    steps = validate_count("steps", steps)
     settings = Settings(
         steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, weight_decay=weight_decay, grad_clip=grad_clip,
         warmup=min(1000, steps // 10) if warmup is None else warmup, lr_final=lr_final, ema=ema, seed=seed,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ndm_ct._core.checks import choose, validate_count, validate_number, validate_positive
+from ndm_ct._core.checks import choose, is_whole, unpack_numpy, validate_count, validate_number, validate_positive
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 
@@ -39,13 +39,14 @@ class Settings:
     precision: str
 
     def __post_init__(self) -> None:
+        unpack_numpy(self)
         for name in ("steps", "batch_size", "accumulate"):
             validate_count(name, getattr(self, name))
+        if self.patience is not None:
+            validate_count("patience", self.patience)
         for name in ("lr", "weight_decay", "grad_clip", "warmup", "lr_final", "ema", "cond_dropout"):
             if (value := getattr(self, name)) is not None or name != "grad_clip":
                 validate_number(name, value)
-        if self.patience is not None:
-            validate_count("patience", self.patience)
         choose("optimizer", self.optimizer, OPTIMIZERS)
         _validate_precision(self.precision)
         for name, ok, expected in (
@@ -55,7 +56,7 @@ class Settings:
             ("warmup", 0 <= self.warmup <= self.steps, "between 0 and steps"),
             ("lr_final", 0.0 <= self.lr_final <= 1.0, "a fraction of lr in [0, 1]"),
             ("ema", 0.0 <= self.ema < 1.0, "in [0, 1), 0 for no average"),
-            ("seed", isinstance(self.seed, int) and self.seed >= 0, "an int of at least 0"),
+            ("seed", is_whole(self.seed) and self.seed >= 0, "an int of at least 0"),
             ("cond_dropout", 0.0 <= self.cond_dropout < 1.0, "a probability in [0, 1)"),
         ):
             if not ok:
@@ -101,6 +102,7 @@ class Intervals:
     time_limit: float | None
 
     def __post_init__(self) -> None:
+        unpack_numpy(self)
         for name in ("validate_every", "checkpoint_every", "log_every"):
             validate_count(name, getattr(self, name))
         if self.time_limit is not None:
