@@ -134,11 +134,21 @@ class ReverseSDE:
         )  # fmt: skip
 
     def f(self, s: Tensor, y: Tensor) -> Tensor:
-        """Drift in torchsde's time ``s``, ``()``, and flat states ``(B, d)``; shape of y."""
+        """Drift as torchsde asks for it, shape of y.
+
+        Args:
+            s: torchsde's time, 0 at noise, ``()``.
+            y: flat states, ``(B, d)``.
+        """
         return -self.drift(self._time(s, y), self._state(y)).reshape_as(y)
 
     def g(self, s: Tensor, y: Tensor) -> Tensor:
-        """The diagonal of g in torchsde's time ``s``, ``()``; shape of y, flat states ``(B, d)``."""
+        """The diagonal of g as torchsde asks for it, shape of y.
+
+        Args:
+            s: torchsde's time, 0 at noise, ``()``.
+            y: flat states, ``(B, d)``.
+        """
         state = self._state(y)
         return self.diffusion(self._time(s, y), state).to(y.dtype).expand_as(state).reshape_as(y)
 
@@ -149,7 +159,12 @@ class ReverseSDE:
         return y.reshape(len(y), *self.event_shape)
 
     def drift(self, t: Tensor, y: Tensor) -> Tensor:
-        """Drift at float64 time ``t``, ``()`` or ``(B,)``, and state ``y`` ``(B, *E)`` in the basis; shape of y."""
+        """Drift, shape of y.
+
+        Args:
+            t: float64 time, 1 at noise, ``()`` or ``(B,)``.
+            y: state in the transform's basis, ``(B, *E)``.
+        """
         process, t = self.process, t.expand(y.shape[0])
         z = process.transform.from_basis(y)
         F, dF = _in_dtype(self.moments, z, t, self.dtype)

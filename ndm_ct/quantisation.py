@@ -113,6 +113,10 @@ class Quantisation:
     def validate(self, x: Any, name: str = "x") -> Tensor:
         """Check that ``x`` is an integer tensor with values in [0, levels).
 
+        Args:
+            x: what was passed.
+            name: name of the argument, for messages.
+
         Raises:
             TypeError: not a dense tensor, or not of an integer dtype.
             ValueError: values outside [0, levels), with their rows.
@@ -138,7 +142,12 @@ class Quantisation:
         return x
 
     def centres(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Bin centres :math:`x_k` of integer ``x``, in ``dtype``."""
+        """Bin centres :math:`x_k`, shape of ``x``.
+
+        Args:
+            x: integers from 0 to the number of levels less one.
+            dtype: of the result.
+        """
         low, high = self.edges
         return low + (high - low) * (x.to(dtype) + 0.5) / self.levels
 
@@ -148,6 +157,10 @@ class Quantisation:
 
     def validate_centres(self, x: Tensor, name: str = "x") -> None:
         """Check that real ``x`` are bin centres, up to the rounding of their dtype.
+
+        Args:
+            x: the values.
+            name: name of the argument, for messages.
 
         Raises:
             ValueError: values elsewhere, with their rows, or more levels than the dtype tells apart.
@@ -195,7 +208,13 @@ class Quantisation:
         return sum_event(-0.5 * (z - x) ** 2 * precision - total)
 
     def uniform(self, x: Tensor, dtype: torch.dtype, generator: GeneratorLike) -> Tensor:
-        """Bin centres plus noise uniform in the bin."""
+        """Bin centres plus noise uniform in the bin, shape of ``x``.
+
+        Args:
+            x: integers from 0 to the number of levels less one.
+            dtype: of the result.
+            generator: source of the noise: a seed, a generator, or one per row.
+        """
         generator = as_randomness(generator, len(x), x.device, "uniform")
         noise = uniform(x.shape, generator, dtype, x.device)
         return self.centres(x, dtype) + (2.0 * noise - 1.0) * self.half_width
@@ -208,7 +227,15 @@ class Quantisation:
     def truncated_normal(
         self, x: Tensor, alpha: float, sigma: float, dtype: torch.dtype, generator: GeneratorLike
     ) -> Tensor:
-        r""":math:`z_0 = \alpha_0 x_k + \sigma_0 \epsilon` with :math:`|\epsilon| \le \tau`, by inverting its CDF."""
+        r""":math:`z_0 = \alpha_0 x_k + \sigma_0 \epsilon` with :math:`|\epsilon| \le \tau`, by inverting its CDF.
+
+        Args:
+            x: integers from 0 to the number of levels less one.
+            alpha: :math:`\alpha_0`.
+            sigma: :math:`\sigma_0`.
+            dtype: of the result.
+            generator: source of the noise: a seed, a generator, or one per row.
+        """
         tau = self.half_width * alpha / sigma
         generator = as_randomness(generator, len(x), x.device, "truncated_normal")
         u = uniform(x.shape, generator, torch.float64, x.device)

@@ -100,12 +100,22 @@ class FromZuko(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y and its log-determinant, ``(B,)``."""
+        """Map data to latents y, and give the log-determinant, ``(B,)``.
+
+        Args:
+            x: data, ``(B, features)``.
+            context: what the flow is conditioned on, ``(B, ...)``, if it was built with a context.
+        """
         y, logdet = self._transform(context).call_and_ladj(x)
         return y, logdet
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """x."""
+        """Map latents to data.
+
+        Args:
+            y: latents, ``(B, features)``.
+            context: as the forward call got it.
+        """
         return self._transform(context).inv(y)
 
     def _transform(self, context: Tensor | None) -> Any:

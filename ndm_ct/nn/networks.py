@@ -226,11 +226,16 @@ class MLP(_Network):
         self.output = _zero(nn.Linear(width, size * (outputs or 1)))
 
     def forward(self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None) -> Tensor:
-        """``(B, *E)`` to ``(B, *E)``, or ``(B, K, *E)`` with ``outputs=K``; no label is the same as label -1.
+        """``(B, *E)`` to ``(B, *E)``, or ``(B, K, *E)`` with ``outputs=K``.
+
+        Args:
+            z: states, ``(B, *E)``.
+            t: times, ``(B,)``; left out for a network with ``time=False``.
+            label: integers ``(B,)`` from 0 to K - 1 for a network with ``classes=K``; -1 and None mean "no label".
 
         Raises:
             TypeError: t is missing, or given to a network without time; a label given to one without classes.
-            ValueError: the label has the wrong shape or dtype, or is none of the classes.
+            ValueError: the label has the wrong shape or dtype, or is not a class of the network.
         """
         embedding = self._embed(z, t, label)
         h = self.input(z.flatten(1))
@@ -309,12 +314,17 @@ class UNet(_Network):
         self.output = _zero(nn.Conv2d(width, channels * (outputs or 1), 3, padding=1))
 
     def forward(self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None) -> Tensor:
-        """``(B, C, H, W)`` to ``(B, C, H, W)``, or ``(B, K, C, H, W)`` with ``outputs=K``; no label is label -1.
+        """``(B, C, H, W)`` to ``(B, C, H, W)``, or ``(B, K, C, H, W)`` with ``outputs=K``.
+
+        Args:
+            z: images, ``(B, C, H, W)``.
+            t: times, ``(B,)``; left out for a network with ``time=False``.
+            label: integers ``(B,)`` from 0 to K - 1 for a network with ``classes=K``; -1 and None mean "no label".
 
         Raises:
             TypeError: t is missing, or given to a network without time; a label given to one without classes.
-            ValueError: z is no image of these channels, or its sides cannot be halved ``levels - 1`` times; the label
-                has the wrong shape or dtype, or is none of the classes.
+            ValueError: z is not an image of these channels, or its sides cannot be halved ``levels - 1`` times; the
+                label has the wrong shape or dtype, or is not a class of the network.
         """
         self._validate(z)
         embedding = self._embed(z, t, label)
