@@ -91,8 +91,10 @@ def evaluate(
             integers together with ``quantisation``. A float array takes the model's dtype. Every process of a
             distributed job passes all rows.
         cond: conditioning by name, each with one row per row of ``data``.
-        quantisation: the bins of integer data, or their number on (-1, 1). The result is then the bound on
-            :math:`-\log P(x)` of :func:`ndm_ct.bits_per_dim`, in nats and in bits per dimension.
+        quantisation: for integer data, the number of levels, whose bins fill (-1, 1), or a
+            :class:`~ndm_ct.quantisation.Quantisation` that says where they lie, as a network of :mod:`ndm_ct.adapters`
+            needs. The result is then the bound on :math:`-\log P(x)` of :func:`ndm_ct.bits_per_dim`, in nats and in
+            bits per dimension.
         dequantisation: noise in the bins of integer data: "uniform" for models trained with uniform noise in the bins,
             or "process" for models trained on the bin centres.
         bound: "ode", the likelihood of the probability flow, or "elbo", the bound of :func:`ndm_ct.elbo`.

@@ -115,7 +115,8 @@ def fit(
         cond_dropout: probability that null values replace the conditioning of a row. The predictor gives these values
             in its attribute ``null``; networks of ``ndm_ct.nn`` with ``classes`` have it. 0.1 to 0.2 is usual for a
             model to be used with :func:`ndm_ct.guided`. Validation keeps all conditioning.
-        quantisation: the bins of integer data, or their number on (-1, 1).
+        quantisation: for integer data, the number of levels, whose bins fill (-1, 1), or a
+            :class:`~ndm_ct.quantisation.Quantisation` that says where they lie.
         dequantisation: "uniform" trains on levels with noise uniform in their bins. "process" trains on the bin
             centres; the process' own noise at t_min fills the bins. Evaluate with the same word.
         validation: held-out data of the same kind.
