@@ -41,12 +41,12 @@ class Run:
     """A model and the units of its rows.
 
     Args:
-        model: of standardised rows.
-        settings: it was trained by.
+        model: the model of standardised rows, or of levels.
+        settings: the settings of its training.
         mean: m, shape ``(*E)`` or one number; None for levels.
-        scale: s.
-        bins: of integer data.
-        columns: names of the columns of a table.
+        scale: s, of the same shape; None for levels.
+        bins: the bins of integer data; None for real values.
+        columns: names of the columns of a table; None if it has none.
     """
 
     model: NDM
@@ -58,12 +58,12 @@ class Run:
 
     @staticmethod
     def load(folder: PathLike) -> "Run":
-        """The run in a folder.
+        """Load the run of a folder.
 
         Raises:
-            FileNotFoundError: the folder holds no run, or one whose training has not finished.
-            ValueError: its configuration is damaged.
-            CheckpointError: its model is.
+            FileNotFoundError: the folder holds no run, or a run whose training has not finished.
+            ValueError: the configuration is damaged.
+            CheckpointError: the model is damaged.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the columns of a table, x0, x1, ... where it has none."""
+        """Names of the columns of a table; x0, x1, ... if the table has none."""
         return self.columns or tuple(f"x{i}" for i in range(math.prod(self.model.event_shape)))
 
     @property
@@ -139,7 +139,7 @@ def _levels(given: Any, levels: int, source: str) -> Tensor:
 
 
 def fingerprint(folder: PathLike) -> str:
-    """SHA-256 of all that the scores and samples of a run depend on: its configuration and its model."""
+    """SHA-256 of the configuration and the model of a run, on which all scores and samples depend."""
     files = (Path(folder) / name for name in ("config.json", "model.safetensors"))
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
@@ -148,7 +148,8 @@ def settings_of(folder: PathLike) -> Settings:
     """The settings of the run in a folder.
 
     Raises:
-        FileNotFoundError, ValueError: there is no configuration, or a damaged one.
+        FileNotFoundError: the folder has no configuration.
+        ValueError: the configuration is damaged.
     """
     return Settings.of(read_config(Path(folder))["settings"], "config.json")
 

@@ -1,4 +1,4 @@
-r"""What accuracy this machine gets: the library's calculations against exact ones of Gaussian data.
+r"""The accuracy on this machine: results of the library compared with exact ones for Gaussian data.
 
 For :math:`x \sim N(m, C)` prediction, density, bound and samples are known in closed form (:mod:`ndm_ct.reference`).
 Systematic errors are compared with a limit in nats; random ones are divided by their standard error and are numbers of
@@ -52,12 +52,12 @@ class Check:
 
 
 def run(device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Check]:
-    """All comparisons on a device, in a precision.
+    """Make all comparisons.
 
     Args:
-        device: of torch.
-        dtype: float32 or float64.
-        seed: of data, probes, samples.
+        device: the torch device that computes, such as "cpu" or "cuda".
+        dtype: float32 or float64. The limits of the exact calculations are tighter in float64.
+        seed: seed of data, probes and samples. A result just above its limit should pass with most other seeds.
 
     Example:
         >>> all(check.passed for check in run(dtype=torch.float64))
@@ -79,7 +79,7 @@ def run(device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) 
         return float(value.abs().max())
 
     def scatter(value: Tensor, error: Tensor) -> float:
-        """How far the root mean square of errors in units of their own standard error is from one, in its own."""
+        """Distance from 1 of the root mean square of errors over their standard errors, in its own standard errors."""
         z = ((value.double().cpu() - truth) / error.double().cpu()).square().mean().sqrt()
         return abs(float(z) - 1.0) * math.sqrt(2.0 * ROWS)
 

@@ -41,19 +41,19 @@ class Settings:
     gamma_min: float | None = _setting(
         None, "log of the noise-to-signal ratio at t = 0 (default: -9, for integers by the width of a bin)"
     )
-    gamma_max: float = _setting(5.0, "the same at t = 1")
-    width: int | None = _setting(None, "of the network (default: 128 for vectors, 16 for images)")
+    gamma_max: float = _setting(5.0, "log of the noise-to-signal ratio at t = 1")
+    width: int | None = _setting(None, "width of the network (default: 128 for vectors, 16 for images)")
     depth: int = _setting(3, "residual blocks of the perceptron for vectors")
     resolutions: int = _setting(2, "resolutions of the U-Net for images")
     dropout: float = _setting(0.0, "probability of dropping a hidden unit in training")
     steps: int = _setting(4000, "optimiser steps")
     batch_size: int | None = _setting(None, "rows per step (default: 1024 for vectors, 64 for images)")
     lr: float = _setting(2e-3, "peak learning rate")
-    precision: str = _setting("full", f"of the networks in training: {', '.join(PRECISIONS)}")
+    precision: str = _setting("full", f"precision of the networks in training: {', '.join(PRECISIONS)}")
     ema: float = _setting(0.999, "decay of the averaged weights")
     validation_fraction: float = _setting(0.1, "share of the rows held out for validation, drawn at random; 0 for none")
     patience: int | None = _setting(None, "stop after so many validations, of twenty, without a better one")
-    seed: int = _setting(0, "of everything random")
+    seed: int = _setting(0, "seed of all randomness")
 
     def __post_init__(self) -> None:
         from ndm_ct._core.checks import choose, validate_count  # only here: --help loads no torch

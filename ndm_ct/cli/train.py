@@ -94,7 +94,13 @@ def _plot_training(result: FitResult, path: Path) -> None:
 
 
 def build(settings: Settings, event_shape: tuple[int, ...], levels: int | None) -> NDM:
-    """The untrained model of settings; torch's generator stays as it was."""
+    """Build the untrained model. Its weights are drawn from the seed of the settings; torch's generator is left alone.
+
+    Args:
+        settings: of the training.
+        event_shape: shape of one row. Three sizes mean images ``(C, H, W)`` and a U-Net, others a perceptron.
+        levels: number of levels of integer data; None for real values. It sets the noise at t = 0.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seeds(settings.seed, "weights")[0])
         return _built(settings, event_shape, levels)
@@ -139,14 +145,14 @@ def train(
     """Train a model in a folder, or go on with the training that is there.
 
     Args:
-        settings: of the training; those of the folder have to be the same.
-        folder: of the run, made if missing.
-        device: of torch; None is the CPU.
-        progress: whether to show a bar.
-        time_limit: seconds after which to stop with a checkpoint.
+        settings: what the model depends on. If the folder already holds a training, its settings have to be the same.
+        folder: folder of the run. It is made if it is missing, and receives settings, log, checkpoint and model.
+        device: name of a torch device, such as "cuda"; None is the CPU.
+        progress: show a progress bar.
+        time_limit: seconds after which training stops with a checkpoint; the same call continues it.
 
     Raises:
-        ValueError: settings that do not fit the data, other settings than those of the folder, no such device.
+        ValueError: the settings do not fit the data or differ from those in the folder, or the device does not exist.
         FileNotFoundError, ImportError: as :func:`ndm_ct.files.read`.
         BlockingIOError, CheckpointError, RuntimeError: as :func:`ndm_ct.fit`.
     """
