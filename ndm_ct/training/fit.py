@@ -91,7 +91,7 @@ def fit(
 
     With ``run_dir`` the folder receives ``log.jsonl``, ``checkpoint.safetensors`` (weights, averaged weights and
     optimiser state) and at the end ``model.safetensors`` for :func:`ndm_ct.load`. The same call continues a training
-    that was killed. Ctrl-C finishes the step, writes a checkpoint and returns.
+    that was killed. Ctrl-C, SIGTERM and SIGUSR1 finish the step, write a checkpoint and return with ``finished=False``.
 
     Networks may be compiled in place before: ``model.predictor.compile()``, ``model.transform.features.compile()``.
     The weights keep their names in files.

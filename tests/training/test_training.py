@@ -654,6 +654,8 @@ def regular(run_dir, steps=60, seed=3):
         model, mixture(200), steps=steps, batch_size=16, lr=1e-2, seed=seed, ema=0.9, run_dir=run_dir,
         checkpoint_every=4, log_every=6, validation=mixture(32, seed=9), validate_every=10, progress=False,
     )  # fmt: skip
+    # A signal to this process, such as SIGTERM from timeout(1), ends a training early, and its weights are others then.
+    assert result.finished, f"a signal stopped the training after {result.step} of {steps} steps"
     return model, result
 
 
@@ -674,6 +676,27 @@ def test_a_folder_belongs_to_one_training(tmp_path):
     assert refused == [True]
     expected, _ = regular(tmp_path / "other")
     assert same(regular(tmp_path)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_a_training_after_the_step(tmp_path, name):
+    """And the same call continues it, with the weights of a training that was not stopped."""
+    steps = []
+
+    class Signalled(torch.nn.Module):
+        def forward(self, model, x, generator, **cond):
+            steps.append(len(steps))
+            if len(steps) == 3:
+                signal.raise_signal(getattr(signal, name))
+            return ndm_ct.loss(model, x, generator=generator)
+
+    model, whole = toy(), toy()
+    result = quick(model, objective=Signalled(), run_dir=tmp_path)
+    assert (result.step, result.finished) == (3, False)
+    result = quick(model, objective=Signalled(), run_dir=tmp_path)
+    assert (result.step, result.finished, len(steps)) == (4, True, 4)
+    quick(whole)
+    assert same(model, whole)
 
 
 def test_killed_and_resumed_is_bit_identical(tmp_path):
