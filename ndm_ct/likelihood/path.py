@@ -13,6 +13,7 @@ r"""One path of the probability flow, by this library's solver or torchdiffeq's,
 :math:`\langle s, e \rangle`, where s is the model's score, and one of the log-determinant by itself.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,12 +33,18 @@ from ndm_ct.model import NDM
 from ndm_ct.solvers import ADAPTIVE_METHODS, Solution, odeint, odeint_rows
 from ndm_ct.solvers.packing import State
 
-__all__ = ["METHODS", "Problem"]
+__all__ = ["METHODS", "TOLERANCE", "Problem"]
+
+TOLERANCE = 2e-6
+"""Default rtol and atol of a path without a log-determinant."""
 
 METHODS = ("ode", *ADAPTIVE_METHODS)
 """Names of ``method``."""
 
 Differentiable = bool | Literal["adjoint"]
+
+_LEAST_STEPS = {"adaptive_heun": 400, "bosh3": 60, "dopri8": 10}
+"""Least number of steps where a gradient is wanted, at the default tolerance; 20 for methods of order 5."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,7 @@ class Problem:
         in_noise_units: bool,
     ) -> Solution:
         options: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "callback": self.callback}
+        options["grid"] = self._grid() if self.differentiable else None
         if self.method == "ode":
             scale = (lambda t: self.model.schedule(t).sigma.detach()) if in_noise_units else None
             return odeint_rows(
@@ -173,6 +181,21 @@ class Problem:
                 return field(t, state, None)[0]
 
         return odeint(shared, state, *self.interval, method=self.method, adjoint=adjoint, **options)
+
+    def _grid(self) -> Tensor:
+        """Times that bound the steps where a gradient is wanted.
+
+        The error of a step is that of the value. A gradient depends on more: on every feature that the network has of
+        t, even if its output is zero, as it is before training. Two cells are at most 1/20 of the interval, and 1/8 of
+        :meth:`coordinate`, in which the path changes evenly where t_min is approached.
+        """
+        order = ADAPTIVE_METHODS.get(self.method, 5)
+        steps = _LEAST_STEPS.get(self.method, 20) * max(1.0, TOLERANCE / self.rtol) ** (1.0 / order)
+        low, high, device = min(self.interval), max(self.interval), self.start.device
+        even = torch.linspace(low, high, 2 * math.ceil(steps) + 1, dtype=torch.float64, device=device)
+        places = torch.linspace(0.0, 1.0, 2 * math.ceil(0.4 * steps) + 1, dtype=torch.float64, device=device)
+        narrow = self.coordinate(places[1:-1])[0].detach()
+        return torch.cat([even, narrow[(narrow > low) & (narrow < even[2])]]).sort().values
 
     def _adjoint_tensors(
         self, field: Callable[[Tensor, State, Tensor | None], tuple[State, State | None]], state: State

@@ -85,6 +85,7 @@ def odeint_rows(
     atol: float = 1e-5,
     scale: Callable[[Tensor], Tensor] | None = None,
     nodes: Tensor | None = None,
+    grid: Tensor | None = None,
     on_failure: str = "raise",
     max_steps: int = _MAX_STEPS,
     callback: Callable[[float], None] | None = None,
@@ -104,6 +105,9 @@ def odeint_rows(
         scale: s(t) > 0, ``(b,)`` to ``(b,)``, by which both tolerances of the first tensor are multiplied, t being the
             end of the step; None is 1.
         nodes: times ``(N, B)`` between t0 and t1, in any order, at which the first tensor is wanted.
+        grid: increasing times ``(N,)`` from one end of the interval to the other; no step spans more than two of its
+            cells. The error of a step is that of the value, and steps that suit the value can be far too long for its
+            gradient; a grid bounds them. None is no bound.
         on_failure: "raise" a SolverError, or "nan": a failed row becomes NaN and the others go on.
         max_steps: bound on the steps of a row, rejected ones included.
         callback: called with the time of the row that is furthest behind, before every step.
@@ -125,7 +129,7 @@ def odeint_rows(
         checks.validate_positive(name, value)
     nodes = None if nodes is None else _validate_nodes(nodes, state[0], min(t0, t1), max(t0, t1))
     packing = Packing(tuple(part.shape for part in state))
-    solve = _Solve(packing, t0, t1, max_steps, on_failure == "nan", function, rtol, atol, scale, nodes)
+    solve = _Solve(packing, t0, t1, max_steps, on_failure == "nan", function, rtol, atol, scale, nodes, grid)
     solve.start(packing.pack(state))
     solve.run(callback)
     return solve.solved()
@@ -194,9 +198,10 @@ class _Solve(RowSolve[_Rows]):
 
     def __init__(
         self, packing: Packing, t0: float, t1: float, limit: int, forgiving: bool, function: RowField, rtol: float,
-        atol: float, scale: Callable[[Tensor], Tensor] | None, nodes: Tensor | None,
+        atol: float, scale: Callable[[Tensor], Tensor] | None, nodes: Tensor | None, grid: Tensor | None,
     ) -> None:  # fmt: skip
         super().__init__(packing, t0, t1, limit, forgiving)
+        self.grid = None if grid is None else (self.direction * grid.detach()).sort().values
         self.function, self.rtol, self.atol, self.scale, self.nodes = function, rtol, atol, scale, nodes
         self.at_nodes: list[tuple[Tensor, Tensor, Tensor]] = []
         self.has_gradient = True
@@ -229,8 +234,9 @@ class _Solve(RowSolve[_Rows]):
         """One trial step of every row in the batch, accepted or rejected."""
         rows = self.rows
         remaining = self.direction * (self.t1 - rows.t)
-        last = STRETCH * rows.h >= remaining
-        h = torch.where(last, remaining, rows.h)
+        h = self._bounded(rows)
+        last = STRETCH * h >= remaining
+        h = torch.where(last, remaining, h)
         end = torch.where(last, self.t1, rows.t + self.direction * h)
         trial = self._trial(h, end)
         ratio = self._ratio(trial)
@@ -245,6 +251,14 @@ class _Solve(RowSolve[_Rows]):
         self._advance(trial, accept, finite)
         self._control(h, end, ratio, accept)
         return accept & last
+
+    def _bounded(self, rows: _Rows) -> Tensor:
+        """The planned step, cut where it would span more than two cells of the grid."""
+        if self.grid is None:
+            return rows.h
+        t = self.direction * rows.t
+        after_next = torch.searchsorted(self.grid, t, right=True) + 1
+        return torch.minimum(rows.h, self.grid[after_next.clamp(max=len(self.grid) - 1)] - t)
 
     def _evaluate(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         derivative, gradient = self.function(t, self.packing.unpack(y), self.rows.index)

@@ -13,6 +13,7 @@ References:
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ def odeint(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = _MAX_STEPS,
+    grid: Tensor | None = None,
     adjoint: tuple[Tensor, ...] | None = None,
     callback: Callable[[float], None] | None = None,
 ) -> Solution:
@@ -103,6 +105,9 @@ def odeint(
         rtol: error allowed in one step, relative to the size of the state.
         atol: error allowed in one step where the state is near zero, in its own units.
         max_steps: bound on the number of steps.
+        grid: increasing times ``(N,)`` from one end of the interval to the other. No step, forwards or of the
+            adjoint equation, spans more than two of its cells, so that gradients are accurate where the value alone
+            would allow longer steps. None is no bound.
         adjoint: gradients by the adjoint equation, solved backwards, whose memory does not grow with the number of
             steps: all tensors besides the state that f depends on and that need a gradient. None: through the steps.
         callback: called with the time before every step.
@@ -126,11 +131,11 @@ def odeint(
     packing = Packing(tuple(part.shape for part in state))
     guarded = _Guarded(function, packing, (t0, t1), callback)
     times = torch.tensor([t0, t1], dtype=torch.float64, device=state[0].device)
-    options = {"step_t": times[1:], "max_num_steps": max_steps, "norm": guarded.norm}
+    options = _bounds(grid, times[1]) | {"max_num_steps": max_steps, "norm": guarded.norm}
     solve = torchdiffeq.odeint
     if adjoint is not None:
         # The gradients of shared parameters have no rows, so the backward solve takes the norm of the rest.
-        backwards = {"norm": "seminorm", "step_t": times[:1], "max_num_steps": max_steps}
+        backwards = _bounds(grid, times[0]) | {"max_num_steps": max_steps, "norm": "seminorm"}
         solve = partial(torchdiffeq.odeint_adjoint, adjoint_params=adjoint, adjoint_options=backwards)
     try:
         y = solve(guarded, packing.pack(state), times, method=method, options=options, rtol=rtol, atol=atol)
@@ -143,3 +148,16 @@ def odeint(
             t=guarded.t, dt=guarded.dt, rows=rows,
         ) from error  # fmt: skip
     return Solution.of_batch(packing.unpack(y[-1]), guarded.nfe, guarded.accepted, guarded.rejected)
+
+
+def _bounds(grid: Tensor | None, end: Tensor) -> dict[str, Any]:
+    """Options that keep steps inside the interval, which ends at ``end``, and shorter than two cells of the grid.
+
+    The longest pair of cells bounds every step. Where cells are narrower, steps stop at every second point.
+    """
+    if grid is None:
+        return {"step_t": end[None]}
+    points = torch.cat([grid[:-1:2], grid[-1:]])
+    width = points.diff()
+    narrow = points[1:-1][torch.minimum(width[1:], width[:-1]) < 0.99 * width.max()]
+    return {"step_t": torch.cat([narrow, end[None]]), "max_step": float(width.max())}
