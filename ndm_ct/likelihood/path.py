@@ -186,11 +186,12 @@ class Problem:
         """Times that bound the steps where a gradient is wanted.
 
         The error of a step is that of the value. A gradient depends on more: on every feature that the network has of
-        t, even if its output is zero, as it is before training. Two cells are at most 1/20 of the interval, and 1/8 of
-        :meth:`coordinate`, in which the path changes evenly where t_min is approached.
+        t, even if its output is zero, as it is before training. At the default tolerance two cells are at most 1/20 of
+        the interval, and 1/8 of :meth:`coordinate`, in which the path changes evenly where t_min is approached. Other
+        tolerances change the number of cells as they would change that of steps.
         """
         order = ADAPTIVE_METHODS.get(self.method, 5)
-        steps = _LEAST_STEPS.get(self.method, 20) * max(1.0, TOLERANCE / self.rtol) ** (1.0 / order)
+        steps = _LEAST_STEPS.get(self.method, 20) * (TOLERANCE / self.rtol) ** (1.0 / order)
         low, high, device = min(self.interval), max(self.interval), self.start.device
         even = torch.linspace(low, high, 2 * math.ceil(steps) + 1, dtype=torch.float64, device=device)
         places = torch.linspace(0.0, 1.0, 2 * math.ceil(0.4 * steps) + 1, dtype=torch.float64, device=device)
