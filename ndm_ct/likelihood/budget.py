@@ -10,14 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import as_time, event_size, some, sum_event
+from ndm_ct._core.checks import as_time, event_size, expand, some, sum_event
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.noise import Randomness
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, LogDet, TraceEstimator
+from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.likelihood.path import Problem
 from ndm_ct.transforms import Identity
 
 __all__ = ["LikelihoodInfo", "largest", "measure"]
+
+_DOUBLINGS = 10
+"""How often the noise is doubled in search of a score that is the data's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,9 @@ class LikelihoodInfo:
             network, which dominates in float32 with tight tolerances or a tiny ``t_min`` (up to 20 times ``ode_error``
             was seen): compare with ``model.double()`` where that matters.
         truncation: estimate of :math:`\log p_{t_{min}} - \log p_0` at the data end, to first order in the noise left
-            there, ``(B,)``. It is small against one nat where the model resolves the data, and large where it does not.
+            there, ``(B,)``. It is small against one nat where t_min is small enough for the data, and large where the
+            noise hides them. Where the network's own error dominates its score at t_min, the score of more noise is
+            taken (identity, prediction "x"), or it is NaN.
         prior_mismatch: :math:`KL(q(z_1 | x) \| p_1)`, the cost of using the prior :math:`p_1`
             in place of the process' own end, ``(B,)``.
         nfe: network evaluations of the row that took most, with those at nodes and for this budget.
@@ -103,9 +109,9 @@ def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> 
         nfe, vjps = found.nfe, found.vjps
         if path.error_wanted:
             with torch.no_grad():
-                truncation, used = _truncation(path, x.detach(), generator)
+                truncation, calls, used = _truncation(path, x.detach(), generator)
                 mismatch = _prior_mismatch(path, x.detach(), generator)
-            nfe, vjps = nfe + 1, vjps + used
+            nfe, vjps = nfe + calls, vjps + used
 
         def known(number: Tensor) -> Tensor:
             return torch.where(failed, torch.nan, number).to(path.start.dtype)
@@ -148,7 +154,7 @@ def _prior_mismatch(path: Problem, x: Tensor, generator: Randomness) -> Tensor:
     return path.model.prior_divergence(path.model.transform.along(data, **path.cond), data, generator)
 
 
-def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor, int]:
+def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor, int, int]:
     r"""First-order change of the log-density at x from the noise and the scaling left at t_min.
 
     .. math::
@@ -160,8 +166,13 @@ def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor
     \operatorname{tr} \nabla s + \|s\|^2`. A transform that is not the identity at t_min changes it further, by minus
     :math:`\operatorname{tr} \nabla (F - x) + \langle F - x, s \rangle`.
 
+    The score s is the network's, divided by :math:`\sigma` or its square, and so is its error. Where that dominates, s
+    is not that of the data, and no narrow data that the noise hides explain it (:math:`\operatorname{tr} \nabla s` is
+    too small). There the change is :math:`-t_{min} (\operatorname{div} v + \langle v, s \rangle)`, by the continuity
+    equation, with the score at the least noise that resolves it; for other transforms and predictions it is unknown.
+
     Returns:
-        The change, nats, ``(B,)``, and the vector-Jacobian products of a row.
+        The change, nats, ``(B,)``, NaN where it is unknown; and the evaluations and vector-Jacobian products of a row.
     """
     model, flow = path.model, path.flow()
     t = as_time(model.t_min, x.device).expand(len(x))
@@ -171,17 +182,43 @@ def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor
     _, forms, F = bound.with_byproduct(lambda z: (flow.prediction(t, z),) * 2, x)
     s = flow.score(t, x, F)
     trace_of_F, _ = bound.combine(forms)
-    smoothing = 0.5 * (c.alpha * trace_of_F - d + c.sigma**2 * sum_event(s * s))
-    change = smoothing - c.alpha.log() * (d + sum_event(x * s))
+    hidden = 0.5 * (c.alpha * trace_of_F - d)
+    rest = 0.5 * c.sigma**2 * sum_event(s * s) - c.alpha.log() * (d + sum_event(x * s))
+    resolved, score, rounds = _resolved_score(flow, t, x, s)
+    known = resolved | (hidden.abs() >= 0.1 * rest.abs())
+    still = isinstance(model.transform, Identity) and model.prediction == "x" and model.t_min > 0.0
+    factor = c.dalpha - c.alpha * c.dlog_sigma
+    velocity = expand(factor, x) * F + expand(c.dlog_sigma, x) * x
+    flux = factor * trace_of_F + d * c.dlog_sigma + sum_event(velocity * score)
+    change = torch.where(known, hidden + rest, -t * flux if still else torch.nan)
     if isinstance(model.transform, Identity) or model.t_min == 0.0:
-        return change, bound.vjps
+        return change, 1 + rounds, bound.vjps
     transform = model.transform.along
 
     def moved(z: Tensor) -> Tensor:
         return transform(z.to(dtype=flow.dtype), **path.cond)(t).to(z.dtype) - z
 
     shift, forms = bound(moved, x)
-    return change - bound.combine(forms)[0] - sum_event(shift * s), bound.vjps
+    return change - bound.combine(forms)[0] - sum_event(shift * s), 1 + rounds, bound.vjps
+
+
+def _resolved_score(flow: ProbabilityFlow, t: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Whether the score at t is that of the data; else that of the least noise where it is; and evaluations.
+
+    The score divides the error of the network's noise or velocity by sigma, so that error halves with twice the noise.
+    A score that changes by at most a third is taken to be the data's.
+    """
+    schedule = flow.process.schedule
+    c, found, rounds = schedule(t), torch.zeros_like(t, dtype=torch.bool), 0
+    at_once = found
+    while rounds == 0 or (rounds < _DOUBLINGS and not bool(found.all())):
+        rounds += 1
+        later = schedule.time_at(torch.atan2(2.0**rounds * c.sigma, c.alpha)).clamp(max=1.0)
+        new = flow.score(later, x, flow.prediction(later, x))
+        found = found | (sum_event((new - score).square()) <= sum_event(score.square()) / 9.0)
+        at_once = found if rounds == 1 else at_once
+        score = torch.where(expand(found, x).bool(), score, new)
+    return at_once, score, rounds
 
 
 def largest(counts: Tensor) -> int:

@@ -107,6 +107,20 @@ def test_truncation_says_when_the_noise_hides_the_data():
     assert abs(float(info.truncation)) < 1e-3
 
 
+def test_truncation_of_a_network_that_does_not_resolve_the_data_is_that_of_its_flow():
+    """A velocity of any kind: divided by sigma, its score at t_min is 1,000 times too large."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.SiLU(), torch.nn.Linear(32, 2)).double()
+    coarse, fine = (
+        ndm_ct.adapters.from_velocity(lambda z, t: layers(torch.cat([z, t[:, None]], 1)), (2,), t_min=t_min)
+        for t_min in (1e-3, 1e-5)
+    )
+    x = torch.randn(6, 2, dtype=torch.float64)
+    value, info = ndm_ct.loglik(coarse, x, return_info=True)
+    change = value - ndm_ct.loglik(fine, x)
+    assert bool(((info.truncation - change).abs() < 3.0 * change.abs() + 1e-3).all())
+
+
 # --- prior mismatch --------------------------------------------------------------------------------------------------
 
 
