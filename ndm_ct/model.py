@@ -99,6 +99,11 @@ class NDM(PredictedProcess):
         self.cond_names = names | transform_names, anything or transform_anything
 
     @property
+    def unit(self) -> float:
+        r"""The scale of the data, :attr:`ndm_ct.schedules.Schedule.unit`; absolute tolerances are multiples of it."""
+        return self.schedule.unit
+
+    @property
     def data_shape(self) -> tuple[int, ...]:
         """Shape of one data point."""
         return self.event_shape if self.transform.data_shape is None else self.transform.data_shape

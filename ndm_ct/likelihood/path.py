@@ -134,8 +134,8 @@ class Problem:
 
         Args:
             nodes: times ``(N, B)`` at which the state is wanted too; only for "ode".
-            in_noise_units: whether tolerances are in units of :math:`\sigma_t`, the scale of the density; only for
-                "ode".
+            in_noise_units: whether the tolerance is ``rtol + atol`` times :math:`\sigma_t`, the scale of the density;
+                only for "ode".
         """
 
         def field(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, None]:
@@ -166,21 +166,34 @@ class Problem:
         nodes: Tensor | None,
         in_noise_units: bool,
     ) -> Solution:
+        """Solve for the first tensor in the model's unit, so that tolerances do not depend on the unit of the data."""
         options: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "callback": self.callback}
         options["grid"] = self._grid() if self.differentiable else None
-        if self.method == "ode":
-            scale = (lambda t: self.model.schedule(t).sigma.detach()) if in_noise_units else None
-            return odeint_rows(
-                field, state, *self.interval, scale=scale, nodes=nodes, on_failure=self.on_failure, **options
-            )
-        adjoint = self._adjoint_tensors(field, state) if self.differentiable == "adjoint" else None
+        unit = self.model.unit
+
+        def times(factor: float, state: State) -> State:
+            return (factor * state[0], *state[1:])
+
+        def scaled(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, State | None]:
+            slope, gradient = field(t, times(unit, state), rows)
+            return times(1.0 / unit, slope), None if gradient is None else times(unit, gradient)
 
         def shared(t: Tensor, state: State) -> State:
             # The adjoint equation is solved in the backward pass, long after prepared() has been left.
             with self.model.evaluating():
-                return field(t, state, None)[0]
+                return scaled(t, state, None)[0]
 
-        return odeint(shared, state, *self.interval, method=self.method, adjoint=adjoint, **options)
+        start = times(1.0 / unit, state)
+        if self.method == "ode":
+            scale = (lambda t: self.model.schedule(t).sigma.detach() / unit) if in_noise_units else None
+            solved = odeint_rows(
+                scaled, start, *self.interval, scale=scale, nodes=nodes, on_failure=self.on_failure, **options
+            )
+        else:
+            adjoint = self._adjoint_tensors(scaled, start) if self.differentiable == "adjoint" else None
+            solved = odeint(shared, start, *self.interval, method=self.method, adjoint=adjoint, **options)
+        at_nodes = None if solved.nodes is None else unit * solved.nodes
+        return replace(solved, state=times(unit, solved.state), nodes=at_nodes)
 
     def _grid(self) -> Tensor:
         """Times that bound the steps where a gradient is wanted.

@@ -9,10 +9,12 @@ r"""Where the nodes of the quadrature lie along a path of the probability flow.
 The first term is exact. In the second u runs evenly through
 
 .. math::
-    \log \tan \tfrac12 \theta_t, \qquad \theta_t = \arctan(\sigma_t / \alpha_t),
+    -\operatorname{arsinh}(\rho^* / \rho_t), \qquad \rho_t = \sigma_t / \alpha_t, \qquad
+    \rho^* = 10 \min(s, \rho_1),
 
-half the log-SNR where there is little noise, the angle where there is little signal (there log-SNRs may be infinite,
-and the trace is small). The nodes and probes are those of :class:`~ndm_ct.divergence.Quadrature`.
+the logarithm of the noise below :math:`\rho^*`. Above it the trace is small, :math:`\rho_1` may be infinite, and u runs
+through :math:`1/\rho`. Here s is the schedule's ``preserved_std``; where it is infinite, u is the log-SNR all the way. The
+nodes and probes are those of :class:`~ndm_ct.divergence.Quadrature`.
 """
 
 import torch
@@ -34,7 +36,12 @@ def path_times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
     """t and dt/du of places u in [0, 1] along the path."""
     schedule = model.schedule
     with torch.no_grad():
-        start, end = (schedule(as_time([model.t_min, 1.0], u.device)).angle / 2.0).tan().log()
-        angle = 2.0 * torch.atan(torch.exp(start + (end - start) * u))
-        t = schedule.time_at(angle).clamp(model.t_min, 1.0)
-        return t, (end - start) * angle.sin() / schedule(t).dangle
+        ends = schedule(as_time([model.t_min, 1.0], u.device))
+        turn = 10.0 * (ends.sigma[1] / ends.alpha[1]).clamp(max=schedule.preserved_std)
+        start, end = torch.asinh(turn * ends.alpha / ends.sigma)
+        # By exp, because torch's sinh and hypot round a number by its place in the tensor, and so by the rows beside it.
+        factor = torch.exp(start + (end - start) * u)
+        t = schedule.time_at(torch.atan(2.0 * turn / (factor - 1.0 / factor))).clamp(model.t_min, 1.0)
+        c = schedule(t)
+        slope = turn * c.wronskian / (c.sigma * torch.sqrt(c.sigma**2 + (turn * c.alpha) ** 2))
+        return t, (start - end) / slope

@@ -3,7 +3,8 @@ r"""The reverse SDE from t = 1 down to t_min by adaptive steps.
 With :func:`sample_rows` each row has its own steps and its own Brownian path (:mod:`ndm_ct.solvers.sde`); with
 :func:`sample_torchsde` the batch shares torchsde's (:mod:`ndm_ct.solvers.torchsde`). Where
 :math:`\sigma/\alpha` exceeds 1000 at t = 1, and g may be infinite, the first step is the transition with frozen
-prediction down to 1000.
+prediction down to 1000. Where alpha does not fall there is no such step, and 1000 counts units of the data
+(:attr:`ndm_ct.schedules.Schedule.largest_noise`).
 """
 
 import math
@@ -21,7 +22,6 @@ from ndm_ct.dynamics import ReverseSDE
 from ndm_ct.model import NDM
 from ndm_ct.samplers.frozen import DDPM
 from ndm_ct.samplers.stochastic import torchsde_fields
-from ndm_ct.schedules.base import SAFE_NOISE
 from ndm_ct.solvers import Solution, sdeint_adaptive, sdeint_rows
 from ndm_ct.solvers.sde import MAX_EVALUATIONS
 
@@ -73,8 +73,9 @@ def sample_rows(
         z, start, frozen = finite_start(model, z, generator, given)
         transform, fields = model.transform, _Fields(model, given, z.dtype)
         solution = sdeint_rows(
-            lambda t, y, rows: fields(rows).drift(t, y), lambda t, y, rows: fields(rows).diffusion(t, y),
-            transform.to_basis(z), start, model.t_min, first_step=_first_step(model, start), rtol=rtol,
+            _in_units(model, lambda t, y, rows: fields(rows).drift(t, y)),
+            _in_units(model, lambda t, y, rows: fields(rows).diffusion(t, y)),
+            transform.to_basis(z) / model.unit, start, model.t_min, first_step=_first_step(model, start), rtol=rtol,
             atol=atol, generator=generator, max_evaluations=max_evaluations, callback=callback,
         )  # fmt: skip
         return _from_basis(model, solution, frozen)
@@ -118,10 +119,17 @@ def sample_torchsde(
     z, start, frozen = finite_start(model, z, generator, given)
     drift, diffusion, adjoint = torchsde_fields(model, z, start, differentiable, given)
     solution = sdeint_adaptive(
-        drift, diffusion, model.transform.to_basis(z), start, model.t_min, first_step=_first_step(model, start),
-        method=method, rtol=rtol, atol=atol, generator=generator, adjoint=adjoint, callback=callback,
+        _in_units(model, drift), _in_units(model, diffusion), model.transform.to_basis(z) / model.unit, start,
+        model.t_min, first_step=_first_step(model, start), method=method, rtol=rtol, atol=atol, generator=generator,
+        adjoint=adjoint, callback=callback,
     )  # fmt: skip
     return _from_basis(model, solution, frozen)
+
+
+def _in_units(model: NDM, field: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Drift or diffusion for states in the model's unit, so that tolerances do not depend on the unit of the data."""
+    unit = model.unit
+    return lambda t, y, *rows: field(t, unit * y, *rows) / unit
 
 
 def _first_step(model: NDM, t: float) -> float:
@@ -130,8 +138,8 @@ def _first_step(model: NDM, t: float) -> float:
 
 
 def _from_basis(model: NDM, solution: Solution, frozen: int) -> Solution:
-    """The solution of the model, with the frozen step counted."""
-    state = (model.transform.from_basis(solution.state[0]),)
+    """The solution of the model in the data's own unit, with the frozen step counted."""
+    state = (model.transform.from_basis(model.unit * solution.state[0]),)
     return replace(solution, state=state, nfe=solution.nfe + frozen, accepted=solution.accepted + frozen)
 
 
@@ -145,14 +153,15 @@ def finite_start(model: NDM, z: Tensor, generator: Randomness, cond: Conditionin
         cond: conditioning.
 
     Returns:
-        The state where :math:`\sigma/\alpha \le 1000`, its time, and the number of steps taken to get there: 0 or 1.
+        The state where :math:`\sigma/\alpha` is at most the schedule's ``largest_noise``, its time, and the number of
+        steps taken to get there: 0 or 1.
     """
     schedule = model.schedule
     with torch.no_grad():
-        at_one = schedule(as_time(1.0, schedule.device))
-        if float(at_one.alpha) >= SAFE_NOISE * float(at_one.sigma):
+        at_one, most = schedule(as_time(1.0, schedule.device)), schedule.largest_noise
+        if float(at_one.sigma) <= most * float(at_one.alpha):
             return z, 1.0, 0
-        top = max(model.t_min, float(schedule.time_at(as_time(math.atan(1.0 / SAFE_NOISE), schedule.device))))
+        top = max(model.t_min, float(schedule.time_at(as_time(math.atan(most), schedule.device))))
     return DDPM(model).step(z, 1.0, top, generator=generator, **cond), top, 1
 
 

@@ -163,10 +163,10 @@ def _validated_times(model: NDM, times: int | Tensor) -> Tensor:
 class _Interpolant:
     r"""A, B and C at any time, from those at the times of the table.
 
-    The matrix :math:`((A, B), (B, C))` divided by :math:`\sigma^2/(\alpha^2 + \sigma^2)`, which takes away most of its
-    change, is a product :math:`L L^\top`. The entries of L are interpolated by cubics with the slopes of parabolas
-    through three neighbours, in :math:`-\log(\alpha/\sigma + 10^{-3})`, the log-SNR with a finite end at alpha = 0. So
-    the matrix stays positive semidefinite, and beyond the table's ends the quotient is constant.
+    The matrix :math:`((A, B), (B, C))` divided by :math:`\sigma^2/(\alpha^2 s^2 + \sigma^2)`, which takes away most of its
+    change, is a product :math:`L L^\top`; s is the model's unit. The entries of L are interpolated by cubics with the
+    slopes of parabolas through three neighbours, in :math:`-\log(\alpha s/\sigma + 10^{-3})`, the log-SNR with a finite
+    end at alpha = 0. So the matrix stays positive semidefinite, and beyond the table's ends the quotient is constant.
 
     Args:
         schedule: the model's.
@@ -177,8 +177,9 @@ class _Interpolant:
         at = levels(schedule, residuals.times.double().to(schedule.device))
         moments = residuals.moments.detach().cpu().double()
         # Numbers: on so few of them numpy would take longer than the rest of a step.
-        self.knots = [_coordinate(level) for level in at]
-        A, B, C = (row.numpy() / [_share(level) for level in at] for row in moments)
+        self.unit = model.unit
+        self.knots = [self._coordinate(level) for level in at]
+        A, B, C = (row.numpy() / [self._share(level) for level in at] for row in moments)
         first = np.sqrt(A)
         below = np.divide(B, first, out=np.zeros_like(B), where=first > 0.0)
         values = np.stack([first, below, np.sqrt(np.maximum(C - below**2, 0.0))])
@@ -188,25 +189,23 @@ class _Interpolant:
     def __call__(self, level: Level) -> tuple[float, float, float]:
         """A, B and C at one time."""
         knots = self.knots
-        x = min(max(_coordinate(level), knots[0]), knots[-1])
+        x = min(max(self._coordinate(level), knots[0]), knots[-1])
         k = min(bisect.bisect_right(knots, x) - 1, len(knots) - 2)
         h = knots[k + 1] - knots[k]
-        u, share = (x - knots[k]) / h, _share(level)
+        u, share = (x - knots[k]) / h, self._share(level)
         first, below, last = (_cubic(u, y[k], y[k + 1], h * d[k], h * d[k + 1]) for y, d in self.entries)
         return share * first**2, share * first * below, share * (below**2 + last**2)
+
+    def _coordinate(self, level: Level) -> float:
+        return -math.log(level.alpha * self.unit / level.sigma + SAFE_NOISE)
+
+    def _share(self, level: Level) -> float:
+        return level.sigma**2 / ((level.alpha * self.unit) ** 2 + level.sigma**2)
 
 
 def _cubic(u: float, y0: float, y1: float, d0: float, d1: float) -> float:
     """At u, with values y0, y1 and slopes d0, d1 at 0 and 1."""
     return y0 + u * (d0 + u * (3.0 * (y1 - y0) - 2.0 * d0 - d1 + u * (d0 + d1 - 2.0 * (y1 - y0))))
-
-
-def _coordinate(level: Level) -> float:
-    return -math.log(level.alpha / level.sigma + SAFE_NOISE)
-
-
-def _share(level: Level) -> float:
-    return level.sigma**2 / (level.alpha**2 + level.sigma**2)
 
 
 class _Frozen(Sampler):

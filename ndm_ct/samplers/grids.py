@@ -7,11 +7,13 @@ With :math:`\rho = \sigma/\alpha` and :math:`u_i = i/N`,
 ``"quadratic"``  :math:`\sqrt{t_i} = 1 - u_i (1 - \sqrt{t_{min}})`
 ``"logsnr"``     :math:`\log \rho_i` evenly from :math:`\rho_{max}` to :math:`\rho_{min}`
 ``"karras"``     :math:`\rho_i^{1/7}` evenly from :math:`\rho_{max}` to :math:`\rho_{min}`
-``"edm"``        as "karras" between 80 and 0.002, or the model's own ends where they are closer
+``"edm"``        as "karras" between 80 s and 0.002 s, or the model's own ends where they are closer
 ===============  ======================================================================================================
 
-:math:`\rho_{max} = \rho(1)`, but at most 1000 (the first interval then starts at t = 1 all the same, which is where
-the prior is); :math:`\rho_{min} = \rho(t_{min})`. Every grid begins at 1 and ends at :math:`t_{min}`.
+:math:`\rho_{max} = \rho(1)`, but at most 1000 s (the first interval then starts at t = 1 all the same, which is where
+the prior is); :math:`\rho_{min} = \rho(t_{min})`. Every grid begins at 1 and ends at :math:`t_{min}`. The scale s is the
+schedule's ``preserved_std``, 1 for variance-preserving ones. It is infinite where alpha does not fall: these schedules
+state their own range of noise, in the unit of their data, and it is taken as it is.
 
 References:
     Song, Meng and Ermon, Denoising Diffusion Implicit Models, appendix D.2 (quadratic), https://arxiv.org/abs/2010.02502
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core import checks as _shapes
-from ndm_ct.schedules.base import SAFE_NOISE, Schedule
+from ndm_ct.schedules.base import Schedule
 
 __all__ = ["GRIDS", "time_grid"]
 
@@ -83,12 +85,13 @@ def time_grid(schedule: Schedule, t_min: float, steps: int, grid: Grid = "unifor
 def _by_noise(schedule: Schedule, t_min: float, u: Tensor, grid: str) -> Tensor:
     with torch.no_grad():
         ends = schedule(torch.tensor([1.0, t_min], dtype=torch.float64, device=u.device))
-        high, low = (ends.sigma / ends.alpha).clamp(max=1.0 / SAFE_NOISE)
+        high, low = (ends.sigma / ends.alpha).clamp(max=schedule.largest_noise)
         if grid == "logsnr":
             noise = torch.exp(high.log() + u * (low.log() - high.log()))
         else:
-            if grid == "edm":
-                high, low = high.clamp(max=_EDM_RANGE[1]), low.clamp(min=_EDM_RANGE[0])
+            unit = schedule.preserved_std
+            if grid == "edm" and math.isfinite(unit):
+                high, low = high.clamp(max=unit * _EDM_RANGE[1]), low.clamp(min=unit * _EDM_RANGE[0])
             power = 1.0 / _KARRAS_POWER
             noise = (high**power + u * (low**power - high**power)) ** _KARRAS_POWER
         return schedule.time_at(torch.atan(noise))

@@ -48,7 +48,7 @@ from ndm_ct.samplers.base import Sampler
 from ndm_ct.samplers.frozen import DDIM, DDPM
 from ndm_ct.samplers.multistep import UniPC
 from ndm_ct.samplers.stochastic import SDE
-from ndm_ct.schedules.base import SAFE_NOISE, Level
+from ndm_ct.schedules.base import Level
 
 __all__ = ["PREDICTORS", "AnnealedLangevin", "PredictorCorrector"]
 
@@ -126,7 +126,7 @@ class AnnealedLangevin(_Langevin):
         """r of the step from t to s."""
         if self.step_ratio is not None:
             return self.step_ratio
-        return matched_ratio((min(t.noise, 1.0 / SAFE_NOISE) / s.noise) ** 2, self.inner)
+        return matched_ratio((min(t.noise, self.model.schedule.largest_noise) / s.noise) ** 2, self.inner)
 
     def _carried(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         """The state at the level of s, not yet at home there."""

@@ -23,7 +23,7 @@ from ndm_ct._core.config import Configurable
 __all__ = ["SAFE_NOISE", "Coefficients", "Level", "Schedule", "levels"]
 
 SAFE_NOISE = 1e-3
-"""Noise-to-signal ratio sigma/alpha at the default t_min of a schedule that has sigma(0) = 0."""
+"""Noise-to-signal ratio sigma/alpha, in the schedule's unit, at the default t_min where sigma(0) = 0."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,49 @@ class Schedule(nn.Module, Configurable):
 
     @property
     def safe_t_min(self) -> float:
-        r"""0 where :math:`\sigma_0 > 0`; else the time at which :math:`\sigma/\alpha` = 1e-3."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            at_zero = self(zero)
-        if float(at_zero.sigma) > 0.0:
+        r"""0 where :math:`\sigma_0 > 0`; else the time at which :math:`\sigma/\alpha` is 1e-3 units."""
+        first, _ = self._ends()
+        if first.sigma > 0.0:
             return 0.0
-        return float(self.time_at(torch.atan(zero + SAFE_NOISE)))
+        noise = torch.full_like(first.time, SAFE_NOISE * self.unit)
+        return float(self.time_at(torch.atan(noise)))
+
+    @property
+    def preserved_std(self) -> float:
+        r"""The standard deviation s of data whose variance is the same at both ends of the process.
+
+        It solves :math:`\alpha_0^2 s^2 + \sigma_0^2 = \alpha_1^2 s^2 + \sigma_1^2`: 1 for a variance-preserving schedule.
+        It is infinite where alpha hardly falls (:math:`\alpha_1^2 \ge \alpha_0^2/2`) and noise drowns the data.
+        """
+        first, last = self._ends()
+        if last.alpha**2 >= 0.5 * first.alpha**2:
+            return math.inf
+        return math.sqrt((last.sigma**2 - first.sigma**2) / (first.alpha**2 - last.alpha**2))
+
+    @property
+    def unit(self) -> float:
+        r"""The scale of the data that the schedule is made for, in the data's own unit.
+
+        It is :attr:`preserved_std` where that is finite, and otherwise :math:`\sqrt{\rho_0 \rho_1}/0.4`, the middle of
+        the noise-to-signal ratios :math:`\rho = \sigma/\alpha` on a logarithmic scale. For :math:`\rho_0 = 0` it is
+        :math:`\rho_1/80`. The numbers make it 1 for the noise of EDM, 0.002 to 80, which is meant for data in [-1, 1].
+        """
+        preserved = self.preserved_std
+        if math.isfinite(preserved):
+            return preserved
+        first, last = self._ends()
+        return math.sqrt(first.noise * last.noise) / 0.4 if first.sigma > 0.0 else last.noise / 80.0
+
+    @property
+    def largest_noise(self) -> float:
+        r"""The largest :math:`\rho = \sigma/\alpha` that matters: :math:`\rho_1`, or 1000 :attr:`preserved_std` if that is less.
+
+        Above it nothing is left of the data, and one step with frozen prediction leads there from t = 1.
+        """
+        return min(self._ends()[1].noise, self.preserved_std / SAFE_NOISE)
+
+    def _ends(self) -> list["Level"]:
+        return levels(self, torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.device))
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ The pair of Dormand and Prince, of order 5 with an embedded solution of order 4,
 and its interpolant of order 4, :math:`y(t + \theta h) = y + h \sum_i b_i(\theta) k_i`. A row's step is accepted when
 
 .. math::
-    \max_{\text{parts}} \operatorname{rms}\!\left(\frac{e}{s(t)\,(\mathrm{atol} + \mathrm{rtol}\,|y|)}\right) \le 1
+    \max_{\text{parts}} \operatorname{rms}\!\left(\frac{e}{\mathrm{atol} + \mathrm{rtol}\,|y|}\right) \le 1
 
-over the tensors of the state, with a scale s(t) for the first of them (1 for the others). Rows share only the calls of
-f (:mod:`ndm_ct.solvers.rows`). With one step size for the whole batch, see :mod:`ndm_ct.solvers.torchdiffeq`.
+over the tensors of the state; the first of them may have a scale s(t), and then the tolerance
+:math:`(\mathrm{atol} + \mathrm{rtol})\,s(t)`. Rows share only the calls of f (:mod:`ndm_ct.solvers.rows`). With one step size for the whole batch, see :mod:`ndm_ct.solvers.torchdiffeq`.
 
 References:
     Dormand and Prince, A family of embedded Runge-Kutta formulae (1980)
@@ -102,8 +102,8 @@ def odeint_rows(
         rtol: error allowed in one step, relative to the size of the state. Ten times smaller costs about 1.6 times the
             evaluations.
         atol: error allowed in one step where the state is near zero, in its own units.
-        scale: s(t) > 0, ``(b,)`` to ``(b,)``, by which both tolerances of the first tensor are multiplied, t being the
-            end of the step; None is 1.
+        scale: s(t) > 0, ``(b,)`` to ``(b,)``, where t is the end of the step: the error allowed in the first tensor is
+            then ``(atol + rtol) * s(t)``, whatever its size. None is the size of the tensor.
         nodes: times ``(N, B)`` between t0 and t1, in any order, at which the first tensor is wanted.
         grid: increasing times ``(N,)`` from one end of the interval to the other; no step spans more than two of its
             cells. The error of a step is that of the value, and steps that suit the value can be far too long for its
@@ -284,10 +284,9 @@ class _Solve(RowSolve[_Rows]):
 
     def _tolerance(self, size: Tensor, t: Tensor) -> Tensor:
         tolerance = self.atol + self.rtol * size
-        if self.scale is None:
-            return tolerance
-        scale, width = self.scale(t).to(size.dtype), self.packing.widths[0]
-        return torch.cat([tolerance[:, :width] * scale[:, None], tolerance[:, width:]], 1)
+        if self.scale is not None:
+            tolerance[:, : self.packing.widths[0]] = (self.atol + self.rtol) * self.scale(t).to(size.dtype)[:, None]
+        return tolerance
 
     def _advance(self, trial: _Trial, accept: Tensor, finite: Tensor) -> None:
         rows, chosen, error = self.rows, accept[:, None], self.rows.error

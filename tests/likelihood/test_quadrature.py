@@ -10,6 +10,7 @@ from scipy.stats import kstest
 
 import ndm_ct
 from ndm_ct import NDM, schedules
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct.divergence import Quadrature, quadrature
 from ndm_ct.divergence.quadrature import Sweeps, Totals, grid_bits, hadamard
 from ndm_ct.likelihood.path import Problem
@@ -24,7 +25,7 @@ def empty_model(event_shape, schedule=None):
 
 
 def path_of(model, x, tolerance=1e-6):
-    return Problem(model, x, (model.t_min, 1.0), tolerance, tolerance, "ode", "raise", False, {})
+    return Problem(model, x, (model.t_min, 1.0), tolerance, tolerance, "ode", "raise", False, Conditioning({}, len(x)))
 
 
 def draw(model, estimator, rows=1, seed=0):
@@ -142,7 +143,10 @@ def grid_model(size=8):
 def places(model, sweeps):
     """u of the nodes, ``(B, S, M)``, by inverting the path's coordinate independently of the code."""
     c = model.schedule(torch.cat([sweeps.times.reshape(-1), torch.tensor([model.t_min, 1.0]).double()]))
-    coordinate = (0.5 * torch.atan2(c.sigma, c.alpha)).tan().log()
+    noise = c.sigma / c.alpha
+    most = {schedules.VarianceExploding: noise[-1], schedules.SubVariancePreserving: c.sigma[-1].sqrt()}
+    turn = 10.0 * most.get(type(model.schedule), torch.ones(()))
+    coordinate = -torch.asinh(turn / noise)
     u = (coordinate[:-2] - coordinate[-2]) / (coordinate[-1] - coordinate[-2])
     return u.reshape(sweeps.times.shape).mT.unflatten(1, (-1, sweeps.estimator.nodes))
 
