@@ -90,8 +90,9 @@ def loglik(
         stderr: the standard error to reach, nats per event. Rows get more sweeps until they reach it. Only with
             "quadrature"; the exact trace has no random error.
         rtol: relative tolerance of the solver. A smaller one moves the result closer to the exact solution of the flow
-            and takes more network evaluations. None is 2e-6; for "quadrature" it is 3e-5, in units of :math:`\sigma_t`.
-        atol: absolute tolerance of the solver, for states near zero; None as for ``rtol``.
+            and takes more network evaluations. None is 2e-6. For "quadrature" it is 3e-5, and the error allowed in
+            one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`.
+        atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
         method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
             torchdiffeq method such as "dopri5", with one step size for the batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
@@ -176,8 +177,9 @@ def encode(
         stderr: the standard error of ``info.logdet`` to reach, nats, by more sweeps of "quadrature". Only with
             ``return_info``.
         rtol: relative tolerance of the solver. A smaller one moves the result closer to the exact solution of the flow
-            and takes more network evaluations. None is 2e-6; for "quadrature" it is 3e-5, in units of :math:`\sigma_t`.
-        atol: absolute tolerance of the solver, for states near zero; None as for ``rtol``.
+            and takes more network evaluations. None is 2e-6. For "quadrature" it is 3e-5, and the error allowed in
+            one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`.
+        atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
         method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
             torchdiffeq method such as "dopri5", with one step size for the batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
@@ -250,8 +252,9 @@ def decode(
         stderr: the standard error of ``info.logdet`` to reach, nats, by more sweeps of "quadrature". Only with
             ``return_info``.
         rtol: relative tolerance of the solver. A smaller one moves the result closer to the exact solution of the flow
-            and takes more network evaluations. None is 2e-6; for "quadrature" it is 3e-5, in units of :math:`\sigma_t`.
-        atol: absolute tolerance of the solver, for states near zero; None as for ``rtol``.
+            and takes more network evaluations. None is 2e-6. For "quadrature" it is 3e-5, and the error allowed in
+            one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`.
+        atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
         method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
             torchdiffeq method such as "dopri5", with one step size for the batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on

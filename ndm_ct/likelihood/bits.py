@@ -112,7 +112,8 @@ def bits_per_dim(
             exact up to 32 dimensions, else "quadrature".
         rtol: for "ode", relative tolerance of the solver. A smaller one moves the result closer to the exact solution
             of the flow and takes more network evaluations. None is 2e-6; 3e-5 for "quadrature".
-        atol: for "ode", absolute tolerance of the solver, for states near zero; None as for ``rtol``.
+        atol: for "ode", absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for
+            ``rtol``.
         method: for "ode", "ode" (None), where each row has steps of its own, or a torchdiffeq method.
         generator: source of dequantisation noise, probes and times: a seed, a generator, or a sequence with one
             generator per row, which makes the result of a row independent of its batch. None is torch's global one.

@@ -12,9 +12,9 @@ The first term is exact. In the second u runs evenly through
     -\operatorname{arsinh}(\rho^* / \rho_t), \qquad \rho_t = \sigma_t / \alpha_t, \qquad
     \rho^* = 10 \min(s, \rho_1),
 
-the logarithm of the noise below :math:`\rho^*`. Above it the trace is small, :math:`\rho_1` may be infinite, and u runs
-through :math:`1/\rho`. Here s is the schedule's ``preserved_std``; where it is infinite, u is the log-SNR all the way. The
-nodes and probes are those of :class:`~ndm_ct.divergence.Quadrature`.
+which is the logarithm of the noise below :math:`\rho^*`. Above it, where the trace is small and :math:`\rho_1` may be
+infinite, it is :math:`-\rho^*/\rho`. The scale s is the schedule's ``preserved_std``. Where it is infinite, u is the
+log-SNR all the way. The nodes and probes are those of :class:`~ndm_ct.divergence.Quadrature`.
 """
 
 import torch
@@ -39,7 +39,7 @@ def path_times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
         ends = schedule(as_time([model.t_min, 1.0], u.device))
         turn = 10.0 * (ends.sigma[1] / ends.alpha[1]).clamp(max=schedule.preserved_std)
         start, end = torch.asinh(turn * ends.alpha / ends.sigma)
-        # By exp, because torch's sinh and hypot round a number by its place in the tensor, and so by the rows beside it.
+        # By exp: torch's sinh and hypot round a number by its place in the tensor, and so by the rows beside it.
         factor = torch.exp(start + (end - start) * u)
         t = schedule.time_at(torch.atan(2.0 * turn / (factor - 1.0 / factor))).clamp(model.t_min, 1.0)
         c = schedule(t)

@@ -2,9 +2,8 @@ r"""The reverse SDE from t = 1 down to t_min by adaptive steps.
 
 With :func:`sample_rows` each row has its own steps and its own Brownian path (:mod:`ndm_ct.solvers.sde`); with
 :func:`sample_torchsde` the batch shares torchsde's (:mod:`ndm_ct.solvers.torchsde`). Where
-:math:`\sigma/\alpha` exceeds 1000 at t = 1, and g may be infinite, the first step is the transition with frozen
-prediction down to 1000. Where alpha does not fall there is no such step, and 1000 counts units of the data
-(:attr:`ndm_ct.schedules.Schedule.largest_noise`).
+:math:`\sigma/\alpha` exceeds the schedule's ``largest_noise`` at t = 1, and g may be infinite, the first step is the
+transition with frozen prediction down to it.
 """
 
 import math
@@ -49,7 +48,7 @@ def sample_rows(
         model: the model, in eval mode.
         z: state at t = 1, shape ``(B, *E)``.
         rtol: error allowed in one step, relative to the size of the state.
-        atol: error allowed in one step where the state is near zero, in its own units.
+        atol: error allowed in one step where the state is near zero, in the model's ``unit``.
         generator: source of the noise, one or one per row (:func:`ndm_ct.solvers.sdeint_rows`).
         max_evaluations: bound on the evaluations of a row after the first step with frozen prediction.
         callback: called with the time of the row that is furthest behind, before every evaluation.
@@ -101,7 +100,7 @@ def sample_torchsde(
         z: state at t = 1, shape ``(B, *E)``.
         method: one of ``solvers.SDE_METHODS``.
         rtol: error allowed in one step, relative to the size of the state.
-        atol: error allowed in one step where the state is near zero, in its own units.
+        atol: error allowed in one step where the state is near zero, in the model's ``unit``.
         generator: source of the noise, one or one per row.
         differentiable: "adjoint" gets gradients from torchsde's adjoint equation. Otherwise they go through the steps,
             where the caller has gradients enabled.

@@ -163,10 +163,11 @@ def _validated_times(model: NDM, times: int | Tensor) -> Tensor:
 class _Interpolant:
     r"""A, B and C at any time, from those at the times of the table.
 
-    The matrix :math:`((A, B), (B, C))` divided by :math:`\sigma^2/(\alpha^2 s^2 + \sigma^2)`, which takes away most of its
-    change, is a product :math:`L L^\top`; s is the model's unit. The entries of L are interpolated by cubics with the
-    slopes of parabolas through three neighbours, in :math:`-\log(\alpha s/\sigma + 10^{-3})`, the log-SNR with a finite
-    end at alpha = 0. So the matrix stays positive semidefinite, and beyond the table's ends the quotient is constant.
+    The matrix :math:`((A, B), (B, C))` divided by :math:`\sigma^2/(\alpha^2 s^2 + \sigma^2)`, which takes away most of
+    its change, is a product :math:`L L^\top`. The scale s is the schedule's unit. The entries of L are interpolated by
+    cubics with the slopes of parabolas through three neighbours, in :math:`-\log(\alpha s/\sigma + 10^{-3})`, the
+    log-SNR with a finite end at alpha = 0. So the matrix stays positive semidefinite, and beyond the table's ends the
+    quotient is constant.
 
     Args:
         schedule: the model's.
@@ -177,7 +178,7 @@ class _Interpolant:
         at = levels(schedule, residuals.times.double().to(schedule.device))
         moments = residuals.moments.detach().cpu().double()
         # Numbers: on so few of them numpy would take longer than the rest of a step.
-        self.unit = model.unit
+        self.unit = schedule.unit
         self.knots = [self._coordinate(level) for level in at]
         A, B, C = (row.numpy() / [self._share(level) for level in at] for row in moments)
         first = np.sqrt(A)

@@ -11,9 +11,9 @@ With :math:`\rho = \sigma/\alpha` and :math:`u_i = i/N`,
 ===============  ======================================================================================================
 
 :math:`\rho_{max} = \rho(1)`, but at most 1000 s (the first interval then starts at t = 1 all the same, which is where
-the prior is); :math:`\rho_{min} = \rho(t_{min})`. Every grid begins at 1 and ends at :math:`t_{min}`. The scale s is the
-schedule's ``preserved_std``, 1 for variance-preserving ones. It is infinite where alpha does not fall: these schedules
-state their own range of noise, in the unit of their data, and it is taken as it is.
+the prior is); :math:`\rho_{min} = \rho(t_{min})`. Every grid begins at 1 and ends at :math:`t_{min}`. The scale s is
+the schedule's ``preserved_std``, which is 1 for variance-preserving schedules. Where alpha does not fall it is
+infinite, and the model's own ends are taken as they are, also by "edm".
 
 References:
     Song, Meng and Ermon, Denoising Diffusion Implicit Models, appendix D.2 (quadratic), https://arxiv.org/abs/2010.02502

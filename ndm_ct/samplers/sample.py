@@ -102,7 +102,7 @@ def sample(
             "uniform".
         rtol: error allowed in one adaptive step, relative to the size of the state. A smaller one brings samples closer
             to the exact solution and takes more network evaluations. None is 1e-5 for the flow, 1e-2 for the SDE.
-        atol: error allowed in one adaptive step where the state is near zero, in its own units; None as for ``rtol``.
+        atol: error allowed in one adaptive step where the state is near zero, in ``model.unit``; None as for ``rtol``.
         stochasticity: factor on the volatility :math:`\eta`, for methods that follow the reverse SDE; 0 is the
             probability flow, None is 1. The marginals do not depend on it where velocity and score are those of one
             process: for F linear in x and for prediction "moments" trained on its regressions. For prediction "x" with

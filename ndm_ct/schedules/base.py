@@ -148,8 +148,9 @@ class Schedule(nn.Module, Configurable):
     def preserved_std(self) -> float:
         r"""The standard deviation s of data whose variance is the same at both ends of the process.
 
-        It solves :math:`\alpha_0^2 s^2 + \sigma_0^2 = \alpha_1^2 s^2 + \sigma_1^2`: 1 for a variance-preserving schedule.
-        It is infinite where alpha hardly falls (:math:`\alpha_1^2 \ge \alpha_0^2/2`) and noise drowns the data.
+        It solves :math:`\alpha_0^2 s^2 + \sigma_0^2 = \alpha_1^2 s^2 + \sigma_1^2`, and is 1 for variance-preserving
+        schedules. It is infinite where alpha falls little (:math:`\alpha_1^2 \ge \alpha_0^2/2`), so that the data drown
+        in noise instead of being scaled down.
         """
         first, last = self._ends()
         if last.alpha**2 >= 0.5 * first.alpha**2:
@@ -172,7 +173,7 @@ class Schedule(nn.Module, Configurable):
 
     @property
     def largest_noise(self) -> float:
-        r"""The largest :math:`\rho = \sigma/\alpha` that matters: :math:`\rho_1`, or 1000 :attr:`preserved_std` if that is less.
+        r"""The largest :math:`\rho = \sigma/\alpha` that matters: :math:`\rho_1`, at most 1000 :attr:`preserved_std`.
 
         Above it nothing is left of the data, and one step with frozen prediction leads there from t = 1.
         """

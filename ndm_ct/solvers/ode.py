@@ -13,7 +13,8 @@ and its interpolant of order 4, :math:`y(t + \theta h) = y + h \sum_i b_i(\theta
     \max_{\text{parts}} \operatorname{rms}\!\left(\frac{e}{\mathrm{atol} + \mathrm{rtol}\,|y|}\right) \le 1
 
 over the tensors of the state; the first of them may have a scale s(t), and then the tolerance
-:math:`(\mathrm{atol} + \mathrm{rtol})\,s(t)`. Rows share only the calls of f (:mod:`ndm_ct.solvers.rows`). With one step size for the whole batch, see :mod:`ndm_ct.solvers.torchdiffeq`.
+:math:`(\mathrm{atol} + \mathrm{rtol})\,s(t)`. Rows share only the calls of f (:mod:`ndm_ct.solvers.rows`). With one
+step size for the whole batch, see :mod:`ndm_ct.solvers.torchdiffeq`.
 
 References:
     Dormand and Prince, A family of embedded Runge-Kutta formulae (1980)
