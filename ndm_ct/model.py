@@ -148,19 +148,7 @@ class NDM(PredictedProcess):
         return velocity
 
     def score(self, z: Tensor, t: float | Tensor, /, **cond: Any) -> Tensor:
-        r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2`.
-
-        Args:
-            z: state, shape ``(B, *E)``.
-            t: time in [t_min, 1], ``()`` or ``(B,)``.
-            cond: conditioning.
-
-        Returns:
-            Shape of ``z``.
-
-        Raises:
-            PredictorError: the prediction, or what follows from it, is NaN or infinite (with time and rows).
-        """
+        r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2`; arguments, result and errors as of ``velocity``."""
         time, flow = self._flow_at(z, t, cond, self.score)
         score = flow.score(time, z, flow.prediction(time, z))
         validate_finite(score, time)

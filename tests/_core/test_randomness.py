@@ -198,6 +198,7 @@ SEEDED = {
     "training.fit": trained,
     "estimator.NDMDensity": lambda seed: torch.tensor(density(random_state=seed).score_samples(X.numpy())),
     "cli.Settings": lambda seed: next(train.build(settings.Settings(seed=seed), (2,), None).parameters()),
+    "cli.split": lambda seed: torch.cat([torch.as_tensor(part) for part in train.split(20, 0.4, seed)]),
     "cli.run": checked,
     "estimator.NDMDensity.sample": lambda seed: torch.tensor(density(random_state=0).sample(3, random_state=seed)),
 }
@@ -210,9 +211,7 @@ DRAWS_NOTHING = {
     "transforms.Flow.to_latent",  # one to one
 }
 
-INSIDE = {  # of loglik, sample and loss, which pass them a generator or one per row; a seed ends there
-    "samplers.Draw",
-    "objectives.low_discrepancy",
+INSIDE = {  # of loglik, which passes them a generator or one per row; a seed ends there
     "divergence.Exact.logdet",
     "divergence.Hutchinson.logdet",
     "divergence.Quadrature.logdet",
