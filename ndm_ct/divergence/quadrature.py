@@ -51,7 +51,7 @@ _SHARE = 0.7
 """Fraction of the estimated missing sweeps to add per round, because early variance estimates are rough and already
 include a safety margin."""
 
-_EVENT = 256
+_EVENT = 64
 """Size of the largest events that ``max_batch`` rows of a call may have."""
 
 _PER_ROUND = 32
@@ -76,8 +76,8 @@ class Quadrature(TraceEstimator):
         probes: K >= 1, per node. More probes lower the variance of a sweep and cost one product each.
         sweeps: R >= 1. The standard error falls as :math:`1/\sqrt R`, the cost grows as R. With fewer than four sweeps
             the standard error is unknown.
-        max_batch: most rows of one network call; for events of more than 256 numbers fewer, so that a call takes at
-            most 256 ``max_batch`` numbers. A smaller one needs less memory.
+        max_batch: most rows of one network call; for events of more than 64 numbers fewer, so that a call takes at
+            most 64 ``max_batch`` numbers. A smaller one needs less memory.
 
     Example:
         >>> import ndm_ct
