@@ -279,6 +279,11 @@ def test_it_is_done_once_until_the_model_changes_and_can_be_turned_off():
     assert 0 < first - second <= 5
     assert torch.equal(torch_state, torch.get_rng_state())
     assert built.state_dict().keys() == state.keys()
+    noisy = model(Net("noise"))
+    expected = torch.get_rng_state()
+    with pytest.raises(PredictorError, match=RANDOM):
+        ndm_ct.check(noisy, X)
+    assert torch.equal(torch.get_rng_state(), expected)
     with torch.no_grad():
         net.second.weight.mul_(1.1)
     assert calls() == first
