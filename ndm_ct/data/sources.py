@@ -26,6 +26,10 @@ __all__ = ["Bins", "Source", "Standardised"]
 _AT_ONCE = 2**22
 """Bytes of data that are checked or hashed at a time. Not more than that of a memory-mapped array is in memory."""
 
+_PART = 32
+"""Rows of a memory-mapped array that are read before its pages are released: a row at a random place brings up to a
+megabyte or two of its neighbours into memory."""
+
 _ITEMS = 8
 """Items of a Dataset that processes compare."""
 
@@ -152,10 +156,17 @@ class Standardised:
 
     def __getitem__(self, rows: Any) -> Tensor:
         # In float64, because subtracting a mean much larger than the deviation loses digits.
-        standardised = (np.asarray(self.array[self.rows[rows]]) - self.mean) / self.scale
-        if isinstance(self.array, np.memmap):
-            let_go(self.array)
+        standardised = (self._read(self.rows[rows]) - self.mean) / self.scale
         return torch.from_numpy(standardised).to(self.device, self.dtype)
+
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        if not isinstance(self.array, np.memmap) or np.ndim(rows) == 0:
+            return self.array[rows]
+        parts = []
+        for part in np.array_split(rows, len(rows) // _PART + 1):
+            parts.append(np.asarray(self.array[part]))
+            let_go(self.array)
+        return np.concatenate(parts)
 
 
 class Source:
