@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import ndm_ct
-from ndm_ct import NDM, PredictorError, SolverError, samplers, schedules
-from ndm_ct.samplers import NAMES
+from ndm_ct import NDM, PredictorError, SolverError, schedules
+from ndm_ct.samplers import NAMES, adaptive
 
 SHORT = schedules.LinearLogSNR(-6.0, 5.0)
 COARSE = {"rtol": 1e-3, "atol": 1e-3}
@@ -171,7 +171,7 @@ MOST = 10_000 * 6 + 2
 @pytest.mark.parametrize("tolerance", [1e-12, pytest.param(1e-6, marks=pytest.mark.slow)])
 def test_a_stiff_field_gives_up_in_bounded_time(tolerance):
     options = {"rtol": tolerance, "atol": tolerance, "trace": "hutchinson"}
-    stiff = NDM(Stiff(), (2,), schedule=SHORT)
+    stiff = NDM(Stiff(), (2,), schedule=SHORT, checks=False)  # no difference resolves it
     found = ndm_ct.encode(stiff, X[:3], bad=BAD[:3], on_failure="nan", rtol=tolerance, atol=tolerance)
     assert stiff.predictor.calls <= MOST + 2 * 3000
     assert found.isnan().any(1).tolist() == [False, True, False]
@@ -188,7 +188,7 @@ def test_a_stiff_field_gives_up_in_bounded_time(tolerance):
 def test_a_stiff_reverse_sde_gives_up_in_bounded_time():
     stiff = NDM(Stiff(), (2,), schedule=SHORT)
     with pytest.raises(SolverError, match=r"batch rows \[0\]"):
-        samplers.adaptive.sample_rows(stiff, 0.0 * X[:1], rtol=1e-9, atol=1e-9, max_evaluations=500, bad=BAD[1:2])
+        adaptive.sample_rows(stiff, 0.0 * X[:1], rtol=1e-9, atol=1e-9, max_evaluations=500, bad=BAD[1:2])
     assert stiff.predictor.calls <= 502
 
 
