@@ -90,13 +90,11 @@ class NDM(PredictedProcess):
         predictor = validate_predictor(predictor, prediction, event_shape, transform, schedule)
         super().__init__(ForwardProcess(transform, schedule, volatility), predictor, prediction)
         self.event_shape, self.t_min = event_shape, _validate_t_min(t_min, schedule)
-        self.has_custom_prior = prior is not None
+        self.has_custom_prior, self.checks = prior is not None, checks
         self.prior = prior if prior is not None else IsotropicNormal(event_shape, _prior_scale(schedule))
-        names, anything = self.predictor_names
-        self.checks = checks
         self.checked: dict[str, Any] = {}  # by purpose, the model as it was when the checks were passed
-        transform_names, transform_anything = transform.cond_names()
-        self.cond_names = names | transform_names, anything or transform_anything
+        (names, anything), (more, anything_more) = self.predictor_names, transform.cond_names()
+        self.cond_names = names | more, anything or anything_more
 
     @property
     def unit(self) -> float:
