@@ -154,7 +154,7 @@ def _prior_mismatch(path: Problem, x: Tensor, generator: Randomness) -> Tensor:
     return path.model.prior_divergence(path.model.transform.along(data, **path.cond), data, generator)
 
 
-def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor, int, int]:
+def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor, Tensor, int]:
     r"""First-order change of the log-density at x from the noise and the scaling left at t_min.
 
     .. math::
@@ -172,7 +172,7 @@ def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor
     equation, with the score at the least noise that resolves it; for other transforms and predictions it is unknown.
 
     Returns:
-        The change, nats, ``(B,)``, NaN where it is unknown; and the evaluations and vector-Jacobian products of a row.
+        The change, nats, ``(B,)``, NaN where it is unknown; evaluations, ``(B,)``; vector-Jacobian products of a row.
     """
     model, flow = path.model, path.flow()
     t = as_time(model.t_min, x.device).expand(len(x))
@@ -184,7 +184,7 @@ def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor
     trace_of_F, _ = bound.combine(forms)
     hidden = 0.5 * (c.alpha * trace_of_F - d)
     rest = 0.5 * c.sigma**2 * sum_event(s * s) - c.alpha.log() * (d + sum_event(x * s))
-    resolved, score, rounds = _resolved_score(flow, t, x, s)
+    resolved, score, spent = _resolved_score(flow, t, x, s)
     known = resolved | (hidden.abs() >= 0.1 * rest.abs())
     still = isinstance(model.transform, Identity) and model.prediction == "x" and model.t_min > 0.0
     factor = c.dalpha - c.alpha * c.dlog_sigma
@@ -192,33 +192,33 @@ def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor
     flux = factor * trace_of_F + d * c.dlog_sigma + sum_event(velocity * score)
     change = torch.where(known, hidden + rest, -t * flux if still else torch.nan)
     if isinstance(model.transform, Identity) or model.t_min == 0.0:
-        return change, 1 + rounds, bound.vjps
+        return change, 1 + spent, bound.vjps
     transform = model.transform.along
 
     def moved(z: Tensor) -> Tensor:
         return transform(z.to(dtype=flow.dtype), **path.cond)(t).to(z.dtype) - z
 
     shift, forms = bound(moved, x)
-    return change - bound.combine(forms)[0] - sum_event(shift * s), 1 + rounds, bound.vjps
+    return change - bound.combine(forms)[0] - sum_event(shift * s), 1 + spent, bound.vjps
 
 
-def _resolved_score(flow: ProbabilityFlow, t: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Whether the score at t is that of the data; else that of the least noise where it is; and evaluations.
+def _resolved_score(flow: ProbabilityFlow, t: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether the score at t is that of the data; else that of the least noise where it is; evaluations by rows.
 
     The score divides the error of the network's noise or velocity by sigma, so that error halves with twice the noise.
     A score that changes by at most a third is taken to be the data's.
     """
     schedule = flow.process.schedule
     c, found, rounds = schedule(t), torch.zeros_like(t, dtype=torch.bool), 0
-    at_once = found
+    at_once, spent = found, torch.zeros_like(t, dtype=torch.long)
     while rounds == 0 or (rounds < _DOUBLINGS and not bool(found.all())):
-        rounds += 1
+        rounds, spent = rounds + 1, spent + (~found).long()
         later = schedule.time_at(torch.atan2(2.0**rounds * c.sigma, c.alpha)).clamp(max=1.0)
         new = flow.score(later, x, flow.prediction(later, x))
         found = found | (sum_event((new - score).square()) <= sum_event(score.square()) / 9.0)
         at_once = found if rounds == 1 else at_once
         score = torch.where(expand(found, x).bool(), score, new)
-    return at_once, score, rounds
+    return at_once, score, spent
 
 
 def largest(counts: Tensor) -> int:

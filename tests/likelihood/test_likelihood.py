@@ -32,7 +32,9 @@ def test_loglik_is_the_exact_density_at_a_bounded_cost(make, transform, schedule
         value, info = ndm_ct.loglik(model, x, trace="exact", rtol=tolerance, atol=tolerance, return_info=True)
         assert float((value - exact).abs().max()) < error
         assert info.nfe < cost
-        assert info.vjps == info.nfe * exact.new_zeros(x[0].numel()).numel()
+        d = x[0].numel()
+        assert info.vjps % d == 0
+        assert 1 <= info.nfe - info.vjps // d <= 9  # evaluations at other noise levels, which tell the truncation
         assert float(info.stderr.abs().max()) == 0.0
         torch.testing.assert_close(info.log_prior + info.logdet, value)
 

@@ -642,7 +642,7 @@ regular(sys.argv[1])
 """
 
 
-def regular(run_dir, steps=60, seed=3):
+def regular(run_dir, steps=60, seed=3, *, whole=True):
     """The training that is killed: dropout, averaged weights, a learned schedule, validation."""
     torch.manual_seed(0)
     model = ndm_ct.NDM(
@@ -655,7 +655,7 @@ def regular(run_dir, steps=60, seed=3):
         checkpoint_every=4, log_every=6, validation=mixture(32, seed=9), validate_every=10, progress=False,
     )  # fmt: skip
     # A signal to this process, such as SIGTERM from timeout(1), ends a training early, and its weights are others then.
-    assert result.finished, f"a signal stopped the training after {result.step} of {steps} steps"
+    assert result.finished or not whole, f"a signal stopped the training after {result.step} of {steps} steps"
     return model, result
 
 
@@ -766,7 +766,7 @@ def test_every_step_is_a_good_one_to_stop_at(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module.objectives, "loss", failing)
             if stop % 2:
-                assert regular(folder, steps=7)[1].step == stop - 1
+                assert regular(folder, steps=7, whole=False)[1].step == stop - 1
             else:
                 with pytest.raises(MemoryError):
                     regular(folder, steps=7)
@@ -832,7 +832,7 @@ def test_ctrl_c_finishes_the_step_and_returns(tmp_path, interruptible):
             pressed.append(True)
             signal.raise_signal(signal.SIGINT)
 
-    model = ndm_ct.NDM(MLP(2, width=8), event_shape=(2,))
+    model = ndm_ct.NDM(MLP(2, width=8), event_shape=(2,), checks=False)  # the first call is the first step
     hook = model.predictor.register_forward_hook(press)
     result = quick(model, steps=9, run_dir=tmp_path / "pressed")
     hook.remove()
