@@ -148,14 +148,14 @@ class Schedule(nn.Module, Configurable):
     def preserved_std(self) -> float:
         r"""The standard deviation s of data whose variance is the same at both ends of the process.
 
-        It solves :math:`\alpha_0^2 s^2 + \sigma_0^2 = \alpha_1^2 s^2 + \sigma_1^2`, and is 1 for variance-preserving
-        schedules. It is infinite where alpha falls little (:math:`\alpha_1^2 \ge \alpha_0^2/2`), so that the data drown
-        in noise instead of being scaled down.
+        It solves :math:`\alpha_0^2 s^2 + \sigma_0^2 = \alpha_1^2 s^2 + \sigma_1^2`, to four digits, so that it
+        is exactly 1 for variance-preserving schedules. It is infinite where alpha falls little
+        (:math:`\alpha_1^2 \ge \alpha_0^2/2`), and the data drown in noise instead of being scaled down.
         """
         first, last = self._ends()
         if last.alpha**2 >= 0.5 * first.alpha**2:
             return math.inf
-        return math.sqrt((last.sigma**2 - first.sigma**2) / (first.alpha**2 - last.alpha**2))
+        return float(f"{math.sqrt((last.sigma**2 - first.sigma**2) / (first.alpha**2 - last.alpha**2)):.4g}")
 
     @property
     def unit(self) -> float:
