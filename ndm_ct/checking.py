@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ndm_ct import objectives
 from ndm_ct._core.autodiff import vjp
-from ndm_ct._core.checks import append_axes, expand
+from ndm_ct._core.checks import append_axes, expand, sum_event
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.seeds import make_generator
@@ -258,7 +258,7 @@ def _of_derivative(
 ) -> list[Exception]:
     r"""Whether :math:`w^T J u` by autograd is that of a finite difference, for a direction u and two covectors w."""
     sigma = append_axes(model.schedule(t).sigma, z).to(z.dtype)
-    size = (sigma**2 + z.square().flatten(1).mean(1).reshape(sigma.shape)).sqrt()
+    size = (sigma**2 + (sum_event(z.square()) / max(1, z[:1].numel())).reshape(sigma.shape)).sqrt()
     direction = size * _normal("direction", z).sign()
     found, seen = torch.zeros(len(z), dtype=torch.bool, device=z.device), False
     try:
@@ -266,8 +266,8 @@ def _of_derivative(
         _, pullback, _ = vjp(lambda state: (part(state), state), z)
         for covector in (slope / _norm(slope).clamp(min=1e-30).reshape(sigma.shape), _normal("covector", z)):
             (product,) = pullback(covector.to(value.dtype))
-            by_autograd = (product.double() * direction.double()).flatten(1).sum(1)
-            found |= (by_autograd - (covector.double() * slope).flatten(1).sum(1)).abs() > allowed
+            by_autograd = sum_event(product.double() * direction.double())
+            found |= (by_autograd - sum_event(covector.double() * slope)).abs() > allowed
             seen |= bool(product.any())
     except Exception:
         return []
