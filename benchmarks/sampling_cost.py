@@ -35,13 +35,13 @@ def tiny() -> ndm_ct.NDM:
 
 
 def bare(model: ndm_ct.NDM, rows: int, evaluations: int) -> Callable[[], None]:
-    """As many calls of the predictor alone."""
-    z, t = torch.randn(rows, *model.event_shape), torch.full((rows,), 0.5)
+    """As many predictions alone."""
+    z, t = torch.randn(rows, *model.event_shape), torch.full((rows,), 0.5, dtype=torch.float64)
 
     def run() -> None:
         with torch.no_grad():
             for _ in range(evaluations):
-                model.predictor(z, t)
+                model.predict_x(z, t)
 
     return run
 
