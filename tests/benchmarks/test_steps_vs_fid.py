@@ -92,11 +92,11 @@ def test_initial_noise_is_common_to_all_methods(finished):
     assert len(noise[0]) == len(noise[1]) == 1
     assert noise[0] != noise[1]
     model = networks.load("digits")
-    draws = []
+    drawn = []
     for name in SAMPLERS:
         ((size, generator),) = draws.generators(0, 6, 40)
-        draws.append(draws.draw(model, draws.parse_sampler(name), size, 4, generator)[2])
-    assert all(torch.equal(draw, draws[0]) for draw in draws)
+        drawn.append(draws.draw(model, draws.parse_sampler(name), size, 4, generator)[2])
+    assert all(torch.equal(draw, drawn[0]) for draw in drawn)
     # Batches of one draw have noise of their own.
     first, second = (generator for _, generator in draws.generators(0, 80, 40))
     assert not torch.equal(torch.randn(5, generator=first), torch.randn(5, generator=second))
@@ -174,7 +174,7 @@ def test_only_what_is_new_is_drawn(finished, calls):
         *SMALL, "--samplers", "ddim", "--seeds", "0,1", "--steps", "10,3", "--reference-steps", "5",
         "--out", str(finished[0]),
     ])  # fmt: skip
-    assert sorted(calls) == sorted([1] * 3 + [40, 24] * 3 * 2)
+    assert sorted(rows for rows in calls if rows > 2) == sorted([40, 24] * 3 * 2)  # not of trials and checks
     known = {(cell["steps"], cell["seed"]): cell for cell in finished[1]["cells"] if cell["sampler"] == "ddim"}
     cells = {(cell["steps"], cell["seed"]): cell for cell in report["cells"]}
     assert len(cells) == 6
@@ -214,7 +214,7 @@ def test_a_cell_killed_half_way_is_done_again(interrupted, finished, calls):
     assert len(json.loads((interrupted / "results.json").read_text())["cells"]) == 2
     (interrupted / "samples" / f".cut.npz.{'0' * 32}.tmp").write_bytes(b"half")
     report = benchmark.main([*KILLED, "--out", str(interrupted), "--cache", str(finished[0] / "cache")])
-    assert sorted(calls) == sorted([1] * 4 + [40, 24] * (10 + 4))
+    assert sorted(rows for rows in calls if rows > 2) == sorted([40, 24] * (10 + 4))  # not of trials and checks
     assert not list((interrupted / "samples").glob(".*"))
     whole = [cell for cell in finished[1]["cells"] if cell["seed"] == 0 and not cell["sampler"].startswith("diffusers")]
     assert without_seconds(report["cells"]) == without_seconds(whole)
