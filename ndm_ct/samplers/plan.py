@@ -295,7 +295,7 @@ def _ended(model: NDM, solution: Solution, z1: Tensor, denoise: bool, cond: Cond
 
 
 def _percent(tick: Tick | None, ticks: int, t_min: float) -> Tick | None:
-    """Moves a bar of so many ticks on, according to the time that was reached."""
+    """Moves a progress bar of that many ticks according to the time that was reached."""
     if tick is None:
         return None
     done = 0.0

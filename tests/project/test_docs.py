@@ -31,7 +31,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
 def assert_alike(printed: str, written: str) -> None:
-    """The same words, and numbers that agree to what another machine's rounding makes of them."""
+    """The same words, and numbers that agree up to the rounding of another machine."""
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", written).split()
     for found, expected in zip(NUMBER.findall(printed), NUMBER.findall(written), strict=True):
         size = "e" in expected
