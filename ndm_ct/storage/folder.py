@@ -108,7 +108,7 @@ class RunFolder:
         """
         first, *others = self.group.gathered(json.loads(json.dumps({**settings, "run_dir": self.is_real})))
         for rank, other in enumerate(others, 1):
-            unequal = _differences(first, other, wording=f"{{}} is {{!r}} in process 0, {{!r}} in process {rank}")
+            unequal = _differences(first, other, wording=f"{{}} is {{}} in process 0, {{}} in process {rank}")
             if unequal:
                 raise ValueError(
                     f"{call} got other arguments in process {rank} than in process 0: {'; '.join(unequal)}. Pass the "
@@ -134,21 +134,33 @@ def _is_infinite(value: Any) -> bool:
 
 
 def _differences(
-    saved: Mapping[str, Any], settings: Mapping[str, Any], prefix: str = "", wording: str = "{} was {!r}, now {!r}"
+    saved: Mapping[str, Any], settings: Mapping[str, Any], prefix: str = "", wording: str = "{} was {}, now {}"
 ) -> list[str]:
-    """Settings that differ, with their values where these are short; ``wording`` takes name and values."""
+    """Settings that differ, with the beginnings of their values; ``wording`` takes name and values."""
     found = []
     for key, value in settings.items():
         before, name = saved.get(key), f"{prefix}{key}".rstrip(".")
         if before == value:
             continue
+        shown = [_beginning(each) for each in (before, value)]
         if isinstance(before, dict) and isinstance(value, dict):
             found += _differences(before, value, f"{name}.", wording) or [name]
-        elif max(len(repr(before)), len(repr(value))) > _LONGEST:
+        elif shown[0] == shown[1] or _unreadable(before) or _unreadable(value):
             found.append(name)
         else:
-            found.append(wording.format(name, before, value))
+            found.append(wording.format(name, *shown))
     return found
+
+
+def _unreadable(value: Any) -> bool:
+    """Whether a value is a digest, or a long collection."""
+    text = repr(value)
+    return len(text) > _LONGEST and (not isinstance(value, str) or set(value) <= set("0123456789abcdef"))
+
+
+def _beginning(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class Journal:

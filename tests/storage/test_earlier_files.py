@@ -121,6 +121,8 @@ def test_a_run_of_the_command(tmp_path, monkeypatch):
     lines = (tmp_path / "scores.csv").read_text().splitlines()[1:]
     near([float(line.split(",")[1]) for line in lines], "scores")
     before = (folder / "model.safetensors").read_bytes()
+    config = folder / "config.json"  # holds the whole path of the data
+    config.write_text(config.read_text().replace('"rows.csv"', json.dumps(str(tmp_path / "rows.csv"))))
     assert main(["train", "--out", str(folder), "--quiet"]) == 0  # finished: nothing is left to do
     assert ndm_ct.load(folder / "model.safetensors").event_shape == (2,)
     assert safetensors.torch.load((folder / "model.safetensors").read_bytes()).keys() == (
