@@ -33,7 +33,8 @@ from ndm_ct.storage import PathLike, load
 
 __all__ = ["FORMAT", "Run", "fingerprint", "read_config", "run_of", "settings_of"]
 
-FORMAT = 1
+FORMAT = 2
+"""Format of new configurations. Trainings of format 1 hold out the last rows; now they are drawn."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         form, *_ = (config[name] for name in ("format", "mean", "scale", "levels", "columns", "event_shape"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no configuration of a run: {error}") from error
-    if form != FORMAT:
+    if form not in (1, FORMAT):
         raise ValueError(f"{path} has format {form!r}, this version reads format {FORMAT}; update the library.")
     return config
 

@@ -163,12 +163,18 @@ def train(
     settings = replace(settings, data=source)
     rows = read(source, settings.array, settings.header)
     levels = settings.levels or rows.levels
-    chosen, held_out = split(len(rows.values), settings.validation_fraction, settings.seed)
+    saved: dict[str, Any] = {"format": FORMAT, "mean": None}
+    if (folder / "config.json").exists():
+        saved = read_config(folder)
+    form = saved["format"]
+    chosen, held_out = split(len(rows.values), settings.validation_fraction, settings.seed, drawn=form > 1)
     _describe(rows, source, len(held_out))
     event_shape = tuple(rows.values.shape[1:])
     mean, scale = (None, None) if levels else _moments(rows, chosen, source)
+    if _same_but_for_rounding((mean, scale), saved):  # a training goes on in the very units in which it began
+        mean, scale = saved["mean"], saved["scale"]
     config = {
-        "format": FORMAT, "settings": asdict(settings), "levels": levels, "mean": mean, "scale": scale,
+        "format": form, "settings": asdict(settings), "levels": levels, "mean": mean, "scale": scale,
         "columns": rows.columns, "event_shape": event_shape,
     }  # fmt: skip
     config = json.loads(json.dumps(config))
@@ -194,19 +200,22 @@ def train(
     return run, result
 
 
-def split(total: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(total: int, fraction: float, seed: int, *, drawn: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Draw the rows to hold out for validation, so that the order of a file plays no part.
 
     Args:
         total: number of rows.
         fraction: share of them to hold out, rounded down.
         seed: of the draw.
+        drawn: False holds out the last rows, as trainings of format 1 did.
 
     Returns:
         The numbers of the rows to train on, and of those held out, both increasing.
     """
-    order = np.random.default_rng(derive_seeds(seed, "validation")).permutation(total)
     held_out = int(fraction * total)
+    if not drawn:
+        return np.arange(total - held_out), np.arange(total - held_out, total)
+    order = np.random.default_rng(derive_seeds(seed, "validation")).permutation(total)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
@@ -244,6 +253,14 @@ def _moments(rows: Rows, chosen: np.ndarray, source: str) -> tuple[Any, Any]:
     mean = low + span * average(lambda part: (part - low) / span)
     scale = span * np.sqrt(average(lambda part: np.square((part - mean) / span)))  # squares of x itself may overflow
     return mean.tolist(), scale.tolist()
+
+
+def _same_but_for_rounding(moments: tuple[Any, Any], saved: dict[str, Any]) -> bool:
+    """Whether mean and scale are those of a configuration, up to the order in which rows were summed."""
+    if moments[0] is None or saved["mean"] is None or np.shape(moments[0]) != np.shape(saved["mean"]):
+        return False
+    (mean, scale), before = (np.array(each) for each in moments), (np.array(saved["mean"]), np.array(saved["scale"]))
+    return bool(np.all(abs(mean - before[0]) <= 1e-12 * scale) and np.all(abs(scale - before[1]) <= 1e-12 * scale))
 
 
 @contextmanager
