@@ -238,7 +238,7 @@ def _series(trained: FitResult, key: str) -> tuple[Sequence[float], Sequence[flo
 def run_demo(options: argparse.Namespace) -> int:
     run(
         options.out,
-        steps=options.steps or STEPS,
+        steps=STEPS if options.steps is None else options.steps,
         test_rows=options.test_rows,
         seed=options.seed,
         progress=not options.quiet,
