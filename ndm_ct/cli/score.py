@@ -62,11 +62,12 @@ def run_evaluate(options: argparse.Namespace) -> int:
     elbo = options.bound == "elbo"
     if options.samples is not None and not elbo:
         raise UsageError("--samples is for --bound elbo.")
+    samples = 64 if options.samples is None else options.samples
     centred = run.bins is not None and not elbo
     result = evaluate(
         run.model, rows_of(options, run), quantisation=run.bins,
         dequantisation="process" if centred else "uniform", bound=options.bound,
-        samples=(options.samples or 64) if elbo else None, stderr=options.stderr, batch_size=options.batch_size,
+        samples=samples if elbo else None, stderr=options.stderr, batch_size=options.batch_size,
         max_rows=options.max_rows, on_failure="raise" if elbo else "nan", seed=options.seed, run_dir=options.out,
         progress=not options.quiet, time_limit=options.time_limit,
     )  # fmt: skip

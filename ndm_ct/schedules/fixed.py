@@ -85,18 +85,13 @@ class VariancePreserving(Schedule):
         return Coefficients(alpha, sigma, -0.5 * beta * alpha, 0.5 * beta * alpha**2 / sigma)
 
 
-class SubVariancePreserving(Schedule):
+class SubVariancePreserving(VariancePreserving):
     r"""The sub-VP SDE: :math:`\alpha = e^{-B/2},\ \sigma = 1 - e^{-B}`, with the B of :class:`VariancePreserving`.
 
     Args:
         beta_min: :math:`\beta(0)`.
         beta_max: :math:`\beta(1)`.
     """
-
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        super().__init__()
-        _validate_beta(beta_min, beta_max)
-        self.beta_min, self.beta_max = beta_min, beta_max
 
     def forward(self, t: Tensor) -> Coefficients:
         integral, beta = _linear_beta(t, self.beta_min, self.beta_max)
