@@ -69,8 +69,8 @@ class Quantisation:
         >>> bins = Quantisation(levels=4)
         >>> bins.centres(torch.tensor([0, 3]), torch.float64)
         tensor([-0.7500,  0.7500], dtype=torch.float64)
-        >>> Quantisation(256, centres=(-1.0, 1.0)).centres(torch.tensor([0, 255]), torch.float32)
-        tensor([-1.,  1.])
+        >>> Quantisation(5, centres=(-1.0, 1.0)).centres(torch.tensor([0, 2]), torch.float32)
+        tensor([-1.,  0.])
     """
 
     levels: int

@@ -168,7 +168,7 @@ def train(
         saved = read_config(folder)
     form = saved["format"]
     chosen, held_out = split(len(rows.values), settings.validation_fraction, settings.seed, drawn=form > 1)
-    _describe(rows, source, len(held_out))
+    _describe(rows, Path(source).name, len(held_out))
     event_shape = tuple(rows.values.shape[1:])
     mean, scale = (None, None) if levels else _moments(rows, chosen, source)
     if _same_but_for_rounding((mean, scale), saved):  # a training goes on in the very units in which it began

@@ -9,13 +9,16 @@ r"""Where the nodes of the quadrature lie along a path of the probability flow.
 The first term is exact. In the second u runs evenly through
 
 .. math::
-    -\operatorname{arsinh}(\rho^* / \rho_t), \qquad \rho_t = \sigma_t / \alpha_t, \qquad
-    \rho^* = 10 \min(s, \rho_1),
+    -\operatorname{arsinh}(\rho^* / \rho_t), \qquad \rho_t = \sigma_t / \alpha_t,
 
 which is the logarithm of the noise below :math:`\rho^*`. Above it, where the trace is small and :math:`\rho_1` may be
-infinite, it is :math:`-\rho^*/\rho`. The scale s is the schedule's ``preserved_std``. Where it is infinite, u is the
-log-SNR all the way. The nodes and probes are those of :class:`~ndm_ct.divergence.Quadrature`.
+infinite, it is :math:`-\rho^*/\rho`. The turn :math:`\rho^*` is the schedule's ``preserved_std``. For
+variance-preserving schedules u is then :math:`\log\tan(\theta/2)`, with :math:`\theta = \arctan\rho`. Where
+``preserved_std`` is infinite, :math:`\rho^* = 10 \rho_1`, and u is the log-SNR all the way. The nodes and probes are
+those of :class:`~ndm_ct.divergence.Quadrature`.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -37,7 +40,10 @@ def path_times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
     schedule = model.schedule
     with torch.no_grad():
         ends = schedule(as_time([model.t_min, 1.0], u.device))
-        turn = 10.0 * (ends.sigma[1] / ends.alpha[1]).clamp(max=schedule.preserved_std)
+        preserved = schedule.preserved_std
+        turn = (
+            torch.full_like(ends.sigma[1], preserved) if preserved < math.inf else 10.0 * ends.sigma[1] / ends.alpha[1]
+        )
         start, end = torch.asinh(turn * ends.alpha / ends.sigma)
         # By exp: torch's sinh and hypot round a number by its place in the tensor, and so by the rows beside it.
         factor = torch.exp(start + (end - start) * u)

@@ -60,7 +60,7 @@ class Regression:
         ValueError: unknown target.
 
     Example:
-        >>> import ndm_ct
+        >>> import torch, ndm_ct
         >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
         >>> Regression("eps")(model, model.sample_data(5)).shape
         torch.Size([5])

@@ -394,12 +394,12 @@ def test_rows_come_in_random_order_and_once():
 
 def test_stops_at_the_target_and_not_before():
     x = rows(1000)
-    result = evaluate(wide(), x, stderr=0.35, **COARSE)
+    result = evaluate(wide(), x, stderr=0.25, **COARSE)
     assert result.reason == "target"
     assert result.finished
-    assert result.stderr <= 0.35
+    assert result.stderr <= 0.25
     assert MINIMUM_ROWS < result.rows < 1000
-    assert float(result.values[:-64].std()) / math.sqrt(result.rows - 64) > 0.35
+    assert float(result.values[:-64].std()) / math.sqrt(result.rows - 64) > 0.25
 
 
 def test_a_lucky_first_batch_does_not_stop():

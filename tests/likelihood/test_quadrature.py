@@ -145,7 +145,7 @@ def places(model, sweeps):
     c = model.schedule(torch.cat([sweeps.times.reshape(-1), torch.tensor([model.t_min, 1.0]).double()]))
     noise = c.sigma / c.alpha
     # Every other schedule is made for data of unit variance.
-    turn = 10.0 * (float(noise[-1]) if isinstance(model.schedule, schedules.VarianceExploding) else 1.0)
+    turn = 10.0 * float(noise[-1]) if isinstance(model.schedule, schedules.VarianceExploding) else 1.0
     coordinate = -torch.asinh(turn / noise)
     u = (coordinate[:-2] - coordinate[-2]) / (coordinate[-1] - coordinate[-2])
     return u.reshape(sweeps.times.shape).mT.unflatten(1, (-1, sweeps.estimator.nodes))
