@@ -15,6 +15,7 @@ from ndm_ct.divergence import Quadrature, TraceEstimator, resolve
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.likelihood import bits
 from ndm_ct.likelihood.api import Trace
+from ndm_ct.likelihood.placement import verify_placement
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
 
@@ -147,6 +148,8 @@ class Scorer:
     def _once(self, x: Tensor, cond: Conditioning, start: int, repeat: int, estimator: TraceEstimator) -> Scores:
         settings = self.settings
         noise, probes = (self._generators(start, len(x), repeat, use) for use in (_NOISE, _TRACE))
+        if settings.quantisation is not None:
+            verify_placement(self.model, settings.quantisation, x, cond)
         if settings.bound == "elbo":
             return self._by_elbo(x, cond, noise)
         log_q: Tensor | float = 0.0

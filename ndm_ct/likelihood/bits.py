@@ -31,6 +31,7 @@ from ndm_ct._core.checks import as_tensor, as_time, choose, event_size, validate
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, repeated
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.likelihood.api import Trace
+from ndm_ct.likelihood.placement import verify_placement
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation, resolve_quantisation
 
@@ -127,6 +128,9 @@ def bits_per_dim(
         TypeError: data that are not integers.
         ValueError: values outside the levels, unknown or ineffective options.
 
+    Warns:
+        UserWarning: a network of :mod:`ndm_ct.adapters` denoises better if the levels lie elsewhere.
+
     Example:
         >>> import ndm_ct
         >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
@@ -165,6 +169,7 @@ def _by_elbo(
     model: NDM, bins: Quantisation, x: Tensor, samples: int, generator: Randomness, cond: dict[str, Any]
 ) -> BitsInfo:
     centres = bins.centres(x, model.dtype or torch.get_default_dtype())
+    verify_placement(model, bins, x, model.validate(centres, cond, bits_per_dim))
     nats, info = objectives.elbo(
         model, centres, samples=samples, quantisation=bins, generator=generator, return_info=True, **cond
     )
@@ -178,7 +183,9 @@ def _by_flow(
 ) -> BitsInfo:  # fmt: skip
     start, log_q = dequantised(model, bins, x, dequantisation, samples, generator)
     rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(samples)
-    given = model.validate(start[::samples], cond, bits_per_dim).take(rows)
+    single = model.validate(start[::samples], cond, bits_per_dim)
+    verify_placement(model, bins, x, single)
+    given = single.take(rows)
     path = options.likelihood(model, start, (model.t_min, 1.0), given, repeated(generator, samples), budget=False)
     return _weighted(path, log_q, samples, _nats_per_bit(model))
 
