@@ -17,7 +17,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import append_axes, event_size
+from ndm_ct._core.checks import event_size
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.seeds import make_generator
 from ndm_ct.model import NDM
