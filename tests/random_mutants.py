@@ -1,7 +1,8 @@
 """Break random places of the core and see whether the tests notice: ``python tests/random_mutants.py [--count N]``.
 
 A mutant changes one operator, constant, term, pair of arguments or statement of the core. The choice is a function of
-``--seed``. The tests of the touched module then run against a copy of the package, as for ``mutants.py``. A mutant that
+``--seed``. The tests of the core first run once, and it is recorded which lines each of them runs. A mutant then meets
+the tests that run its lines, the quick ones first, against a copy of the package, as for ``mutants.py``. A mutant that
 survives is either a gap in the tests or the same program in other words; ``equivalents.toml`` lists the latter, each
 with its reason.
 """
@@ -10,8 +11,11 @@ import argparse
 import ast
 import os
 import random
+import re
+import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,19 +23,20 @@ from pathlib import Path
 
 from mutants import PACKAGE, TESTS, Mutant, MutantError, run
 
-CORE = {
-    "process.py": ["test_process.py", "schedules/test_volatility.py", "test_analytic.py"],
-    "dynamics.py": ["test_process.py", "likelihood/test_likelihood.py", "solvers"],
-    "quantisation.py": ["likelihood/test_bits.py", "objectives", "_core/test_properties.py"],
-    "divergence": ["likelihood"],
-    "likelihood": ["likelihood"],
-    "objectives": ["objectives", "schedules/test_volatility.py"],
-    "samplers": ["samplers", "adapters/test_diffusers.py"],
-    "schedules": ["schedules", "test_process.py", "samplers/test_samplers.py"],
-    "solvers": ["solvers", "samplers/test_sde.py"],
-    "transforms": ["transforms", "test_process.py", "schedules/test_volatility.py"],
-}
-"""Files and folders of the core, with the tests that must notice a change there."""
+CORE = (
+    "process.py", "dynamics.py", "quantisation.py", "divergence", "likelihood", "objectives", "samplers", "schedules",
+    "solvers", "transforms",
+)  # fmt: skip
+"""Files and folders that are changed."""
+
+CORE_TESTS = (
+    "test_process.py", "test_analytic.py", "test_units.py", "likelihood", "objectives", "samplers", "schedules",
+    "solvers", "transforms", "_core/test_properties.py", "adapters/test_diffusers.py",
+)  # fmt: skip
+"""The tests that have to notice."""
+
+MOST_TESTS = 60
+"""Tests that a mutant meets at most."""
 
 BINARY = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*"}
 COMPARED = {
@@ -136,18 +141,74 @@ class Source:
             yield Change(call.lineno, start, stop, text, f"arguments swapped: {text}")
 
 
-def candidates() -> list[Mutant]:
-    """Every mutant of the core."""
+def candidates() -> list[tuple[Mutant, range]]:
+    """Every mutant of the core, without tests, and the lines that it changes."""
     found = []
-    for room, tests in CORE.items():
+    for room in CORE:
         path = PACKAGE / room
         for file in [path] if path.is_file() else sorted(path.glob("*.py")):
             source = Source(file)
             name = file.relative_to(PACKAGE).as_posix()
             for change in source.changes():
                 label = f"{name}:{change.line} {' '.join(change.what.split())}"
-                found.append(Mutant(label, name, source.text.decode(), source.mutated(change), tests))
+                lines = range(change.line, change.line + 1 + source.text.count(b"\n", change.start, change.stop))
+                found.append((Mutant(label, name, source.text.decode(), source.mutated(change), []), lines))
     return found
+
+
+class Record:
+    """Which lines every test of the core runs, and how long it takes.
+
+    Args:
+        folder: where the record is kept; it is made if there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.data, self.log = folder / "coverage", folder / "durations.txt"
+        if not self.log.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._make()
+        self.seconds: dict[str, float] = defaultdict(float)
+        for seconds, test in re.findall(r"^([\d.]+)s \w+ +(\S.*)$", self.log.read_text(), re.MULTILINE):
+            self.seconds[test] += float(seconds)
+
+    def tests(self, file: str, lines: range) -> list[str]:
+        """The tests that run one of the lines of a file of the package, the quick ones first."""
+        from coverage import CoverageData
+
+        data = CoverageData(basename=str(self.data))
+        data.read()
+        contexts = data.contexts_by_lineno(str(PACKAGE / file))
+        found = {context.split("|")[0] for line in lines for context in contexts.get(line, ())} - {""}
+        quick = sorted(found, key=lambda test: (self.seconds[test], test))[:MOST_TESTS]
+        return [test.removeprefix(f"{TESTS.name}/") for test in quick]
+
+    def _make(self) -> None:
+        options = ["--cov=ndm_ct", "--cov-context=test", "--cov-report=", "--durations=0", "--durations-min=0", "-q"]
+        tests = [f"{TESTS.name}/{test}" for test in CORE_TESTS]
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", *tests], cwd=TESTS.parent,
+            env=os.environ | {"COVERAGE_FILE": str(self.data), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if result.returncode:
+            raise MutantError(f"the unbroken package fails its tests.\n{result.stdout}{result.stderr}")
+        self.log.write_text(result.stdout)
+
+
+def outcome(mutant: Mutant, lines: range, record: Record, reasons: dict[str, str]) -> str:
+    """What became of a mutant: who noticed it, why it is equivalent, or SURVIVED."""
+    if mutant.name in reasons:
+        return f"equivalent: {reasons[mutant.name]}"
+    tests = record.tests(mutant.file, lines)
+    if not tests:
+        return "SURVIVED: no test runs the line"
+    try:
+        return run(tests, Mutant(mutant.name, mutant.file, mutant.old, mutant.new, tests)) or "SURVIVED"
+    except MutantError as error:  # code that cannot run at all is noticed too
+        return f"noticed: {str(error).splitlines()[0][:100]}"
+    except subprocess.TimeoutExpired:
+        return "noticed: does not end"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,26 +217,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=200, help="mutants (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time (default: %(default)s)")
+    parser.add_argument(
+        "--record", type=Path, default=TESTS.parent / "build" / "mutants",
+        help="folder of the record of what tests run; delete it after the code has changed (default: %(default)s)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     known = tomllib.loads((TESTS / "equivalents.toml").read_text()).get("equivalent", [])
     reasons = {each["name"]: each["reason"] for each in known}
     chosen = random.Random(options.seed).sample(candidates(), options.count)
-    survivors = []
-
-    def outcome(mutant: Mutant) -> str:
-        if mutant.name in reasons:
-            return f"equivalent: {reasons[mutant.name]}"
-        try:
-            return run(mutant.tests, mutant) or "SURVIVED"
-        except MutantError as error:  # code that cannot run at all is noticed too
-            return f"noticed: {str(error).splitlines()[0][:100]}"
-
+    record, survivors = Record(options.record), 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for mutant, result in zip(chosen, pool.map(outcome, chosen), strict=True):
-            survivors += [mutant.name] if result == "SURVIVED" else []
+        results = pool.map(lambda each: outcome(*each, record, reasons), chosen)
+        for (mutant, _), result in zip(chosen, results, strict=True):
+            survivors += result.startswith("SURVIVED")
             print(f"{mutant.name[:110]:110}  {result}", flush=True)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} random mutants noticed or equivalent.")
-    return int(len(survivors) > 0.03 * len(chosen))
+    print(f"{len(chosen) - survivors} of {len(chosen)} random mutants noticed or equivalent.")
+    return int(survivors > 0.03 * len(chosen))
 
 
 if __name__ == "__main__":

@@ -584,6 +584,26 @@ def test_dequantisation_noise_is_shared(dequantisation, generator):
     assert paired.bits_stderr == pytest.approx(paired.stderr / 4.0 / math.log(2.0))
 
 
+@pytest.mark.slow
+def test_errors_of_differences_are_calibrated_on_few_rows():
+    """250 rows, a sweep of four nodes each: the difference in units of its error, over 200 data sets (a minute)."""
+    d = 48
+    basis = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
+    a, b = (
+        Gaussian(torch.full((d,), mean), (basis * torch.linspace(0.2, top, d).double()) @ basis.T)
+        for mean, top in ((0.0, 2.0), (0.1, 2.4))
+    )
+    every = a.sample_data(200_000, generator=torch.Generator().manual_seed(1))
+    truth = float((b.log_prob(every) - a.log_prob(every)).mean())
+    z = []
+    for repeat in range(200):
+        x = a.sample_data(250, generator=torch.Generator().manual_seed(100 + repeat)).float()
+        found = compare(a, b, x, seed=repeat, progress=False, batch_size=250)
+        z.append((found.difference - truth) / found.stderr)
+    assert 0.85 < float(torch.tensor(z).std()) < 1.15
+    assert abs(float(torch.tensor(z).mean())) < 0.25
+
+
 def test_compare_stops_at_the_target_of_the_difference(tmp_path):
     a, b, _ = pair()
     x = rows(1000)

@@ -17,10 +17,11 @@ def test_every_mutant_applies():
 def test_random_mutants_are_programs_that_differ():
     """Every kind of change is there, and none is a mistake of the script."""
     found = random_mutants.candidates()
-    for mutant in random.Random(0).sample(found, 20):
+    for mutant, lines in random.Random(0).sample(found, 20):
         assert ast.dump(ast.parse(mutant.new)) != ast.dump(ast.parse(mutant.old)), mutant.name
+        assert mutant.name.startswith(f"{mutant.file}:{lines[0]} ")
     for kind in ("without its last term", "without its sign", "arguments swapped", " as ", ":", "without "):
-        assert any(kind in mutant.name for mutant in found), kind
+        assert any(kind in mutant.name for mutant, _ in found), kind
 
 
 @pytest.mark.slow
