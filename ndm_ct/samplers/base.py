@@ -1,4 +1,4 @@
-r"""What every sampler has in common: noise levels, the network's prediction, the walk down a time grid.
+r"""The base class of samplers: noise levels, the network's prediction, and the walk down a time grid.
 
 With the model's :math:`(\hat F, \hat{\dot F})`, :math:`\lambda = \log \alpha/\sigma` and
 
@@ -6,15 +6,15 @@ With the model's :math:`(\hat F, \hat{\dot F})`, :math:`\lambda = \log \alpha/\s
     D = \hat F + \hat{\dot F} \Big/ \frac{d\lambda}{dt}, \qquad
     \hat\epsilon = \frac{z - \alpha D}{\sigma},
 
-the probability flow is an integral of D or of :math:`\hat\epsilon` alone, whatever the transform:
+the probability flow is an integral of D alone, or of :math:`\hat\epsilon` alone, for every transform:
 
 .. math::
     d\Bigl(\frac{z}{\sigma}\Bigr) = D\, d\Bigl(\frac{\alpha}{\sigma}\Bigr)
     \quad\Longleftrightarrow\quad
     d\Bigl(\frac{z}{\alpha}\Bigr) = \hat\epsilon\, d\Bigl(\frac{\sigma}{\alpha}\Bigr) .
 
-For F the identity D is :math:`\hat x` and these are the equations of DDIM, DPM-Solver++, DEIS and EDM; for any other
-transform the same solvers apply to D as it is.
+If F is the identity, D is :math:`\hat x`, and these are the equations of DDIM, DPM-Solver++, DEIS and EDM. For other
+transforms the same solvers integrate D.
 """
 
 import itertools
@@ -35,14 +35,14 @@ __all__ = ["Factor", "Sampler", "by_time", "exponential_euler", "inner_times", "
 
 Callback = Callable[[float, Tensor], None]
 Factor = float | Tensor
-"""A coefficient at one time: a number, or, where it varies over the event, a tensor with an axis for the rows."""
+"""A coefficient at one time: a number, or a tensor with an axis for the rows if it varies over the event."""
 
 
 class Sampler:
-    """One step of a sampler from t to s < t, again and again.
+    """Base class of samplers, which take repeated steps from t to s < t.
 
-    A multistep method remembers its last predictions; they are used only if a step starts at the time at which the last
-    one ended, so every walk starts anew. The state may have been changed in between.
+    A multistep method remembers its last predictions. It uses them only if a step starts at the time at which the last
+    step ended, so every walk starts anew. The caller may change the state between steps.
 
     Args:
         model: the model.
@@ -63,11 +63,11 @@ class Sampler:
         self._plain = isinstance(model.transform, Identity) and model.prediction != "moments"
 
     def cost(self, steps: int) -> int:
-        """Network evaluations of a walk of so many steps."""
+        """Network evaluations of a walk of ``steps`` steps."""
         return self.stages * steps
 
     def prepare(self, grid: Tensor) -> None:
-        """Evaluate the schedule on the whole grid at once; steps work without it, only slower.
+        """Evaluate the schedule on the whole grid at once. Steps work without this call, but are slower.
 
         Args:
             grid: float64 times, decreasing.
@@ -86,20 +86,20 @@ class Sampler:
         self._levels.update((level.t, level) for level in levels(self.model.schedule, times))
 
     def level(self, t: float | Tensor) -> Level:
-        """The schedule at time t, remembered."""
+        """The schedule at time t; it is evaluated once per time."""
         t = float(t)
         if t not in self._levels:
             self.remember(torch.tensor([t], dtype=torch.float64, device=self.model.schedule.device))
         return self._levels[t]
 
     def inside(self, t: Level, s: Level, node: float) -> Level:
-        """The schedule at the share ``node`` of the step from t to s."""
+        """The schedule inside the step from t to s; ``node`` is the share of the step, 0 at t and 1 at s."""
         if node in (0.0, 1.0):
             return s if node else t
         return self.level(t.t + node * (s.t - t.t))
 
     def transition(self, t: Level, s: Level) -> tuple[Factor, Factor]:
-        r""":math:`\kappa, \tilde\sigma` of the step with frozen x, as in ``ForwardProcess.transition``, remembered."""
+        r""":math:`\kappa, \tilde\sigma` of ``ForwardProcess.transition``; they are computed once per step."""
         if (t.t, s.t) not in self._transitions:
             self._remember_transitions(torch.stack([t.time, s.time]))
         return self._transitions[t.t, s.t]
@@ -121,12 +121,12 @@ class Sampler:
         return F, dF
 
     def predict(self, z: Tensor, level: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        r""":math:`\hat F` and D, likewise."""
+        r""":math:`\hat F` and D at state z, for one network evaluation. Raises as :meth:`moments`."""
         F, dF = self.moments(z, level, cond)
         return F, F if self._plain else F + level.slope * dF
 
     def drift(self, z: Tensor, level: Level, cond: dict[str, Any], half_rate: Factor | None = None) -> Tensor:
-        r""":func:`ndm_ct.process.drift` of the model at state z, likewise, with numbers for coefficients."""
+        r""":func:`ndm_ct.process.drift` at state z by one network evaluation. Coefficients are numbers, for speed."""
         F, dF = self.moments(z, level, cond)
         out = torch.add(level.dlog_sigma * z, F, alpha=level.dalpha - level.alpha * level.dlog_sigma)
         if not self._plain:
@@ -135,7 +135,7 @@ class Sampler:
 
     def plus(self, y: Tensor, c: Factor, x: Tensor) -> Tensor:
         """y + c x, where c is diagonal in the transform's basis."""
-        # One operation for a number, and the faster one: torch.mul makes a tensor of it first.
+        # A number takes one fast operation; torch.mul would make a tensor of it first.
         return torch.add(y, x, alpha=c) if isinstance(c, float) else y + self.model.transform.diagonal(c, x)
 
     def estimate(self, z: Tensor, t: float | Tensor, /, **cond: Any) -> Tensor:
@@ -179,18 +179,18 @@ class Sampler:
 
 
 def by_time(first: Tensor, second: Tensor) -> Iterator[tuple[Factor, Factor]]:
-    """Two coefficients at N times, time by time."""
+    """Iterate over N times: the pair of coefficients at each."""
     return zip(*(each.tolist() if each.ndim == 1 else each.unsqueeze(1) for each in (first, second)), strict=True)
 
 
 def inner_times(grid: Tensor, nodes: Iterable[float]) -> Tensor:
-    """The times of ``nodes``, shares of an interval, inside all intervals of a grid."""
+    """The times inside all intervals of a grid, at the shares ``nodes`` of each interval."""
     return torch.cat([grid[:0], *(grid[:-1] + node * grid.diff() for node in nodes if 0.0 < node < 1.0)])
 
 
 def exponential_euler(z: Tensor, D: Tensor, t: Level, s: Level) -> Tensor:
     r"""The flow with D held fixed, :math:`z_s = \frac{\sigma_s}{\sigma_t} z + \alpha_s (1 - e^{-h}) D`, where
-    :math:`h = \lambda_s - \lambda_t`: at alpha = 0 and at sigma = 0 too."""
+    :math:`h = \lambda_s - \lambda_t`. It also holds at alpha = 0 and at sigma = 0."""
     return torch.add(s.sigma / t.sigma * z, D, alpha=-s.alpha * math.expm1(t.log_snr - s.log_snr))
 
 
@@ -213,7 +213,7 @@ def walk(
         grid: float64 times, decreasing.
         generator: source of the noise, one or one per row.
         callback: called with time and state before every step.
-        denoise: in place of the last step return :math:`\hat x` at its start, the step to sigma = 0.
+        denoise: return :math:`\hat x` at the start of the last step, in place of that step: the step to sigma = 0.
         cond: conditioning.
 
     Returns:
@@ -232,16 +232,16 @@ def walk(
 
 
 def steps_within(sampler: Sampler, nfe: int, per_call: int = 1, denoise: bool = False) -> int:
-    """The most steps whose evaluations are at most ``nfe``.
+    """The largest number of steps that takes at most ``nfe`` evaluations.
 
     Args:
         sampler: the sampler.
         nfe: network evaluations to spend.
-        per_call: network evaluations of one prediction; two if it is guided.
+        per_call: network evaluations of one prediction, which is 2 with guidance.
         denoise: as in :func:`walk`.
 
     Raises:
-        ValueError: not even one step is.
+        ValueError: one step takes more than ``nfe``.
     """
     steps = nfe // per_call
     while steps > 0 and per_call * evaluations(sampler, steps, denoise) > nfe:
@@ -255,7 +255,7 @@ def steps_within(sampler: Sampler, nfe: int, per_call: int = 1, denoise: bool = 
 
 
 def evaluations(sampler: Sampler, steps: int, denoise: bool) -> int:
-    """Predictions of a :func:`walk` of so many steps."""
+    """Predictions of a :func:`walk` of ``steps`` steps."""
     if not denoise:
         return sampler.cost(steps)
     return 1 + (sampler.cost(steps - 1) if steps > 1 else 0)

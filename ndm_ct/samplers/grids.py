@@ -1,4 +1,4 @@
-r"""Time grids: where a sampler with N steps puts its N + 1 times, from t = 1 down to :math:`t_{min}`.
+r"""Time grids: the N + 1 times of a sampler with N steps, from t = 1 down to :math:`t_{min}`.
 
 With :math:`\rho = \sigma/\alpha` and :math:`u_i = i/N`,
 
@@ -7,13 +7,12 @@ With :math:`\rho = \sigma/\alpha` and :math:`u_i = i/N`,
 ``"quadratic"``  :math:`\sqrt{t_i} = 1 - u_i (1 - \sqrt{t_{min}})`
 ``"logsnr"``     :math:`\log \rho_i` evenly from :math:`\rho_{max}` to :math:`\rho_{min}`
 ``"karras"``     :math:`\rho_i^{1/7}` evenly from :math:`\rho_{max}` to :math:`\rho_{min}`
-``"edm"``        as "karras" between 80 s and 0.002 s, or the model's own ends where they are closer
+``"edm"``        as "karras", with :math:`\rho` between 0.002 s and 80 s as far as the model reaches
 ===============  ======================================================================================================
 
-:math:`\rho_{max} = \rho(1)`, but at most 1000 s (the first interval then starts at t = 1 all the same, which is where
-the prior is); :math:`\rho_{min} = \rho(t_{min})`. Every grid begins at 1 and ends at :math:`t_{min}`. The scale s is
-the schedule's ``preserved_std``, which is 1 for variance-preserving schedules. Where alpha does not fall it is
-infinite, and the model's own ends are taken as they are, also by "edm".
+:math:`\rho_{max}` is :math:`\rho(1)`, at most 1000 s, and :math:`\rho_{min}` is :math:`\rho(t_{min})`. Every grid
+begins at 1, where the prior is, and ends at :math:`t_{min}`. The scale s is the schedule's ``preserved_std``, which is 1 for
+variance-preserving schedules. For schedules with constant alpha s is infinite, and "karras" and "edm" are the same.
 
 References:
     Song, Meng and Ermon, Denoising Diffusion Implicit Models, appendix D.2 (quadratic), https://arxiv.org/abs/2010.02502
@@ -54,8 +53,8 @@ def time_grid(schedule: Schedule, t_min: float, steps: int, grid: Grid = "unifor
         Shape ``(N + 1,)``, float64, strictly decreasing.
 
     Raises:
-        ValueError: unknown name; steps below one; times that do not decrease, lie outside [t_min, 1], do not begin
-            and end there, or are not N + 1.
+        ValueError: the name is unknown, ``steps`` is below 1, or the times are not N + 1 numbers that decrease from 1
+            to ``t_min``.
 
     Example:
         >>> from ndm_ct.schedules import LinearLogSNR

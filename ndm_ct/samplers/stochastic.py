@@ -1,19 +1,20 @@
 r"""The reverse SDE :math:`dz = (v - \tfrac12 g^2 s)\,dt + g\,d\bar w`, one step of an SDE solver per interval.
 
 :class:`SDE` takes the steps of this library, :class:`TorchSDE` those of torchsde. g depends on time alone, so the Ito
-and Stratonovich readings agree, and a stochastic Runge-Kutta method is
+and Stratonovich integrals agree. A stochastic Runge-Kutta method is
 
 .. math::
     z_i = z_t + (s - t) \sum_{j<i} a_{ij} f(z_j, t_j) + \sum_c g(t + c\,(s - t)) \bigl( b_{ic} W + d_{ic} U \bigr) ,
 
-the last stage being :math:`z_s`. With h = t - s, W is what the Brownian path gains over the step and U the mean of what
-it has gained by then, Gaussians made of independent standard normal :math:`\epsilon_1, \epsilon_2`:
+where the last stage is :math:`z_s`. With h = t - s, W is the increment of the Brownian path over the step, and U is the
+mean of the path's increment during the step. Both are made of independent standard normal
+:math:`\epsilon_1, \epsilon_2`:
 
 .. math::
     W = \sqrt h\, \epsilon_1, \qquad U = \sqrt h\, \bigl( \tfrac12 \epsilon_1 + \epsilon_2/\sqrt{12} \bigr) .
 
-A step from alpha = 0 or to sigma = 0, where the coefficients are infinite, is the frozen-prediction transition of
-:mod:`ndm_ct.samplers.frozen`, which forgets :math:`z_t` as the SDE would.
+The coefficients are infinite at alpha = 0 and at sigma = 0. A step from or to there is the frozen-prediction transition
+of :mod:`ndm_ct.samplers.frozen`, which forgets :math:`z_t` as the SDE does.
 
 References:
     Kloeden and Platen, Numerical Solution of Stochastic Differential Equations (1992)
@@ -49,10 +50,10 @@ class Stage:
     """A state inside a step, or the one at its end.
 
     Args:
-        node: where it is, as a share of the step.
-        slopes: weights a of the slopes at the stages before it, the first of which is the start.
-        W: pairs (c, b): the node of a g and its weight on W.
-        U: pairs (c, d), likewise on U.
+        node: its place, as a share of the step.
+        slopes: weights a of the slopes at the earlier stages. The first stage is the start of the step.
+        W: pairs (c, b): the node at which g is taken, and the weight of W.
+        U: pairs (c, d): the node at which g is taken, and the weight of U.
     """
 
     node: float
@@ -70,11 +71,11 @@ SCHEMES = {
         Stage(1.0, (1.0 / 3.0, 2.0 / 3.0), W=((1.0, 1.0),), U=((0.0, 1.0), (1.0, -1.0))),
     ),
 }
-"""Methods of :class:`SDE`: their stages, one evaluation each."""
+"""Stages of the methods of :class:`SDE`. Each stage takes one evaluation."""
 
 
 class _ReverseSDE(Sampler):
-    """A sampler of the reverse SDE, whose steps next to infinite coefficients are the frozen-prediction transition."""
+    """A sampler of the reverse SDE. Steps next to infinite coefficients are the frozen-prediction transition."""
 
     uses_volatility = True
 
@@ -84,7 +85,7 @@ class _ReverseSDE(Sampler):
         self._first = DDPM(model)
 
     def cost(self, steps: int) -> int:
-        """See :class:`Sampler`; the step from alpha = 0 takes one evaluation."""
+        """See :class:`Sampler`. The step from alpha = 0 takes one evaluation."""
         return self.stages * steps - (self.stages - 1 if self.level(1.0).alpha == 0.0 else 0)
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
@@ -116,7 +117,7 @@ class SDE(_ReverseSDE):
         return torch.cat([grid, inner_times(grid, [stage.node for stage in self.scheme])])
 
     def remember(self, times: Tensor) -> None:
-        """See :class:`Sampler`; keeps volatility and diffusion, too."""
+        """See :class:`Sampler`. Keeps volatility and diffusion too."""
         super().remember(times)
         with torch.no_grad():
             rates = self.model.process.half_rate(times), self.model.process.diffusion(times)
@@ -137,7 +138,7 @@ class SDE(_ReverseSDE):
         return state
 
     def _paths(self, z: Tensor, generator: Randomness) -> list[Tensor]:
-        r""":math:`W/\sqrt h`, and :math:`U/\sqrt h` if the method asks for it."""
+        r""":math:`W/\sqrt h`, and :math:`U/\sqrt h` if the method uses it."""
         W = normal_like(z, generator)
         if not any(stage.U for stage in self.scheme):
             return [W]
@@ -188,7 +189,7 @@ def torchsde_fields(
         return sde.drift, sde.diffusion, None
 
     def drift(t: Tensor, y: Tensor) -> Tensor:
-        # The adjoint equation is solved in the backward pass, when eval mode has been left.
+        # torchsde solves the adjoint equation in the backward pass, after eval mode has ended.
         with model.evaluating():
             return sde.drift(t, y)
 
