@@ -51,7 +51,7 @@ def check(model: NDM, x: Tensor, /, **cond: Any) -> None:
 
     Args:
         model: the model. ``NDM(..., checks=False)`` or ``model.checks = False`` turns the automatic checks off; this
-            function runs them all the same.
+            function runs them in any case.
         x: some data, shape ``(B, *E)``; two rows are used.
         cond: their conditioning.
 

@@ -36,5 +36,5 @@ def _commit(file: Path) -> str | None:
     try:
         git("ls-files", "--error-unmatch", file.name)  # another project's checkout may hold an installed copy
         return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
-    except (OSError, subprocess.SubprocessError):  # git is missing, or this is no checkout
+    except (OSError, subprocess.SubprocessError):  # git is missing, or this is not a checkout
         return None

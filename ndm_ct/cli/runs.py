@@ -164,7 +164,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config["settings"] = asdict(Settings.of(config["settings"], str(path)))  # with those that are younger
         form, *_ = (config[name] for name in ("format", "mean", "scale", "levels", "columns", "event_shape"))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no configuration of a run: {error}") from error
+        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
     if form not in (1, FORMAT):
         raise ValueError(f"{path} has format {form!r}, this version reads format {FORMAT}; update the library.")
     return config

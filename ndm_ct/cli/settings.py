@@ -116,7 +116,7 @@ def settings_from_file(path: str | Path) -> dict[str, Any]:
         try:
             entries = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}.") from error
+            raise ValueError(f"{path} is not valid JSON: {error}.") from error
     elif path.suffix in (".yaml", ".yml"):
         entries = _from_yaml(text, path)
     else:

@@ -11,8 +11,8 @@ With :math:`\rho = \sigma/\alpha` and :math:`u_i = i/N`,
 ===============  ======================================================================================================
 
 :math:`\rho_{max}` is :math:`\rho(1)`, at most 1000 s, and :math:`\rho_{min}` is :math:`\rho(t_{min})`. Every grid
-begins at 1, where the prior is, and ends at :math:`t_{min}`. The scale s is the schedule's ``preserved_std``, which is 1 for
-variance-preserving schedules. For schedules with constant alpha s is infinite, and "karras" and "edm" are the same.
+begins at 1, where the prior is, and ends at :math:`t_{min}`. The scale s is the schedule's ``preserved_std``, which is
+1 for variance-preserving schedules. With constant alpha s is infinite, and "karras" and "edm" are the same grid.
 
 References:
     Song, Meng and Ermon, Denoising Diffusion Implicit Models, appendix D.2 (quadratic), https://arxiv.org/abs/2010.02502

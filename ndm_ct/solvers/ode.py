@@ -108,7 +108,7 @@ def odeint_rows(
         nodes: times ``(N, B)`` between t0 and t1, in any order, at which the first tensor is wanted.
         grid: increasing times ``(N,)`` from one end of the interval to the other; no step spans more than two of its
             cells. The error of a step is that of the value, and steps that suit the value can be far too long for its
-            gradient; a grid bounds them. None is no bound.
+            gradient; a grid bounds them. None sets no bound.
         on_failure: "raise" a SolverError, or "nan": a failed row becomes NaN and the others go on.
         max_steps: bound on the steps of a row, rejected ones included.
         callback: called with the time of the row that is furthest behind, before every step.

@@ -107,7 +107,7 @@ def odeint(
         max_steps: bound on the number of steps.
         grid: increasing times ``(N,)`` from one end of the interval to the other. No step, forwards or of the
             adjoint equation, spans more than two of its cells, so that gradients are accurate where the value alone
-            would allow longer steps. None is no bound.
+            would allow longer steps. None sets no bound.
         adjoint: gradients by the adjoint equation, solved backwards, whose memory does not grow with the number of
             steps: all tensors besides the state that f depends on and that need a gradient. None: through the steps.
         callback: called with the time before every step.

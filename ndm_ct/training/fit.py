@@ -107,10 +107,10 @@ def fit(
         optimizer: "adamw" or "adam".
         weight_decay: decay of the weights with two or more axes. Biases, scales and schedules have none.
         grad_clip: largest norm of the gradient of the loss in nats per dimension. Larger gradients are scaled down to
-            it. None is no clipping.
+            it. None does not clip.
         warmup: steps of linear warm-up; None is a tenth of ``steps``, at most 1000.
         lr_final: fraction of ``lr`` at the end of the cosine decay.
-        ema: decay of the averaged weights. Closer to 1 averages over more steps; 0 is no average.
+        ema: decay of the averaged weights. Closer to 1 averages over more steps; 0 averages nothing.
         cond: conditioning by name, each with one row per row of ``data``.
         cond_dropout: probability that null values replace the conditioning of a row. The predictor gives these values
             in its attribute ``null``; networks of ``ndm_ct.nn`` with ``classes`` have it. 0.1 to 0.2 is usual for a
