@@ -68,7 +68,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     settings = Settings.of(given, "the command line" if options.config is None else str(options.config))
     if settings.data is None:
         raise UsageError(
-            f"what is the model to be trained on? Name a file, or the folder of a run ({str(options.out)!r} is not one)."
+            f"what is the model to be trained on? Name a file, or an earlier run ({options.out} is not one)."
         )
     return settings
 
