@@ -11,7 +11,7 @@ with v and s taken at the model's :math:`(\hat F, \hat{\dot F})(z, t)`. Both are
     c = \frac{\sigma'}{\sigma} + \frac{g^2}{2 \sigma^2} ,
 
 with g = 0 for the flow. The part linear in z has the divergence :math:`d\,\sigma'/\sigma` exactly; only the network
-part needs a trace.
+part needs a trace. A network that is itself the velocity stays it: :class:`NetworkFlow`.
 
 Warning:
     With prediction "x" and a transform that is nonlinear in x, flow and SDE are different models: the ELBO determines
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import as_time, event_size, expand
-from ndm_ct.process import ForwardProcess, drift
+from ndm_ct.process import ForwardProcess, denoised, drift
 from ndm_ct.schedules.base import Coefficients
 
-__all__ = ["ProbabilityFlow", "ReverseSDE"]
+__all__ = ["NetworkFlow", "ProbabilityFlow", "ReverseSDE"]
 
 
 class MomentsFunction(Protocol):
@@ -75,9 +75,13 @@ class ProbabilityFlow:
         t = t.expand(z.shape[0])
         return drift(z, *_in_dtype(self.moments, z, t, self.dtype), self.process.schedule(t), self.process.transform)
 
+    def linear_rate(self, t: Tensor) -> Tensor:
+        r""":math:`\sigma'/\sigma`, the factor of the part of v that is linear in z; shape of ``t``."""
+        return self._coefficients(t).dlog_sigma
+
     def linear_divergence(self, t: Tensor, event_shape: tuple[int, ...]) -> Tensor:
-        r""":math:`d\,\sigma'/\sigma`: the exact divergence of the part of v that is linear in z; shape of ``t``."""
-        return event_size(event_shape) * self._coefficients(t).dlog_sigma
+        """The exact divergence of the part of v that is linear in z; shape of ``t``."""
+        return event_size(event_shape) * self.linear_rate(t)
 
     def network_part(self, t: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         r"""The rest of v at time t, :math:`z \mapsto (\alpha' - \alpha\sigma'/\sigma)\hat F + \alpha\hat{\dot F}`, with
@@ -101,8 +105,68 @@ class ProbabilityFlow:
         return (expand(c.alpha, z) * F - z) / expand(c.sigma**2, z)
 
     def assemble(self, t: Tensor, z: Tensor, network_part: Tensor) -> Tensor:
-        r"""The velocity from its network part: adds :math:`(\sigma'/\sigma) z`."""
-        return network_part + expand(self._coefficients(t).dlog_sigma, z) * z
+        """The velocity from its network part: adds the part linear in z."""
+        return network_part + expand(self.linear_rate(t), z) * z
+
+
+class NetworkFlow(ProbabilityFlow):
+    r"""The flow of a network that is the velocity: the field is its output, with nothing divided by :math:`\sigma`.
+
+    So the flow reaches :math:`\sigma = 0`. The part whose divergence is known exactly is then not
+    :math:`(\sigma'/\sigma) z`, which is infinite there, but :math:`\sigma\sigma'/(\sigma^2 + \sigma_f^2)\, z`, where
+    :math:`\sigma_f` is the noise at ``t_noise``; and the score, which serves the estimate of errors, is that with the
+    noise of ``t_noise`` at times before it. Where ``t_min`` has noise, :math:`\sigma_f = 0` and nothing differs.
+
+    Args:
+        process: the forward process; F is the identity.
+        moments: the model's :math:`(\hat F, \hat{\dot F})`.
+        network: :math:`\hat u`, ``(z (B, *E), t (B,))`` to ``(B, *E)``.
+        dtype: as of :class:`ProbabilityFlow`.
+        t_min: the data end.
+        t_noise: the least time that is treated as one with noise.
+    """
+
+    def __init__(
+        self, process: ForwardProcess, moments: MomentsFunction, network: Callable[[Tensor, Tensor], Tensor],
+        dtype: torch.dtype | None, t_min: float, t_noise: float,
+    ) -> None:  # fmt: skip
+        super().__init__(process, moments, dtype, t_min)
+        self.network, self.t_noise = network, t_noise
+
+    @property
+    def floored(self) -> bool:
+        """Whether the data end has no noise."""
+        return self.t_noise > self.t_min
+
+    def velocity(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.network(z.to(dtype=self.dtype), t.expand(z.shape[0])).to(z.dtype)
+
+    def linear_rate(self, t: Tensor) -> Tensor:
+        r""":math:`\sigma\sigma'/(\sigma^2 + \sigma_f^2)`, shape of ``t``."""
+        c = self._coefficients(t)
+        if not self.floored:
+            return c.dlog_sigma
+        floor = self.process.schedule(torch.full_like(t, self.t_noise)).sigma
+        return c.sigma * c.dsigma / (c.sigma**2 + floor**2)
+
+    def network_part(self, t: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        c, rate = self._scored(t), self.linear_rate(t)
+
+        def part(z: Tensor) -> tuple[Tensor, Tensor]:
+            u = self.velocity(t, z)
+            return u - expand(rate, z) * z, denoised(z, u, c)
+
+        return part
+
+    def prediction(self, t: Tensor, z: Tensor) -> Tensor:
+        return denoised(z, self.velocity(t, z), self._scored(t))
+
+    def score(self, t: Tensor, z: Tensor, F: Tensor) -> Tensor:
+        c = self._scored(t)
+        return (expand(c.alpha, z) * F - z) / expand(c.sigma**2, z)
+
+    def _scored(self, t: Tensor) -> Coefficients:
+        return self.process.schedule(t.clamp(min=self.t_noise)) if self.floored else self._coefficients(t)
 
 
 class ReverseSDE:

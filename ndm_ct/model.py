@@ -6,9 +6,9 @@ References:
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike, as_randomness
-from ndm_ct.dynamics import ProbabilityFlow, ReverseSDE
+from ndm_ct.dynamics import NetworkFlow, ProbabilityFlow, ReverseSDE
 from ndm_ct.prediction import PREDICTIONS, PredictedProcess, validate_finite, validate_predictor
 from ndm_ct.prior import IsotropicNormal, log_prior, prior_divergence, sample_prior
 from ndm_ct.process import ForwardProcess, Volatility
@@ -45,18 +45,20 @@ class NDM(PredictedProcess):
         transform: :math:`F`; None is the identity, an ordinary diffusion.
         schedule: :math:`\alpha, \sigma`; None is ``LinearLogSNR(gamma_min=-13.3, gamma_max=5.0)``.
         volatility: :math:`\eta` in :math:`g^2 = \eta\sigma^2\gamma'`, a float or a callable of t.
-        prediction: what the predictor returns: "x", "eps", "v" or "moments" (:mod:`ndm_ct.prediction`).
+        prediction: what the predictor returns: "x", "eps", "v", "velocity" or "moments" (:mod:`ndm_ct.prediction`).
         prior: distribution of :math:`z_1` with ``log_prob`` and ``sample(n, generator=, dtype=, device=)`` or
             ``sample((n,))``; None is :math:`N(0, s^2 I)`, s = :math:`\sigma_1` for VarianceExploding, else 1.
         t_min: time of the data; None is 0 where :math:`\sigma_0 > 0`, else the time at which
-            :math:`\sigma/\alpha` = 1e-3.
+            :math:`\sigma/\alpha` = 1e-3. With prediction "velocity" it may be 0 in any case: densities and samples
+            are then those of other packages for flow matching, and there is no bound, score or reverse SDE.
         checks: whether ``fit``, ``loglik``, ``encode``, ``decode`` and ``sample`` check at their first use that the
             networks, transform and schedule are what the mathematics assumes (:func:`ndm_ct.check`); the attribute of
             this name turns them off later.
 
     Raises:
         ValueError: an unknown prediction; a network of ``ndm_ct.nn`` for other events; "eps" or "v" with a transform;
-            "eps" where alpha = 0; t_min outside [0, 1) or 0 where :math:`\sigma_0 = 0`.
+            "eps" where alpha = 0; t_min outside [0, 1), or 0 where :math:`\sigma_0 = 0` and the prediction is not
+            "velocity".
 
     Example:
         >>> model = NDM(lambda z, t: 0.5 * z, event_shape=(2,))
@@ -89,17 +91,14 @@ class NDM(PredictedProcess):
         event_shape = validate_shape("event_shape", event_shape)
         predictor = validate_predictor(predictor, prediction, event_shape, transform, schedule)
         super().__init__(ForwardProcess(transform, schedule, volatility), predictor, prediction)
-        self.event_shape, self.t_min = event_shape, _validate_t_min(t_min, schedule)
+        self.event_shape, self.t_min = event_shape, _validate_t_min(t_min, schedule, prediction)
+        # The least time with noise: t_min, or the schedule's safe value where sigma(t_min) = 0.
+        self.t_noise = self.t_min if _sigma(schedule, self.t_min) > 0.0 else schedule.safe_t_min
         self.has_custom_prior, self.checks = prior is not None, checks
         self.prior = prior if prior is not None else IsotropicNormal(event_shape, _prior_scale(schedule))
         self.checked: dict[str, Any] = {}  # by purpose, the model as it was when the checks were passed
         (names, anything), (more, anything_more) = self.predictor_names, transform.cond_names()
         self.cond_names = names | more, anything or anything_more
-
-    @property
-    def unit(self) -> float:
-        r"""The scale of the data, :attr:`ndm_ct.schedules.Schedule.unit`; absolute tolerances are multiples of it."""
-        return self.schedule.unit
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -114,15 +113,23 @@ class NDM(PredictedProcess):
             cond: conditioning.
         """
         dtype = self.dtype if dtype is None else dtype
-        return ProbabilityFlow(self.process, lambda z, t: self.moments(z, t, **cond), dtype, self.t_min)
+        moments = partial(self.moments, **cond)
+        if self.prediction != "velocity":
+            return ProbabilityFlow(self.process, moments, dtype, self.t_min)
+        network = partial(self.predict_velocity, **cond)
+        return NetworkFlow(self.process, moments, network, dtype, self.t_min, self.t_noise)
 
     def reverse_sde(self, dtype: torch.dtype | None = None, /, **cond: Any) -> ReverseSDE:
-        """The reverse SDE under fixed conditioning, for ``torchsde.sdeint(sde, y, times)``.
+        r"""The reverse SDE under fixed conditioning, for ``torchsde.sdeint(sde, y, times)``.
 
         Args:
             dtype: precision in which the network is evaluated; None is that of its parameters.
             cond: conditioning.
+
+        Raises:
+            ValueError: :math:`\sigma(t_{min}) = 0`, where the score is singular.
         """
+        checks.validate_noise("the reverse SDE", self.t_min, self.t_noise)
         dtype, shape = self.dtype if dtype is None else dtype, self.event_shape
         return ReverseSDE(self.process, lambda z, t: self.moments(z, t, **cond), dtype, shape, self.t_min)
 
@@ -148,6 +155,8 @@ class NDM(PredictedProcess):
     def score(self, z: Tensor, t: float | Tensor, /, **cond: Any) -> Tensor:
         r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2`; arguments, result and errors as of ``velocity``."""
         time, flow = self._flow_at(z, t, cond, self.score)
+        if self.t_noise > float(time.min()):
+            checks.validate_noise(f"the score at t={float(time.min()):g}", self.t_min, self.t_noise)
         score = flow.score(time, z, flow.prediction(time, z))
         validate_finite(score, time)
         return score
@@ -267,17 +276,6 @@ class NDM(PredictedProcess):
         other.process = self.process.with_volatility(scale)
         return other
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Switch to eval mode for the length of a solve; afterwards every submodule is in its mode from before."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
     def extra_repr(self) -> str:
         return f"event_shape={self.event_shape}, prediction={self.prediction!r}, t_min={self.t_min:g}"
 
@@ -330,17 +328,21 @@ def _prior_scale(schedule: Schedule) -> float:
     return schedule.sigma_max if isinstance(schedule, VarianceExploding) else 1.0
 
 
-def _validate_t_min(t_min: float | None, schedule: Schedule) -> float:
+def _sigma(schedule: Schedule, t: float) -> float:
+    with torch.no_grad():
+        return float(schedule(as_time(t, schedule.device)).sigma)
+
+
+def _validate_t_min(t_min: float | None, schedule: Schedule, prediction: str) -> float:
     if t_min is None:
         return schedule.safe_t_min
     checks.validate_number("t_min", t_min)
     if not 0.0 <= t_min < 1.0:
         raise ValueError(f"t_min must lie in [0, 1), got {t_min!r}.")
-    with torch.no_grad():
-        sigma = float(schedule(as_time(t_min, schedule.device)).sigma)
-    if not sigma > 0.0:
+    if prediction != "velocity" and not _sigma(schedule, t_min) > 0.0:
         raise ValueError(
-            f"t_min={t_min!r} has sigma = 0 under {type(schedule).__name__}, where score and velocity are singular; "
-            f"use t_min={schedule.safe_t_min:.3g} (the default) or another small positive time."
+            f"t_min={t_min!r} has sigma = 0 under {type(schedule).__name__}, where the score, and a velocity "
+            f"computed from prediction={prediction!r}, are singular; use t_min={schedule.safe_t_min:.3g} (the "
+            "default) or another small positive time. For a network that is the velocity pass prediction='velocity'."
         )
     return float(t_min)

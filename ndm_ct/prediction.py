@@ -7,6 +7,9 @@ The model's ``prediction`` says how the output becomes the pair :math:`(\hat F, 
 ``"eps"``      :math:`\hat x = (z - \sigma\hat\epsilon)/\alpha`; F must be the identity
 ``"v"``        :math:`v = \alpha\epsilon - \sigma x`, :math:`\hat x = (\alpha z - \sigma\hat v)/(\alpha^2+\sigma^2)`;
                F must be the identity (this is not the velocity :math:`\epsilon - x` of flow matching)
+``"velocity"`` the velocity of the flow itself, :math:`u = \alpha' x + \sigma' \epsilon`, in this library's direction of
+               time (flow matching's :math:`\epsilon - x`); F must be the identity. The flow takes it as it is, and
+               :math:`\hat x = (\sigma' z - \sigma\hat u)/(\alpha\sigma' - \sigma\alpha')`
 ``"moments"``  the pair itself, estimates of :math:`E[F \mid z], E[\dot F \mid z]`; no transform is evaluated
 =============  ====================================================================================================
 
@@ -15,7 +18,8 @@ References:
     Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -26,13 +30,13 @@ from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import accepted_by, keyword_names
 from ndm_ct._core.parallel import unwrapped
 from ndm_ct._core.precision import run_network
-from ndm_ct.process import ForwardProcess
+from ndm_ct.process import ForwardProcess, denoised
 from ndm_ct.schedules import Schedule
 from ndm_ct.transforms import Identity, Transform
 
 __all__ = ["PREDICTIONS", "PredictedProcess", "Predictor", "validate_finite", "validate_predictor"]
 
-PREDICTIONS = ("x", "eps", "v", "moments")
+PREDICTIONS = ("x", "eps", "v", "velocity", "moments")
 
 
 class Predictor(Protocol):
@@ -89,6 +93,22 @@ class PredictedProcess(nn.Module):
         """Device of the networks' parameters; None if they have none."""
         parameter = first_parameter(self.predictor, self.transform)
         return None if parameter is None else parameter.device
+
+    @property
+    def unit(self) -> float:
+        r"""The scale of the data, :attr:`ndm_ct.schedules.Schedule.unit`; absolute tolerances are multiples of it."""
+        return self.schedule.unit
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Switch to eval mode for the length of a solve; afterwards every submodule is in its mode from before."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def moments(self, z: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         r"""The model's :math:`(\hat F, \hat{\dot F})`.
@@ -149,7 +169,13 @@ class PredictedProcess(nn.Module):
         alpha, sigma = expand(c.alpha, z), expand(c.sigma, z)
         if self.prediction == "eps":
             return (z - sigma * output) / alpha
+        if self.prediction == "velocity":
+            return denoised(z, output, c)
         return (alpha * z - sigma * output) / (alpha**2 + sigma**2)
+
+    def predict_velocity(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        r"""The output :math:`\hat u(z, t)` of a network that is the velocity; arguments as of :meth:`predict_x`."""
+        return _validate_output(self._predict(z, t, cond), self.prediction, z)
 
     def _predict(self, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Any:
         # A copy, so that a predictor that works in place cannot change the state or the caller's data.
@@ -173,8 +199,8 @@ def validate_predictor(
 
     Raises:
         TypeError: it is not callable, or hides a module whose weights would be lost.
-        ValueError: it declares another prediction, or rejects the event shape or the schedule; "eps" or "v" with a
-            transform; "eps" where alpha = 0.
+        ValueError: it declares another prediction, or rejects the event shape or the schedule; "eps", "v" or
+            "velocity" with a transform; "eps" where alpha = 0.
     """
     predictor = unwrapped(predictor)
     if not callable(predictor):
@@ -191,7 +217,7 @@ def validate_predictor(
             f"the predictor is built for prediction={declared!r}, but prediction={prediction!r} was asked "
             "for; make the two agree."
         )
-    if prediction in ("eps", "v"):
+    if prediction in ("eps", "v", "velocity"):
         _validate_ordinary(prediction, transform, schedule)
     if hasattr(predictor, "validate_event"):
         predictor.validate_event(event_shape)
@@ -201,7 +227,7 @@ def validate_predictor(
 
 
 def _validate_ordinary(prediction: str, transform: Transform, schedule: Schedule) -> None:
-    """Raise unless x can be recovered from a prediction "eps" or "v"."""
+    """Raise unless x can be recovered from a prediction "eps", "v" or "velocity"."""
     if not isinstance(transform, Identity):
         raise ValueError(
             f"prediction={prediction!r} recovers x only where F is the identity, but transform is "

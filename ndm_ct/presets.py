@@ -59,7 +59,7 @@ from torch import Tensor, nn
 from ndm_ct import objectives, schedules
 from ndm_ct._core.checks import validate_count
 from ndm_ct.model import NDM
-from ndm_ct.nn import FromScore, FromVelocity, Mixed, Preconditioned
+from ndm_ct.nn import FromScore, Mixed, Preconditioned
 from ndm_ct.objectives.regression import Regression
 from ndm_ct.objectives.time_samplers import LearnedBuckets
 from ndm_ct.schedules.base import Coefficients, Schedule
@@ -280,7 +280,7 @@ def flow_matching(net: Any, event_shape: Shape) -> Preset:
         net: :math:`\hat u(z, t)`, in the direction of time of this library: at t = 0 are the data.
         event_shape: shape of one event.
     """
-    model = NDM(FromVelocity(net), event_shape, schedule=schedules.Rectified())
+    model = NDM(net, event_shape, schedule=schedules.Rectified(), prediction="velocity")
     return Preset(model, Regression("velocity"), "ode")
 
 
@@ -301,7 +301,7 @@ def interpolant(net: Any, event_shape: Shape) -> Preset:
         net: :math:`\hat u(z, t)`.
         event_shape: shape of one event.
     """
-    model = NDM(FromVelocity(net), event_shape, schedule=schedules.Trigonometric())
+    model = NDM(net, event_shape, schedule=schedules.Trigonometric(), prediction="velocity")
     return Preset(model, Regression("velocity"), "ode")
 
 

@@ -34,7 +34,7 @@ from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
 from ndm_ct.schedules import Coefficients, Matched, Schedule
 from ndm_ct.transforms import Transform
 
-__all__ = ["ForwardProcess", "drift"]
+__all__ = ["ForwardProcess", "denoised", "drift"]
 
 Volatility = float | Callable[[Tensor], Tensor]
 
@@ -67,6 +67,22 @@ def drift(
     residual = z - alpha * F
     out = dalpha * F + alpha * dF + dlog_sigma * residual
     return out if half_rate is None else out + transform.diagonal(half_rate, residual)
+
+
+def denoised(z: Tensor, velocity: Tensor, c: Coefficients) -> Tensor:
+    r"""The x of a velocity :math:`u = \alpha' x + \sigma' \epsilon`.
+
+    .. math::
+        x = \frac{\sigma' z - \sigma u}{\alpha\sigma' - \sigma\alpha'}
+
+    Nothing is divided by :math:`\sigma`; where :math:`\sigma = 0` it is :math:`z/\alpha`.
+
+    Args:
+        z: state, shape ``(B, *E)``.
+        velocity: u, shape ``(B, *E)``.
+        c: coefficients of the schedule at t.
+    """
+    return expand(c.dsigma / c.wronskian, z) * z - expand(c.sigma / c.wronskian, z) * velocity
 
 
 class ForwardProcess(nn.Module):

@@ -29,6 +29,7 @@ __all__ = [
     "validate_count",
     "validate_data",
     "validate_dense",
+    "validate_noise",
     "validate_number",
     "validate_positive",
     "validate_shape",
@@ -310,3 +311,22 @@ def validate_time(t: float | Tensor, t_min: float, like: Tensor) -> Tensor:
             "t = 0 is data, t = 1 is noise."
         )
     return time
+
+
+def validate_noise(what: str, t_min: float, t_noise: float) -> None:
+    """Raise unless the data end has noise.
+
+    Args:
+        what: what needs it, for the message.
+        t_min: the data end.
+        t_noise: the least time with noise.
+
+    Raises:
+        ValueError: ``t_noise`` is later than ``t_min``.
+    """
+    if t_noise > t_min:
+        raise ValueError(
+            f"{what} needs noise at the data end, but sigma = 0 at t_min={t_min:g}; build the model with "
+            f"t_min={t_noise:.3g}, or use what follows the probability flow alone: loglik, encode, decode and sample "
+            "with method='ode'."
+        )

@@ -28,7 +28,7 @@ from torch import Tensor
 from ndm_ct._core.checks import validate_count, validate_positive
 from ndm_ct._core.errors import PredictorError
 from ndm_ct.model import NDM
-from ndm_ct.nn import FromDenoiser, FromScore, FromVelocity
+from ndm_ct.nn import FromDenoiser, FromScore
 from ndm_ct.nn.heads import Wrapper
 from ndm_ct.schedules.base import Schedule
 from ndm_ct.schedules.fixed import Rectified, Tabulated, VarianceExploding, as_table
@@ -231,7 +231,9 @@ def from_velocity(
         data_at: the network's time at data, 1 or 0.
         time_scale: factor of its time.
         time_first: call ``net(tau, z, **cond)``, as torchcfm's examples do.
-        t_min: where likelihoods are taken; None is the schedule's own value, at which :math:`\sigma` is about 0.001.
+        t_min: where likelihoods are taken and samples end. None is the schedule's own value, at which :math:`\sigma` is
+            about 0.001; bounds, scores and the reverse SDE need it. 0 is where flow_matching, torchcfm, zuko and sbi
+            take theirs.
 
     Raises:
         ValueError: ``data_at`` is neither 0 nor 1.
@@ -244,8 +246,8 @@ def from_velocity(
         >>> ndm_ct.loglik(model, torch.zeros(1, 2)).item()  # - log 2 pi, and log 0.999 twice
         -1.83...
     """
-    predictor = FromVelocity(FlowTime(net, data_at, time_scale, time_first))
-    return adapted(predictor, event_shape, schedule=Rectified() if schedule is None else schedule, t_min=t_min)
+    predictor, schedule = FlowTime(net, data_at, time_scale, time_first), Rectified() if schedule is None else schedule
+    return adapted(predictor, event_shape, schedule=schedule, prediction="velocity", t_min=t_min)
 
 
 def from_score(

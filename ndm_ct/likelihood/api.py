@@ -91,7 +91,8 @@ def loglik(
             "quadrature"; the exact trace has no random error.
         rtol: relative tolerance of the solver. A smaller one moves the result closer to the exact solution of the flow
             and takes more network evaluations. None is 2e-6. For "quadrature" it is 3e-5, and the error allowed in
-            one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`.
+            one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`. With prediction "velocity" tolerances below
+            four units of rounding of the network, 5e-7 in float32, are raised to them.
         atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
         method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
             torchdiffeq method such as "dopri5", with one step size for the batch.

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from ndm_ct import objectives
-from ndm_ct._core.checks import as_tensor, as_time, choose, event_size, validate_count, validate_positive
+from ndm_ct._core.checks import (
+    as_tensor,
+    as_time,
+    choose,
+    event_size,
+    validate_count,
+    validate_noise,
+    validate_positive,
+)
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, repeated
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.likelihood.api import Trace
@@ -213,6 +221,7 @@ def dequantised(
     constant = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     if dequantisation == "uniform":
         return bins.uniform(x, dtype, generator), constant - d * bins.uniform_offset
+    validate_noise("dequantisation='process'", model.t_min, model.t_noise)
     at_start = model.schedule(as_time(model.t_min, x.device))
     alpha, sigma = float(at_start.alpha.detach()), float(at_start.sigma.detach())
     points = bins.truncated_normal(x, alpha, sigma, dtype, generator)

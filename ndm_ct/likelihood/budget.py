@@ -5,7 +5,8 @@ systematic errors of the model: the noise left at the data end (*truncation*), a
 own distribution at t = 1 (*prior mismatch*).
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ndm_ct._core.noise import Randomness
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, LogDet, TraceEstimator
 from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.likelihood.path import Problem
+from ndm_ct.model import NDM
 from ndm_ct.transforms import Identity
 
 __all__ = ["LikelihoodInfo", "largest", "measure"]
@@ -109,7 +111,7 @@ def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> 
         nfe, vjps = found.nfe, found.vjps
         if path.error_wanted:
             with torch.no_grad():
-                truncation, calls, used = _truncation(path, x.detach(), generator)
+                truncation, calls, used = _truncation(path, x.detach(), value, generator)
                 mismatch = _prior_mismatch(path, x.detach(), generator)
             nfe, vjps = nfe + calls, vjps + used
 
@@ -154,7 +156,7 @@ def _prior_mismatch(path: Problem, x: Tensor, generator: Randomness) -> Tensor:
     return path.model.prior_divergence(path.model.transform.along(data, **path.cond), data, generator)
 
 
-def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor, Tensor, int]:
+def _truncation(path: Problem, x: Tensor, value: Tensor, generator: Randomness) -> tuple[Tensor, Tensor, Tensor]:
     r"""First-order change of the log-density at x from the noise and the scaling left at t_min.
 
     .. math::
@@ -169,14 +171,23 @@ def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor
     The score s is the network's, divided by :math:`\sigma` or its square, and so is its error. Where that dominates, s
     is not that of the data, and no narrow data that the noise hides explain it (:math:`\operatorname{tr} \nabla s` is
     too small). There the change is :math:`-t_{min} (\operatorname{div} v + \langle v, s \rangle)`, by the continuity
-    equation, with the score at the least noise that resolves it; for other transforms and predictions it is unknown.
+    equation, with the score at the least noise that resolves it; for other transforms and predictions it is unknown. A
+    network that is the velocity has a density at :math:`\sigma = 0`, and in few dimensions a second solve says it.
+
+    Args:
+        path: the path that was solved.
+        x: its data end, float64, ``(B, *E)``.
+        value: :math:`\log p_{t_{min}}(x)`, float64, ``(B,)``.
+        generator: source of probes.
 
     Returns:
-        The change, nats, ``(B,)``, NaN where it is unknown; evaluations, ``(B,)``; vector-Jacobian products of a row.
+        The change, nats, ``(B,)``, NaN where it is unknown; evaluations and vector-Jacobian products, ``(B,)``.
     """
     model, flow = path.model, path.flow()
     t = as_time(model.t_min, x.device).expand(len(x))
-    c, d = model.schedule(t), event_size(model.event_shape)
+    c, d, none = model.schedule(t), event_size(model.event_shape), torch.zeros_like(t, dtype=torch.long)
+    if model.t_noise > model.t_min:  # no noise is left
+        return torch.where(c.alpha == 1.0, 0.0, torch.nan), none, none
     estimator = Exact() if d <= EXACT_UP_TO else Hutchinson(chunk=1)
     bound = estimator.bind(x, generator)
     _, forms, F = bound.with_byproduct(lambda z: (flow.prediction(t, z),) * 2, x)
@@ -185,21 +196,57 @@ def _truncation(path: Problem, x: Tensor, generator: Randomness) -> tuple[Tensor
     hidden = 0.5 * (c.alpha * trace_of_F - d)
     rest = 0.5 * c.sigma**2 * sum_event(s * s) - c.alpha.log() * (d + sum_event(x * s))
     resolved, score, spent = _resolved_score(flow, t, x, s)
-    known = resolved | (hidden.abs() >= 0.1 * rest.abs())
+    known, used = resolved | (hidden.abs() >= 0.1 * rest.abs()), none + bound.vjps
+    if model.prediction == "velocity":
+        change, calls, more = _change_from_zero(path, x, value, torch.where(known, hidden + rest, torch.nan))
+        return change, 1 + spent + calls, used + more
     still = isinstance(model.transform, Identity) and model.prediction == "x" and model.t_min > 0.0
     factor = c.dalpha - c.alpha * c.dlog_sigma
     velocity = expand(factor, x) * F + expand(c.dlog_sigma, x) * x
     flux = factor * trace_of_F + d * c.dlog_sigma + sum_event(velocity * score)
     change = torch.where(known, hidden + rest, -t * flux if still else torch.nan)
     if isinstance(model.transform, Identity) or model.t_min == 0.0:
-        return change, 1 + spent, bound.vjps
+        return change, 1 + spent, used
     transform = model.transform.along
 
     def moved(z: Tensor) -> Tensor:
         return transform(z.to(dtype=flow.dtype), **path.cond)(t).to(z.dtype) - z
 
     shift, forms = bound(moved, x)
-    return change - bound.combine(forms)[0] - sum_event(shift * s), 1 + spent, bound.vjps
+    return change - bound.combine(forms)[0] - sum_event(shift * s), 1 + spent, used
+
+
+def _change_from_zero(path: Problem, x: Tensor, value: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The change of a velocity where it is NaN: :math:`\log p_{t_{min}}(x) - \log p_0(x)`, by a second solve.
+
+    It stays unknown in more dimensions than have their exact trace, and where z at t = 0 is not x.
+
+    Returns:
+        The change, nats, ``(B,)``; evaluations and vector-Jacobian products of the second solve, ``(B,)``.
+    """
+    model, none = _at_sigma_zero(path.model), torch.zeros_like(change, dtype=torch.long)
+    rows = torch.nonzero(change.isnan() & value.isfinite()).flatten()
+    if model is None or event_size(model.event_shape) > EXACT_UP_TO or len(rows) == 0:
+        return change, none, none
+    problem = replace(
+        path, model=model, start=x[rows].to(path.start.dtype), interval=(0.0, 1.0), cond=path.cond.take(rows),
+        differentiable=False, callback=None,
+    )  # fmt: skip
+    found = Exact().logdet(problem, None)
+    at_zero = problem.log_prior(found.solved) + found.value
+    calls, used = (none.index_put((rows,), each.to(none)) for each in (found.nfe, found.vjps))
+    return change.index_put((rows,), value[rows] - at_zero), calls, used
+
+
+def _at_sigma_zero(model: NDM) -> NDM | None:
+    """The model with its data at t = 0, everything else shared; None unless z is x there, without noise."""
+    with torch.no_grad():
+        first = model.schedule(as_time(0.0, model.schedule.device))
+    if float(first.sigma) != 0.0 or float(first.alpha) != 1.0:
+        return None
+    other = copy.copy(model)
+    other.t_min, other.t_noise = 0.0, model.schedule.safe_t_min
+    return other
 
 
 def _resolved_score(flow: ProbabilityFlow, t: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:

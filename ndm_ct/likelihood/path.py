@@ -28,7 +28,7 @@ from ndm_ct._core.conditioning import Conditioning
 from ndm_ct.divergence import BoundTrace
 from ndm_ct.divergence.interface import SolvedPath
 from ndm_ct.dynamics import ProbabilityFlow
-from ndm_ct.likelihood.quadrature import linear_logdet, path_times
+from ndm_ct.likelihood.quadrature import linear_logdet, noise_scale, path_times
 from ndm_ct.model import NDM
 from ndm_ct.solvers import ADAPTIVE_METHODS, Solution, odeint, odeint_rows
 from ndm_ct.solvers.packing import State
@@ -167,7 +167,8 @@ class Problem:
         in_noise_units: bool,
     ) -> Solution:
         """Solve for the first tensor in the model's unit, so that tolerances do not depend on the unit of the data."""
-        options: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "callback": self.callback}
+        rtol, atol = (max(tolerance, self._rounding) for tolerance in (self.rtol, self.atol))
+        options: dict[str, Any] = {"rtol": rtol, "atol": atol, "callback": self.callback}
         options["grid"] = self._grid() if self.differentiable else None
         unit = self.model.unit
 
@@ -185,7 +186,7 @@ class Problem:
 
         start = times(1.0 / unit, state)
         if self.method == "ode":
-            scale = (lambda t: self.model.schedule(t).sigma.detach() / unit) if in_noise_units else None
+            scale = (lambda t: noise_scale(self.model, t).detach() / unit) if in_noise_units else None
             solved = odeint_rows(
                 scaled, start, *self.interval, scale=scale, nodes=nodes, on_failure=self.on_failure, **options
             )
@@ -194,6 +195,14 @@ class Problem:
             solved = odeint(shared, start, *self.interval, method=self.method, adjoint=adjoint, **options)
         at_nodes = None if solved.nodes is None else unit * solved.nodes
         return replace(solved, state=times(unit, solved.state), nodes=at_nodes)
+
+    @property
+    def _rounding(self) -> float:
+        """Four units of rounding of a network that is the velocity: smaller steps would only follow its rounding.
+
+        Other fields have a part that is linear in z and not rounded to the network's precision.
+        """
+        return 4.0 * torch.finfo(self.start.dtype).eps if self.model.prediction == "velocity" else 0.0
 
     def _grid(self) -> Tensor:
         """Times that bound the steps where a gradient is wanted.

@@ -113,8 +113,13 @@ class Regression:
         """
         c = model.schedule(t)
         F, dF = model.transform.with_derivative(x, t, **cond)
-        F_hat, dF_hat = model.moments(model.process.state(F, t, eps), t, **cond)
-        error = self._error(c, F - F_hat, dF - dF_hat)
+        z = model.process.state(F, t, eps)
+        if self.target == model.prediction == "velocity":
+            velocity = expand(c.dalpha, x) * x + expand(c.dsigma, x) * eps
+            error = velocity - model.predict_velocity(z, t, **cond)
+        else:
+            F_hat, dF_hat = model.moments(z, t, **cond)
+            error = self._error(c, F - F_hat, dF - dF_hat)
         validate_finite(error, t)
         square = sum_event(error**2)
         return square if self.weight is None else self.weight(c).to(square.dtype) * square

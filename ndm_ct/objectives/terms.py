@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import as_time, expand, sum_event
+from ndm_ct._core.checks import as_time, expand, sum_event, validate_noise
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like
 from ndm_ct.model import NDM
 from ndm_ct.prediction import validate_finite
@@ -34,6 +34,7 @@ def times(model: NDM, u: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         t and the weight :math:`1/p(t)` of an integral over t, both of the shape of ``u``, without gradient.
     """
+    validate_noise("the bound", model.t_min, model.t_noise)
     schedule = model.schedule
     with torch.no_grad():
         low, high = schedule(as_time(model.t_min, u.device)), schedule(as_time(1.0, u.device))
@@ -128,6 +129,7 @@ def reconstruction_term(
 
 def reconstruct(model: NDM, path: Path, x: Tensor, quantisation: Quantisation | None, generator: Randomness) -> Tensor:
     """:func:`reconstruction_term` along a path that has been conditioned."""
+    validate_noise("the reconstruction term of the bound", model.t_min, model.t_noise)
     t = as_time(model.t_min, x.device).expand(x.shape[0])
     F = x if model.t_min == 0.0 and model.transform.starts_at_data else path(t)
     gamma = expand(model.schedule(t).gamma, x)

@@ -86,6 +86,11 @@ def _by_noise(schedule: Schedule, t_min: float, u: Tensor, grid: str) -> Tensor:
         ends = schedule(torch.tensor([1.0, t_min], dtype=torch.float64, device=u.device))
         high, low = (ends.sigma / ends.alpha).clamp(max=schedule.largest_noise)
         if grid == "logsnr":
+            if float(low) == 0.0:
+                raise ValueError(
+                    f"grid='logsnr' has no last step to sigma = 0 at t_min={t_min:g}; take 'karras', 'edm', "
+                    "'quadratic' or 'uniform'."
+                )
             noise = torch.exp(high.log() + u * (low.log() - high.log()))
         else:
             unit = schedule.preserved_std
