@@ -1,21 +1,29 @@
 """Rows of data for training and evaluation: real values, or levels of integer data with their dequantisation."""
 
 import math
-import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
 
 from ndm_ct import objectives
 from ndm_ct._core.checks import as_tensor, as_time, event_size, validate_data, validate_dense
 from ndm_ct._core.conditioning import Conditioning, Shared, tensors_in
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike
+from ndm_ct.data.containers import (
+    CondFrom,
+    Items,
+    Layout,
+    Stream,
+    as_rows,
+    batched,
+    fixed_seeds,
+    open_container,
+)
 from ndm_ct.files import let_go
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation, resolve_optional
@@ -31,7 +39,7 @@ _PART = 32
 megabyte or two of its neighbours into memory."""
 
 _ITEMS = 8
-"""Items of a Dataset that processes compare."""
+"""Items of a dataset that processes compare."""
 
 
 class Bins:
@@ -170,49 +178,53 @@ class Standardised:
 
 
 class Source:
-    """Rows of data and their conditioning. All rows are checked at once; items of a Dataset are checked as they come.
+    """Rows of data and their conditioning. All rows are checked at once; items of a dataset are checked as they come.
 
     Tensors stay where they are, and arrays are copied. A memory-mapped array, standardised or not, stays in its file,
-    and its rows are read when they are needed.
+    and its rows are read when they are needed. Items go to the device of the model.
 
     Args:
-        data: tensor or array ``(N, *E)``, or a map-style Dataset whose items are tensors ``(*E)``.
+        data: tensor or array ``(N, *E)``, DataFrame, dataset of items, or iterable of items.
         cond: conditioning by name, with one row per row of data.
         bins: checks and converts the rows.
         name: what messages call the data.
         caller: the public function, whose name messages give.
+        cond_from: which parts of an item or a table are conditions (:class:`~ndm_ct.data.containers.Layout`).
+        whole: whether to read an iterable to its end. Otherwise it is read in its order, again and again.
     """
 
-    def __init__(self, data: Any, cond: Mapping[str, Any], bins: Bins, name: str, caller: Callable[..., Any]) -> None:
-        self.bins, self.name = bins, name
-        self.data: Tensor | np.memmap | Standardised | Dataset[Tensor]
-        if isinstance(data, IterableDataset):
-            raise TypeError(
-                f"{name} is the IterableDataset {type(data).__name__}, whose rows cannot be drawn at random; pass a "
-                "map-style Dataset, with __len__ and __getitem__, or a tensor."
-            )
-        if isinstance(data, Dataset):
+    def __init__(
+        self, data: Any, cond: Mapping[str, Any], bins: Bins, name: str, caller: Callable[..., Any],
+        cond_from: CondFrom = None, whole: bool = True,
+    ) -> None:  # fmt: skip
+        self.bins, self.name, self.caller = bins, name, caller
+        self.layout = Layout(cond_from, bins.model.cond_names, name)
+        columns: Mapping[str, Any] = {}
+        if not isinstance(data, Standardised):
+            data, columns = open_container(data, self.layout, whole)
+        self.data: Tensor | np.memmap | Standardised | Items | Stream
+        if isinstance(data, Items | Stream):
             self.data = data
-            self.rows = len(cast(Any, data))
         else:
             self.data = data if isinstance(data, np.memmap | Standardised) else self._as_tensor(data)
             for rows, part in self._parts(self.data):
                 bins.validate(part, f"{name}{rows}")
-            self.rows = self.data.shape[0]
+        self.is_stream = isinstance(self.data, Stream)
+        self.rows: int = sys.maxsize if isinstance(self.data, Stream) else len(self.data)
         if self.rows < 1:
             raise ValueError(f"{name} has no rows.")
         if not isinstance(cond, Mapping):
             raise TypeError(f"cond must be a mapping of tensors by name, got {type(cond).__name__}.")
-        self.cond = Conditioning({key: self._validated_cond(key, value) for key, value in cond.items()}, self.rows)
+        taken = {key: as_tensor(value, bins.dtype, bins.model.device) for key, value in columns.items()}
+        given = taken | {key: self._validated_cond(key, value) for key, value in cond.items()}
+        self.cond = Conditioning(given, self.rows)
         validate_cond(self.cond, bins.model.cond_names, caller)
 
     def _as_tensor(self, data: Any) -> Tensor:
         data = as_tensor(data, self.bins.dtype, self.bins.model.device)
         if isinstance(data, Tensor):
             return data.detach()
-        raise TypeError(
-            f"{self.name} must be a tensor, an array or a map-style Dataset of tensors, got {type(data).__name__}."
-        )
+        raise TypeError(f"{self.name} must be a tensor or an array, got {type(data).__name__}.")
 
     def _parts(self, data: Tensor | np.memmap | Standardised) -> Iterator[tuple[str, Tensor]]:
         """The rows in order, with what messages call them: a tensor at once, a large mapped array in parts."""
@@ -243,6 +255,11 @@ class Source:
         """
         if isinstance(value, Shared):
             return value
+        if self.is_stream:
+            raise ValueError(
+                f"cond={{{key!r}: ...}} has one row per row of {self.name}, which is a stream of unknown length. Let "
+                "its items be pairs (x, value) or dicts, and name the condition in cond_from."
+            )
         if isinstance(value, Mapping):
             return {name: self._validated_cond(f"{key}[{name!r}]", each) for name, each in value.items()}
         if isinstance(value, list | tuple) and any(isinstance(each, Tensor | Mapping | np.ndarray) for each in value):
@@ -262,23 +279,26 @@ class Source:
             rows: row numbers.
             generator: source of the noise in the bins of integer data.
         """
-        if isinstance(self.data, Tensor):
-            x = self.data[rows]
-        elif isinstance(self.data, np.memmap | Standardised):
-            x = self._mapped(self.data, rows.numpy())
-        else:
-            x = self._items(self.data, rows)
+        if isinstance(self.data, Items | Stream):
+            return self._items(self.data, rows, generator)
+        x = self.data[rows] if isinstance(self.data, Tensor) else self._mapped(self.data, rows.numpy())
         return self.bins.real(x, generator), self.cond.take(rows)
 
-    def _items(self, data: Dataset[Tensor], rows: Tensor) -> Tensor:
-        items: list[Any] = [data[row] for row in rows.tolist()]
-        items = [item[0] if isinstance(item, tuple | list) and len(item) == 1 else item for item in items]
-        if not all(isinstance(item, Tensor) for item in items):
-            raise TypeError(
-                f"an item of {self.name} is a {type(items[0]).__name__}, expected a tensor x; pass conditioning as "
-                "cond={name: tensor}."
-            )
-        return self.bins.validate(torch.stack(items), self.name)
+    def _items(self, data: Items | Stream, rows: Tensor, generator: GeneratorLike) -> tuple[Tensor, Conditioning]:
+        bins, items = self.bins, [self.layout.split(item) for item in data.read(rows)]
+        device = bins.model.device
+        x = bins.validate(as_rows([x for x, _ in items], self.name, bins.dtype, device), self.name)
+        cond = batched([each for _, each in items], bins.dtype, device)
+        validate_cond(cond, bins.model.cond_names, self.caller)
+        twice = sorted(cond.keys() & self.cond.keys())
+        if twice:
+            raise ValueError(f"the conditions {twice} are in cond and in the items of {self.name}; pass them once.")
+        whole = self.cond if self.is_stream else self.cond.take(rows)
+        return bins.real(x, generator), Conditioning({**whole, **cond}, len(rows)) if cond else whole
+
+    def first_and_last(self) -> Tensor:
+        """Numbers of two rows, to try a model on; of a stream the first two."""
+        return torch.tensor([0, 1 if self.is_stream else self.rows - 1])
 
     def fingerprint_with_items(self) -> dict[str, Any]:
         """What must agree between processes: the fingerprint, and digests of some items of a Dataset.
@@ -287,31 +307,24 @@ class Source:
         still differs from one reading to the next has no digest.
         """
         found = self.fingerprint()
-        if isinstance(self.data, Dataset):
-            places = torch.linspace(0, self.rows - 1, min(self.rows, _ITEMS)).long()
-            with _fixed_seeds():
-                once, again = ([hash_values(self._items(self.data, place[None])) for place in places] for _ in range(2))
+        if isinstance(self.data, Items | Stream):
+            last = _ITEMS - 1 if self.is_stream else self.rows - 1
+            places = torch.linspace(0, last, min(last + 1, _ITEMS)).long()
+            with fixed_seeds(0):
+                once, again = ([self._digest(self.data, place) for place in places] for _ in range(2))
             found["items"] = [digest if digest == other else None for digest, other in zip(once, again, strict=True)]
         return found
 
+    def _digest(self, data: Items | Stream, place: Tensor) -> str:
+        """SHA-256 of an item, its conditions included."""
+        x, cond = self.layout.split(data.read(place[None])[0])
+        bins = self.bins
+        row, given = as_rows([x], self.name, bins.dtype, None), batched([cond], bins.dtype, None)
+        return hash_values([row, *tensors_in(given)])
+
     def fingerprint(self) -> dict[str, Any]:
-        """What must agree for a training or an evaluation to continue; for a Dataset it is only the length."""
+        """What must agree for a training or an evaluation to continue; for a dataset it is only the length."""
         digests = {key: hash_values(tensors_in(value)) for key, value in self.cond.items()}
-        if not isinstance(self.data, Dataset):
+        if not isinstance(self.data, Items | Stream):
             digests[""] = hash_values(part for _, part in self._parts(self.data))
-        return {"rows": self.rows, "sha256": digests}
-
-
-@contextmanager
-def _fixed_seeds() -> Iterator[None]:
-    """Seed the global generators of torch (on the CPU), numpy and Python, and restore them afterwards."""
-    state, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what others draw from)
-    try:
-        with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(0)
-            np.random.seed(0)  # noqa: NPY002
-            random.seed(0)
-            yield
-    finally:
-        np.random.set_state(legacy)  # noqa: NPY002
-        random.setstate(state)
+        return {"rows": None if self.is_stream else self.rows, "sha256": digests}

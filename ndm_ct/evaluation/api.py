@@ -40,6 +40,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from ndm_ct.data.containers import CondFrom
 from ndm_ct.evaluation.results import Comparison, Evaluation, mean
 from ndm_ct.evaluation.run import Limits, Run
 from ndm_ct.evaluation.scores import Settings
@@ -58,6 +59,7 @@ def evaluate(
     data: Any,
     *,
     cond: Mapping[str, Any] | None = None,
+    cond_from: CondFrom = None,
     quantisation: int | Quantisation | None = None,
     dequantisation: str = "uniform",
     bound: str = "ode",
@@ -87,10 +89,11 @@ def evaluate(
 
     Args:
         model: the model.
-        data: tensor or array ``(N, *E)``, or a map-style ``Dataset`` whose items are tensors ``(*E)``. Real values, or
-            integers together with ``quantisation``. A float array takes the model's dtype. Every process of a
-            distributed job passes all rows.
+        data: rows in any of the containers of :func:`ndm_ct.fit`: real values, or integers together with
+            ``quantisation``. A float array takes the model's dtype. An iterable is read to its end, and its rows are
+            kept in memory. Every process of a distributed job passes all rows.
         cond: conditioning by name, each with one row per row of ``data``.
+        cond_from: which parts of an item, or which columns of a DataFrame, are conditioning, as in :func:`ndm_ct.fit`.
         quantisation: for integer data, the number of levels, whose bins fill (-1, 1), or a
             :class:`~ndm_ct.quantisation.Quantisation` that says where they lie, as a network of :mod:`ndm_ct.adapters`
             needs. The result is then the bound on :math:`-\log P(x)` of :func:`ndm_ct.bits_per_dim`, in nats and in
@@ -144,7 +147,7 @@ def evaluate(
     options = locals() | {"quantisation": resolve_optional(quantisation)}
     run = Run(
         "evaluation", {"model": model}, data, cond,
-        _select(Settings, options), _select(Limits, options), run_dir, resume, evaluate,
+        _select(Settings, options), _select(Limits, options), run_dir, resume, evaluate, cond_from,
     )  # fmt: skip
     with run.in_folder():
         reason = run.run(progress)
@@ -165,6 +168,7 @@ def compare(
     data: Any,
     *,
     cond: Mapping[str, Any] | None = None,
+    cond_from: CondFrom = None,
     quantisation: int | Quantisation | None = None,
     dequantisation: str = "uniform",
     bound: str = "ode",
@@ -192,9 +196,10 @@ def compare(
     Args:
         model_a: one model.
         model_b: the other model, of the same event shape, dtype and device. Everything else may differ.
-        data: tensor or array ``(N, *E)``, or a map-style ``Dataset`` whose items are tensors ``(*E)``. Real values, or
-            integers together with ``quantisation``. Every process of a distributed job passes all rows.
+        data: rows in any of the containers of :func:`ndm_ct.fit`: real values, or integers together with
+            ``quantisation``. Every process of a distributed job passes all rows.
         cond: conditioning by name, each with one row per row of ``data``. Both models get it.
+        cond_from: which parts of an item, or which columns of a DataFrame, are conditioning, as in :func:`ndm_ct.fit`.
         quantisation: the bins of integer data, or their number on (-1, 1). Values are then bounds on
             :math:`-\log P(x)`, and the difference is given in bits per dimension too.
         dequantisation: noise in the bins of integer data: "uniform" for models trained with uniform noise in the bins,
@@ -242,7 +247,7 @@ def compare(
     options = locals() | {"quantisation": resolve_optional(quantisation)}
     run = Run(
         "comparison", {"model_a": model_a, "model_b": model_b}, data, cond,
-        _select(Settings, options), _select(Limits, options), run_dir, resume, compare,
+        _select(Settings, options), _select(Limits, options), run_dir, resume, compare, cond_from,
     )  # fmt: skip
     with run.in_folder():
         reason = run.run(progress)

@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ndm_ct._core.checks import some, unpack_numpy, validate_count, validate_positive
@@ -20,6 +18,7 @@ from ndm_ct._core.errors import CheckpointError, SolverError
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike
 from ndm_ct._core.seeds import derive_seeds
+from ndm_ct.data.containers import CondFrom, dtype_of
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.evaluation.results import Comparison, Evaluation, figures, mean
 from ndm_ct.evaluation.scores import LARGEST_PILOT, ORDER, PILOT_ROWS, Scorer, Settings
@@ -199,13 +198,14 @@ class Run:
         run_dir: PathLike | None,
         resume: bool,
         caller: Callable[..., Any],
+        cond_from: CondFrom,
     ) -> None:
         _validate_models(models, settings)
         self.settings, self.limits = settings, limits
         # Dtype and device come from a model with parameters, if there is one.
         model = next((model for model in models.values() if model.dtype is not None), next(iter(models.values())))
-        self.raw = Raw(model, settings.quantisation, model.dtype or _dtype_of(data))
-        self.source = Source(data, {} if cond is None else cond, self.raw, "data", caller)
+        self.raw = Raw(model, settings.quantisation, model.dtype or dtype_of(data))
+        self.source = Source(data, {} if cond is None else cond, self.raw, "data", caller, cond_from)
         for each in models.values():
             validate_cond(self.source.cond, each.cond_names, caller)
         self.device = model.device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
@@ -422,18 +422,6 @@ def _validate_models(models: Mapping[str, NDM], settings: Settings) -> None:
                 f"{' and '.join(models)} differ in {attribute}: {' and '.join(map(str, values))}; a paired comparison "
                 "needs the same rows and random numbers for both, so make them agree."
             )
-
-
-def _dtype_of(data: Any) -> torch.dtype:
-    """Dtype for a model without parameters: the dtype of real data, else torch's default."""
-    example: Any = data
-    if isinstance(data, Dataset) and len(data):  # type: ignore[arg-type]
-        example = data[0]
-    if isinstance(example, np.ndarray) and example.dtype.kind == "f":
-        return torch.float64 if example.dtype.itemsize > 4 else torch.float32
-    if isinstance(example, Tensor) and example.is_floating_point():
-        return example.dtype
-    return torch.get_default_dtype()
 
 
 def _of_data(error: SolverError, rows: Tensor) -> SolverError:

@@ -35,13 +35,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from ndm_ct import objectives
 from ndm_ct._core.checks import choose, validate_count
 from ndm_ct._core.parallel import Group
 from ndm_ct._core.seeds import make_generator
 from ndm_ct.checking import verify
+from ndm_ct.data.containers import CondFrom
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
@@ -67,6 +66,7 @@ def fit(
     lr_final: float = 0.01,
     ema: float = 0.999,
     cond: Mapping[str, Any] | None = None,
+    cond_from: CondFrom = None,
     cond_dropout: float = 0.0,
     quantisation: int | Quantisation | None = None,
     dequantisation: str = "uniform",
@@ -98,9 +98,12 @@ def fit(
 
     Args:
         model: the model; on return trained, also if interrupted.
-        data: tensor or array ``(N, *E)``, or a map-style ``Dataset`` whose items are tensors ``(*E)``. Real values,
-            or integers together with ``quantisation``. A float array takes the model's dtype. Every process of a
-            distributed job passes all rows.
+        data: the rows: a tensor or an array ``(N, *E)``; a DataFrame of pandas or polars; a map-style dataset, of
+            torch, Hugging Face or your own, with ``__len__`` and ``__getitem__``; or an ``IterableDataset`` or a
+            ``DataLoader``. Items are rows x ``(*E)``, tuples (x, value, ...) or dicts. Values are real, or integers
+            together with ``quantisation``. Float arrays take the model's dtype. An iterable is read in its own order,
+            and again from the start when it ends; batches of a ``DataLoader`` are cut into rows, and ``batch_size``
+            counts. Every process of a distributed job passes all rows.
         steps: optimiser steps in total.
         batch_size: rows per step, drawn without replacement within an epoch. An incomplete last batch is left out.
         lr: peak learning rate.
@@ -112,6 +115,10 @@ def fit(
         lr_final: fraction of ``lr`` at the end of the cosine decay.
         ema: decay of the averaged weights. Closer to 1 averages over more steps; 0 averages nothing.
         cond: conditioning by name, each with one row per row of ``data``.
+        cond_from: which parts of an item, or which columns of a DataFrame, are conditioning: a name or several, which
+            are keys or, for tuples, the parts after x in this order; a mapping of names to keys or places; or a
+            function of an item that returns x and a dict. ``()`` takes x alone. None takes the second part of a pair
+            if the model takes one condition, and keys by the names that the model takes; what is not clear raises.
         cond_dropout: probability that null values replace the conditioning of a row. The predictor gives these values
             in its attribute ``null``; networks of ``ndm_ct.nn`` with ``classes`` have it. 0.1 to 0.2 is usual for a
             model to be used with :func:`ndm_ct.guided`. Validation keeps all conditioning.
@@ -119,7 +126,7 @@ def fit(
             :class:`~ndm_ct.quantisation.Quantisation` that says where they lie.
         dequantisation: "uniform" trains on levels with noise uniform in their bins. "process" trains on the bin
             centres; the process' own noise at t_min fills the bins. Evaluate with the same word.
-        validation: held-out data of the same kind.
+        validation: held-out data of the same kind. An iterable is read to its end.
         validation_cond: conditioning of the held-out data.
         validate_every: steps between validations of the averaged weights; None is a tenth of ``steps``.
         patience: number of validations without improvement after which training stops. The weights of the best
@@ -168,18 +175,21 @@ def fit(
         checkpoint_every=1000 if checkpoint_every is None else checkpoint_every, log_every=log_every,
         time_limit=time_limit,
     )  # fmt: skip
-    settings.validate_model(model, cond)
+    settings.validate_model(model)
     if objective is not None and not callable(objective):
         raise TypeError(f"objective must be callable as objective(model, x, ...), got {type(objective).__name__}.")
     bins = Bins(model, quantisation, choose("dequantisation", dequantisation, DEQUANTISATIONS))
-    source = Source(data, cond, bins, "data", fit)
-    held_out = None if validation is None else Source(validation, validation_cond or {}, bins, "validation", fit)
+    source = Source(data, cond, bins, "data", fit, cond_from, whole=False)
+    held_out = None
+    if validation is not None:
+        held_out = Source(validation, validation_cond or {}, bins, "validation", fit, cond_from)
     folder = Folder(run_dir, group)
     if group.size > 1:
         folder.compare_processes("fit", _shared_arguments(settings, intervals, source, held_out))
     _validate_parts(settings.accumulate, min(batch_size, source.rows), group)
-    first_and_last = torch.tensor([0, source.rows - 1])
-    verify(model, *source.batch(first_and_last, make_generator("check", device=model.device or "cpu")), "fit")
+    x, given = source.batch(source.first_and_last(), make_generator("check", device=model.device or "cpu"))
+    settings.validate_dropout(model, given)
+    verify(model, x, given, "fit")
     with folder.locked("checkpoint.safetensors", "a checkpoint", resume):
         state = State(model, settings, None if objective is objectives.loss else objective, group)
         training = Training(state=state, data=source, validation=held_out, folder=folder, intervals=intervals)

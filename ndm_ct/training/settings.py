@@ -68,12 +68,11 @@ class Settings:
         progress = max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         return self.lr * ramp * (self.lr_final + (1.0 - self.lr_final) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
-    def validate_model(self, model: Any, cond: Mapping[str, Any]) -> None:
+    def validate_model(self, model: Any) -> None:
         """Check that the settings have an effect on the model.
 
         Args:
             model: the model to train.
-            cond: conditioning of the data.
 
         Raises:
             TypeError: ``model`` is not an NDM.
@@ -88,6 +87,17 @@ class Settings:
                 f"precision={self.precision!r} has no effect on networks of {model.dtype}; convert the model with "
                 ".float(), or leave precision out."
             )
+
+    def validate_dropout(self, model: NDM, cond: Mapping[str, Any]) -> None:
+        """Check that conditioning can be dropped, if it is to be.
+
+        Args:
+            model: the model to train.
+            cond: conditioning of some rows.
+
+        Raises:
+            ValueError: the option has no effect.
+        """
         if self.cond_dropout > 0.0:
             _validate_droppable(model, cond)
 

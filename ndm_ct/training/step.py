@@ -106,8 +106,10 @@ class Gradient:
         }
 
     def _rows(self) -> Tensor:
-        """Rows of this step's batch."""
+        """Rows of this step's batch: of a permutation of the data, or the next ones of a stream."""
         size = min(self.settings.batch_size, self.data.rows)
+        if self.data.is_stream:
+            return torch.arange(self.state.step * size, (self.state.step + 1) * size)
         epoch, index = divmod(self.state.step, self.data.rows // size)
         if self._permutation[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seeds(self.settings.seed, epoch, _EPOCH)[0])

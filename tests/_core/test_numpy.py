@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 import ndm_ct
 from ndm_ct import NDM, divergence, nn
@@ -78,11 +78,6 @@ def test_what_is_not_an_integer_is_refused(value):
         ndm_ct.sample(GAUSSIAN, value)
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(torch.zeros(5, 2))
-
-
 def test_datasets(tmp_path):
     x, models = torch.tensor(ROWS, dtype=torch.float32), [network() for _ in range(3)]
     attached = torch.nn.Identity()(x.clone().requires_grad_() * 1.0)
@@ -90,7 +85,3 @@ def test_datasets(tmp_path):
         ndm_ct.fit(model, data, steps=3, batch_size=4, progress=False)
     for other in models[1:]:
         assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), other.parameters(), strict=True))
-    with pytest.raises(TypeError, match=r"IterableDataset Stream.*map-style Dataset"):
-        ndm_ct.fit(network(), Stream(), steps=1, progress=False)
-    with pytest.raises(TypeError, match="an item of data is a tuple"):
-        ndm_ct.fit(network(), TensorDataset(x, x), steps=1, progress=False)
