@@ -273,7 +273,8 @@ class UNet(_Network):
     0.19 million parameters.
 
     Args:
-        channels: C of the images ``(C, H, W)``; H and W must be multiples of ``2**(levels - 1)``.
+        channels: C of the images ``(C, H, W)``. Sides that are not multiples of ``2**(levels - 1)`` are padded with
+            zeros; the output has the shape of z.
         width: channels at the highest resolution.
         levels: number of resolutions.
         outputs: None: the output has the shape of z; K: it is ``(B, K, C, H, W)``.
@@ -323,12 +324,12 @@ class UNet(_Network):
 
         Raises:
             TypeError: t is missing, or given to a network without time; a label given to one without classes.
-            ValueError: z is not an image of these channels, or its sides cannot be halved ``levels - 1`` times; the
-                label has the wrong shape or dtype, or is not a class of the network.
+            ValueError: z is not an image of these channels; the label has the wrong shape or dtype, or is not a class
+                of the network.
         """
         self._validate(z)
         embedding = self._embed(z, t, label)
-        h = self.input(z)
+        h = self.input(self._padded(z))
         skips = []
         for shrink, block in zip(self.shrink, self.down, strict=True):
             skips.append(h)
@@ -337,24 +338,28 @@ class UNet(_Network):
             if level < self.levels - 1:
                 h = self.grow[level](h) + skips[level]
             h = self.up[level](h, embedding)
-        return self.output(functional.silu(self.norm(h))).reshape(_output_shape(z, self.outputs))
+        output = self.output(functional.silu(self.norm(h)))[..., : z.shape[2], : z.shape[3]]
+        return output.reshape(_output_shape(z, self.outputs))
 
     def validate_event(self, event_shape: tuple[int, ...]) -> None:
-        factor = 2 ** (self.levels - 1)
-        sides = event_shape[1:]
-        if len(event_shape) != 3 or event_shape[0] != self.channels or any(side % factor for side in sides):
+        if len(event_shape) != 3 or event_shape[0] != self.channels:
             raise ValueError(
-                f"event_shape={event_shape} does not fit UNet(channels={self.channels}, levels={self.levels}), which "
-                f"takes ({self.channels}, H, W) with H and W multiples of {factor}; make the two agree."
+                f"event_shape={event_shape} does not fit UNet(channels={self.channels}), which takes "
+                f"({self.channels}, H, W); make the two agree."
             )
 
     def _validate(self, z: Tensor) -> None:
-        factor = 2 ** (self.levels - 1)
-        if z.ndim != 4 or z.shape[1] != self.channels or z.shape[2] % factor or z.shape[3] % factor:
+        if z.ndim != 4 or z.shape[1] != self.channels:
             raise ValueError(
-                f"UNet(channels={self.channels}, levels={self.levels}) got an input of shape {tuple(z.shape)}, "
-                f"expected (B, {self.channels}, H, W) with H and W multiples of {factor}; pad them or use fewer levels."
+                f"UNet(channels={self.channels}) got an input of shape {tuple(z.shape)}, expected "
+                f"(B, {self.channels}, H, W); make the two agree."
             )
+
+    def _padded(self, z: Tensor) -> Tensor:
+        """Zeros below and to the right, up to sides that can be halved ``levels - 1`` times."""
+        factor = 2 ** (self.levels - 1)
+        down, right = -z.shape[2] % factor, -z.shape[3] % factor
+        return functional.pad(z, (0, right, 0, down)) if down or right else z
 
 
 class _ConvolutionBlock(nn.Module):

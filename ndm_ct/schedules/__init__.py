@@ -12,11 +12,14 @@ from ndm_ct.schedules.fixed import (
     VarianceExploding,
     VariancePreserving,
 )
+from ndm_ct.schedules.given import FromFunctions, FromLogSNR
 from ndm_ct.schedules.volatility import LearnedVolatility, Matched
 
 __all__ = [
     "Coefficients",
     "Cosine",
+    "FromFunctions",
+    "FromLogSNR",
     "LearnedLogSNR",
     "LearnedVolatility",
     "Level",

@@ -26,10 +26,11 @@ __all__ = [
     "Trigonometric",
     "VarianceExploding",
     "VariancePreserving",
+    "variance_preserving",
 ]
 
 
-def _variance_preserving(gamma: Tensor, dgamma: Tensor) -> Coefficients:
+def variance_preserving(gamma: Tensor, dgamma: Tensor) -> Coefficients:
     r"""Coefficients with :math:`\alpha^2 + \sigma^2 = 1` from :math:`\gamma, \gamma'`."""
     alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
     return Coefficients(alpha, sigma, -0.5 * alpha * sigma**2 * dgamma, 0.5 * sigma * alpha**2 * dgamma)
@@ -57,7 +58,7 @@ class LinearLogSNR(Schedule):
 
     def forward(self, t: Tensor) -> Coefficients:
         slope = self.gamma_max - self.gamma_min
-        return _variance_preserving(self.gamma_min + slope * t, torch.full_like(t, slope))
+        return variance_preserving(self.gamma_min + slope * t, torch.full_like(t, slope))
 
     def time_at(self, angle: Tensor) -> Tensor:
         gamma = 2.0 * torch.tan(angle).log()
@@ -232,7 +233,7 @@ class LearnedLogSNR(Schedule):
         if self.learn_ends:
             first, total = self.first.double(), self.log_range.double().exp()
         slope = total / (ends[1] - ends[0])
-        return _variance_preserving(first + slope * (value - ends[0]), slope * rate)
+        return variance_preserving(first + slope * (value - ends[0]), slope * rate)
 
 
 class Tabulated(Schedule):
@@ -277,7 +278,7 @@ class Tabulated(Schedule):
         d0, d1 = slope_table[k], slope_table[k + 1]
         c2, c3 = 3.0 * (y1 - y0) - 2.0 * d0 - d1, d0 + d1 - 2.0 * (y1 - y0)
         gamma = y0 + u * (d0 + u * (c2 + u * c3))
-        return _variance_preserving(gamma, (d0 + u * (2.0 * c2 + 3.0 * u * c3)) * intervals)
+        return variance_preserving(gamma, (d0 + u * (2.0 * c2 + 3.0 * u * c3)) * intervals)
 
 
 def as_table(alphas_cumprod: Sequence[float] | Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def test_reference_density_checks_its_time():
         (lambda: NDM(ndm_ct.nn.Preconditioned(ndm_ct.nn.MLP(2)), (2,), prediction="v"), ValueError, "is built for"),
         (lambda: NDM(ndm_ct.nn.MLP(2), (3,)), ValueError, r"event_shape=\(3,\) has 3 numbers, .* MLP .*\(2,\)"),
         (lambda: NDM(ndm_ct.nn.Preconditioned(ndm_ct.nn.UNet(1, width=4)), (3, 4, 4)), ValueError, "does not fit UNet"),
-        (lambda: NDM(ndm_ct.nn.UNet(1, width=4), (1, 4, 5)), ValueError, "multiples of 2"),
+        (lambda: NDM(ndm_ct.nn.UNet(1, width=4), (3, 4, 5)), ValueError, "make the two agree"),
         (lambda: NDM(ndm_ct.nn.UNet(1, width=4), (16,)), ValueError, "does not fit UNet"),
         (lambda: model(t_min=1.0), ValueError, r"t_min must lie in \[0, 1\)"),
         (lambda: model(prediction="epsilon"), ValueError, "prediction='epsilon' is unknown"),

@@ -143,14 +143,27 @@ def test_time_embedding_tells_times_apart_smoothly():
     assert steps.max() < 0.2 * torch.cdist(features, features).max()
 
 
+@pytest.mark.parametrize(("levels", "sides"), [(2, (7, 7)), (3, (5, 6)), (1, (3, 5))])
+def test_a_unet_takes_images_of_any_sides(levels, sides):
+    """As with zeros below and to the right, cut off again."""
+    torch.manual_seed(0)
+    net, z, t = awake(UNet(1, width=4, levels=levels)), torch.randn(2, 1, *sides), torch.rand(2)
+    factor = 2 ** (levels - 1)
+    whole = torch.zeros(2, 1, *(-(-side // factor) * factor for side in sides))
+    whole[:, :, : sides[0], : sides[1]] = z
+    torch.testing.assert_close(net(z, t), net(whole, t)[:, :, : sides[0], : sides[1]])
+    model = ndm_ct.NDM(Preconditioned(net), (1, *sides))
+    assert ndm_ct.sample(model, 1, method="ddim", steps=2).shape == (1, 1, *sides)
+
+
 def test_errors_name_the_cure():
     z, t = torch.zeros(2, 1, 6, 6), torch.zeros(2)
     with pytest.raises(TypeError, match="time=False"):
         UNet(1)(z)
     with pytest.raises(TypeError, match=r"call net\(x\)"):
         UNet(1, time=False)(z, t)
-    with pytest.raises(ValueError, match="multiples of 4"):
-        UNet(1, levels=3)(z, t)
+    with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\)"):
+        UNet(3, levels=3)(z, t)
     with pytest.raises(ValueError, match="width"):
         MLP(2, width=0)
     with pytest.raises(TypeError, match="schedule"):
