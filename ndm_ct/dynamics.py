@@ -101,8 +101,12 @@ class ProbabilityFlow:
 
     def score(self, t: Tensor, z: Tensor, F: Tensor) -> Tensor:
         r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2` from :math:`\hat F` at time ``t`` and state ``z``."""
-        c = self._coefficients(t)
+        c = self._scored(t)
         return (expand(c.alpha, z) * F - z) / expand(c.sigma**2, z)
+
+    def _scored(self, t: Tensor) -> Coefficients:
+        """The schedule by which predictions and scores are read."""
+        return self._coefficients(t)
 
     def assemble(self, t: Tensor, z: Tensor, network_part: Tensor) -> Tensor:
         """The velocity from its network part: adds the part linear in z."""
@@ -160,10 +164,6 @@ class NetworkFlow(ProbabilityFlow):
 
     def prediction(self, t: Tensor, z: Tensor) -> Tensor:
         return denoised(z, self.velocity(t, z), self._scored(t))
-
-    def score(self, t: Tensor, z: Tensor, F: Tensor) -> Tensor:
-        c = self._scored(t)
-        return (expand(c.alpha, z) * F - z) / expand(c.sigma**2, z)
 
     def _scored(self, t: Tensor) -> Coefficients:
         return self.process.schedule(t.clamp(min=self.t_noise)) if self.floored else self._coefficients(t)

@@ -117,8 +117,8 @@ def _with_derivative(name: str, function: Function, t: Tensor) -> tuple[Tensor, 
         return value + torch.zeros_like(time)  # a number, which has no derivative, too
 
     t = t.contiguous()  # a time that is expanded to a batch has no place for its derivative
-    value_and_slope: tuple[Tensor, Tensor] = torch.func.jvp(evaluate, (t,), (torch.ones_like(t),))
-    return value_and_slope
+    both = torch.func.jvp(evaluate, (t,), (torch.ones_like(t),))
+    return both[0], both[1]
 
 
 def _validate(schedule: Schedule) -> None:
