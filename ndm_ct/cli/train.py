@@ -56,15 +56,15 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """Defaults, or the settings of the run that is there; then the file; then the command line."""
+    """Defaults, or the settings of the run that is there if no data are named; the file; the command line."""
     given = {each.name: getattr(options, each.name) for each in fields(Settings) if each.name in vars(options)}
     if given["data"] is None:
         del given["data"]
     if options.config is not None:
         given = settings_from_file(options.config) | given
     known = options.out / "config.json"
-    if known.exists() and not given:
-        return settings_of(options.out)
+    if known.exists() and "data" not in given:
+        return replace(settings_of(options.out), **given)
     settings = Settings.of(given, "the command line" if options.config is None else str(options.config))
     if settings.data is None:
         raise UsageError(
@@ -270,7 +270,8 @@ def _kept(config: dict[str, Any], folder: Path) -> Iterator[None]:
     """Write the configuration, or compare it with the one that is there; one that no training accepts does not stay."""
     path = folder / "config.json"
     if path.exists():
-        _compare(config, folder)
+        if _has_more_steps(config, folder):
+            write_atomically(path, (json.dumps(config | {"versions": versions()}, indent=1) + "\n").encode())
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -283,7 +284,17 @@ def _kept(config: dict[str, Any], folder: Path) -> Iterator[None]:
         raise
 
 
-def _compare(config: dict[str, Any], folder: Path) -> None:
+def _has_more_steps(config: dict[str, Any], folder: Path) -> bool:
+    """Whether a configuration asks for more steps than the one in the folder.
+
+    Raises:
+        ValueError: it differs in anything else.
+    """
     known = read_config(folder)
     saved, now = ({**each["settings"], **each, "settings": None} for each in (known, config))
-    RunFolder(folder, repr(str(folder))).compare(saved, now)
+    more = bool(now["steps"] > saved["steps"])
+    differing = {name for name in now if saved.get(name) != now[name]}
+    RunFolder(folder, repr(str(folder))).compare(
+        saved | {"steps": now["steps"]} if differing == {"steps"} and more else saved, now
+    )
+    return more

@@ -46,7 +46,7 @@ from ndm_ct.model import NDM
 from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.training.loop import FitResult, Training
-from ndm_ct.training.settings import Intervals, Settings
+from ndm_ct.training.settings import Intervals, Settings, default_warmup
 from ndm_ct.training.state import Folder, Objective, Row, State
 
 __all__ = ["FitResult", "fit"]
@@ -91,7 +91,8 @@ def fit(
 
     With ``run_dir`` the folder receives ``log.jsonl``, ``checkpoint.safetensors`` (weights, averaged weights and
     optimiser state) and at the end ``model.safetensors`` for :func:`ndm_ct.load`. The same call continues a training
-    that was killed. Ctrl-C, SIGTERM and SIGUSR1 finish the step, write a checkpoint and return with ``finished=False``.
+    that was killed; with more ``steps`` it continues one that has finished. Ctrl-C, SIGTERM and SIGUSR1 finish the
+    step, write a checkpoint and return with ``finished=False``.
 
     Networks may be compiled in place before: ``model.predictor.compile()``, ``model.transform.features.compile()``.
     The weights keep their names in files.
@@ -104,7 +105,9 @@ def fit(
             together with ``quantisation``. Float arrays take the model's dtype. An iterable is read in its own order,
             and again from the start when it ends; batches of a ``DataLoader`` are cut into rows, and ``batch_size``
             counts. Every process of a distributed job passes all rows.
-        steps: optimiser steps in total.
+        steps: optimiser steps in total. If ``run_dir`` holds a training that differs only in having fewer steps, even
+            a finished one, it goes on to this number: with its weights, averages, optimiser state and order of rows,
+            and from there on with the learning rate of a training of this many steps.
         batch_size: rows per step, drawn without replacement within an epoch. An incomplete last batch is left out.
         lr: peak learning rate.
         optimizer: "adamw" or "adam".
@@ -166,7 +169,7 @@ def fit(
     steps = validate_count("steps", steps)
     settings = Settings(
         steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, weight_decay=weight_decay, grad_clip=grad_clip,
-        warmup=min(1000, steps // 10) if warmup is None else warmup, lr_final=lr_final, ema=ema, seed=seed,
+        warmup=default_warmup(steps) if warmup is None else warmup, lr_final=lr_final, ema=ema, seed=seed,
         cond_dropout=cond_dropout, patience=patience, accumulate=group.size if accumulate is None else accumulate,
         precision=precision,
     )  # fmt: skip

@@ -11,12 +11,17 @@ from ndm_ct._core.checks import choose, is_whole, unpack_numpy, validate_count, 
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 
-__all__ = ["OPTIMIZERS", "PRECISIONS", "Intervals", "Settings"]
+__all__ = ["OPTIMIZERS", "PRECISIONS", "Intervals", "Settings", "default_warmup"]
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 PRECISIONS = {"full": None, "bf16-mixed": torch.bfloat16}
 """Dtype of the networks during training, by Lightning's names for it; None is the dtype of their weights."""
+
+
+def default_warmup(steps: int) -> int:
+    """Steps of warm-up of a training that does not name them."""
+    return min(1000, steps // 10)
 
 
 @dataclass(frozen=True, kw_only=True)

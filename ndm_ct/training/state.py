@@ -19,7 +19,7 @@ from ndm_ct.quantisation import rename_earlier
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.storage.folder import Journal, RunFolder
 from ndm_ct.storage.tensors import compare_tensors, read, write
-from ndm_ct.training.settings import OPTIMIZERS, Settings
+from ndm_ct.training.settings import OPTIMIZERS, Settings, default_warmup
 
 __all__ = ["Folder", "Objective", "Row", "State"]
 
@@ -219,7 +219,9 @@ class State:
         settings = description.get("settings")
         if not isinstance(settings, dict):
             raise CheckpointError(f"{file}: the settings are a {type(settings).__name__}, not an object.")
-        folder.compare(_LATER | {"classes": identity["classes"]} | rename_earlier(settings), identity)
+        before = _LATER | {"classes": identity["classes"]} | rename_earlier(settings)
+        compared = _with_more_steps(before, identity)
+        folder.compare(compared, identity)
         try:
             progress = _Progress.from_json(description, self.settings.steps)
             compare_tensors(self._expected(tensors), tensors)
@@ -229,6 +231,8 @@ class State:
             ) from error
         folder.rewind(progress.step)  # before the model changes, because the log may be damaged
         self._take(progress, tensors)
+        if compared is not before:  # more steps are wanted, even if patience had ended
+            self.waited = 0
 
     def _take(self, progress: _Progress, tensors: dict[str, Tensor]) -> None:
         self.model.load_state_dict(_under("model.", tensors))
@@ -257,6 +261,17 @@ class State:
                 state = {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
                 expected |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
         return expected
+
+
+def _with_more_steps(saved: Row, identity: Row) -> Row:
+    """The saved settings with the steps of this training, if more steps are all that is new in it."""
+    steps, more = saved.get("steps"), identity["steps"]
+    if not isinstance(steps, int) or steps >= more:
+        return saved
+    longer = saved | {"steps": more}
+    if (saved.get("warmup"), identity["warmup"]) == (default_warmup(steps), default_warmup(more)):
+        longer["warmup"] = identity["warmup"]
+    return longer if all(longer.get(name) == value for name, value in identity.items()) else saved
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -175,6 +175,24 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path, capsys, monkeypatch):
     assert "lr was 0.002, now 0.0001" in capsys.readouterr().err
 
 
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, capsys):
+    """With the data named again or not; other settings are still refused, and fewer steps too."""
+    data = write_csv(tmp_path / "train.csv", table(60))
+    small = ("--width", 8, "--depth", 1, "--quiet")
+    ok("train", data, "--out", tmp_path / "a", "--steps", 4, *small)
+    ok("train", data, "--out", tmp_path / "b", "--steps", 4, *small)
+    ok("train", "--out", tmp_path / "a", "--steps", 9, "--quiet")
+    ok("train", data, "--out", tmp_path / "b", "--steps", 9, *small)
+    assert "trained 9 steps" in capsys.readouterr().out
+    assert runs.settings_of(tmp_path / "a").steps == 9
+    a, b = (ndm_ct.load(tmp_path / name / "model.safetensors").state_dict() for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for options, words in ((("--steps", 5), "steps was 9, now 5"), (("--steps", 12, "--lr", 1e-4), "lr was 0.002")):
+        assert cli.main([*map(str, ("train", "--out", tmp_path / "a", "--quiet", *options))]) == 1
+        assert words in capsys.readouterr().err
+    assert runs.settings_of(tmp_path / "a").steps == 9
+
+
 def test_settings_of_file_and_command_line(tmp_path):
     data = write_csv(tmp_path / "train.csv", table(100))
     (tmp_path / "c.json").write_text(json.dumps({"data": str(data), "steps": 3, "width": 8, "transform": "separable"}))

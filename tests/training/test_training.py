@@ -942,8 +942,8 @@ def overfitted(run_dir=None, patience=2, **others):
     torch.manual_seed(0)
     model = ndm_ct.NDM(Preconditioned(MLP(2, width=32)), event_shape=(2,), schedule=schedules.LinearLogSNR(-8.0, 6.0))
     result = fit(
-        model, mixture(12), steps=400, batch_size=12, lr=1e-2, ema=0.9, validation=mixture(64, seed=9),
-        validate_every=10, patience=patience, run_dir=run_dir, progress=False, **others,
+        model, mixture(12), batch_size=12, lr=1e-2, ema=0.9, validation=mixture(64, seed=9), validate_every=10,
+        patience=patience, run_dir=run_dir, progress=False, **{"steps": 400} | others,
     )  # fmt: skip
     return model, result
 
@@ -999,3 +999,36 @@ def test_patience_is_validated(others, message):
     with pytest.raises((ValueError, TypeError), match=message):
         fit(ndm_ct.NDM(Preconditioned(MLP(2, width=8)), (2,)), mixture(12), steps=3,
             **({"validation": mixture(8)} | others))  # fmt: skip
+
+
+def test_a_finished_training_goes_on_with_more_steps(tmp_path):
+    """With a constant learning rate the bits are those of one training; patience begins anew."""
+    constant = {"lr_final": 1.0, "warmup": 0, "log_every": 2, "validation": mixture(32, seed=9), "validate_every": 2}
+    whole, rest, again = toy(), toy(), toy()
+    expected = quick(whole, steps=10, **constant)
+    assert quick(toy(), steps=4, run_dir=tmp_path, **constant).finished
+    result = quick(rest, steps=10, run_dir=tmp_path, **constant)
+    assert result.finished
+    assert same(rest, whole)
+    assert strip(result.history) == strip(expected.history)
+    assert strip(result.validation) == strip(expected.validation)
+    assert same(load(tmp_path / "model.safetensors"), whole)
+    assert quick(again, steps=10, run_dir=tmp_path, **constant).step == 10
+    assert same(again, whole)
+    with pytest.raises(ValueError, match="steps was 10, now 8"):
+        quick(toy(), steps=8, run_dir=tmp_path, **constant)
+    with pytest.raises(ValueError, match=r"steps was 10, now 12; .*lr_final was 1\.0, now 0\.5"):
+        quick(toy(), steps=12, run_dir=tmp_path, **constant | {"lr_final": 0.5})
+
+
+def test_more_steps_follow_the_learning_rate_of_the_longer_training(tmp_path):
+    quick(toy(), steps=20, run_dir=tmp_path)
+    rows = quick(toy(), steps=60, run_dir=tmp_path, log_every=1).history
+    longer = quick(toy(), steps=60, log_every=1).history
+    assert [row["lr"] for row in rows[1:]] == [row["lr"] for row in longer[20:]]
+
+
+def test_more_steps_after_patience_has_ended(tmp_path):
+    _, first = overfitted(tmp_path)
+    _, more = overfitted(tmp_path, steps=401)
+    assert first.step < more.step
