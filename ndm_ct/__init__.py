@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from ndm_ct._core.conditioning import shared
     from ndm_ct._core.errors import CheckpointError, PredictorError, SolverError
+    from ndm_ct.auditing import Audit, audit
     from ndm_ct.checking import check
     from ndm_ct.distributions import distribution
     from ndm_ct.evaluation.api import Comparison, Evaluation, compare, evaluate
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NDM",
+    "Audit",
     "BitsInfo",
     "CheckpointError",
     "Comparison",
@@ -52,6 +54,7 @@ __all__ = [
     "SampleInfo",
     "SolverError",
     "adapters",
+    "audit",
     "bits_per_dim",
     "check",
     "compare",
@@ -85,6 +88,7 @@ __all__ = [
 _HOMES = {
     "_core.conditioning": ("shared",),
     "_core.errors": ("CheckpointError", "PredictorError", "SolverError"),
+    "auditing": ("Audit", "audit"),
     "checking": ("check",),
     "distributions": ("distribution",),
     "evaluation.api": ("Comparison", "Evaluation", "compare", "evaluate"),
