@@ -185,6 +185,7 @@ class Record:
 
     def _make(self) -> None:
         options = ["--cov=ndm_ct", "--cov-context=test", "--cov-report=", "--durations=0", "--durations-min=0", "-q"]
+        options += ["-n", "0", "--dist", "no"]  # with workers the record would not say which test ran a line
         tests = [f"{TESTS.name}/{test}" for test in CORE_TESTS]
         result = subprocess.run(
             [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", *tests], cwd=TESTS.parent,

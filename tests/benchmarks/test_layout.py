@@ -26,7 +26,7 @@ def quoted():
 
 
 def test_a_script_is_short_and_imports_no_other():
-    assert len(SCRIPTS) <= 12
+    assert len(SCRIPTS) <= 13
     for name in SCRIPTS:
         text = (FOLDER / f"{name}.py").read_text()
         assert len(text.splitlines()) <= 250, name
@@ -103,6 +103,32 @@ def test_a_look_at_special_cases_is_kept(tmp_path, monkeypatch):
     assert [row["preset"] for row in report_of(tmp_path / "out")["results"]] == ["vdm", "edm"]
     monkeypatch.setattr(special_cases, "measure", None)
     assert special_cases.main(arguments) == json.loads(json.dumps(first))
+
+
+def test_a_look_at_the_audit_is_kept(tmp_path, monkeypatch):
+    module = importlib.import_module("audit")
+    protocols = ["ndm_ct", "undivided", "few steps"]
+    arguments = [
+        "--laws",
+        "checkers",
+        "--repeats",
+        "8",
+        "--rows",
+        "2",
+        "--protocols",
+        *protocols,
+        "--out",
+        str(tmp_path),
+    ]
+    first = module.main(arguments)
+    found = {name: verdicts[0] for name, verdicts in report_of(tmp_path)["results"].items()}
+    assert list(found) == protocols
+    assert abs(found["ndm_ct"]["bits"]) < 0.005
+    assert found["undivided"]["bits"] < -0.5  # four probes summed: far too good
+    assert found["ndm_ct"]["evaluations"] > found["few steps"]["evaluations"] == 8.0
+    assert (tmp_path / "plot.png").stat().st_size > 5_000
+    monkeypatch.setattr(module.ndm_ct, "audit", None)
+    assert module.main(arguments)["results"] == first["results"]
 
 
 def test_a_look_at_the_choice_of_times(tmp_path):
