@@ -75,7 +75,7 @@ class _ChainMarginals:
 
     def _forward(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """P(h_i | z_1 ... z_i) ``(B, d, H)``, and the density of z_i given those before it ``(B, d)``."""
-        odds, states, densities = self.start * share[:, 0], [], []
+        odds, states, densities = self.start * share[:, 0], list[Tensor](), list[Tensor]()
         for i in range(self.length):
             if i:
                 odds = (states[-1] @ self.transition) * share[:, i]
