@@ -117,7 +117,7 @@ def pursuit(t, y):
 
 
 # Errors of phase add up along orbits, the more the closer the approach; the planets' states are large.
-GROWTH = {"B1": 2e4, "C5": 1e3, "D1": 3e3, "D2": 3e3, "D3": 3e3, "D4": 2e4, "D5": 2e4, "E3": 2e4}
+GROWTH = {"B1": 2e4, "C5": 1e3, "D1": 6e3, "D2": 6e3, "D3": 6e3, "D4": 2e4, "D5": 2e4, "E3": 2e4}
 
 
 def unit(n):
