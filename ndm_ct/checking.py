@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct import objectives
-from ndm_ct._core.autodiff import vjp
+from ndm_ct._core.autodiff import Derivatives, slope_along
 from ndm_ct._core.checks import append_axes, expand, sum_event
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
@@ -38,12 +38,6 @@ from ndm_ct.transforms import Identity
 __all__ = ["check", "verify", "warn_of_unreached"]
 
 Purpose = Literal["likelihood", "flow", "sample", "fit"]
-
-_STEPS = (2.0**-8, 2.0**-6)
-"""Steps of differences, in t and in units of the state's size."""
-
-_SHARE = 0.1
-"""Relative error of a derivative that is reported."""
 
 
 def check(model: NDM, x: Tensor, /, **cond: Any) -> None:
@@ -101,6 +95,8 @@ def verify(
     Raises:
         PredictorError, ValueError: as in :func:`check`.
     """
+    if len(start) > 0:
+        model.initialise(start, cond)
     seen = _Seen.of(model, start, cond)
     if len(start) == 0 or not (model.checks or even_if_off) or seen.equals(model.checked.get(purpose)):
         return
@@ -252,11 +248,11 @@ def _of_network(
                 f"{_ROW_CURE}."
             )
         ]
-    return _of_derivative(model, t, z, lambda z: part(z, both), first) if derivative else []
+    return _of_derivative(model, t, z, lambda z: part(z, both), first, model.derivatives) if derivative else []
 
 
 def _of_derivative(
-    model: NDM, t: Tensor, z: Tensor, part: Callable[[Tensor], Tensor], value: Tensor
+    model: NDM, t: Tensor, z: Tensor, part: Callable[[Tensor], Tensor], value: Tensor, derivatives: Derivatives
 ) -> list[Exception]:
     r"""Whether :math:`w^T J u` by autograd is that of a finite difference, for a direction u and two covectors w."""
     sigma = append_axes(model.schedule(t).sigma, z).to(z.dtype)
@@ -264,10 +260,11 @@ def _of_derivative(
     direction = size * _normal("direction", z).sign()
     found, seen = torch.zeros(len(z), dtype=torch.bool, device=z.device), False
     try:
-        slope, allowed = _slope(lambda step: part(z + step * direction), value, _STEPS)
-        _, pullback, _ = vjp(lambda state: (part(state), state), z)
-        for covector in (slope / _norm(slope).clamp(min=1e-30).reshape(sigma.shape), _normal("covector", z)):
-            (product,) = pullback(covector.to(value.dtype))
+        slope, allowed = slope_along(lambda step: part(z + step * direction), value)
+        along = slope / _norm(slope).clamp(min=1e-30).reshape(sigma.shape)
+        covectors = torch.stack([along.to(value.dtype), _normal("covector", z).to(value.dtype)])
+        _, products, _ = derivatives.vjps(lambda state: (part(state), state), z, covectors, lambda _, product: product)
+        for covector, product in zip(covectors, products, strict=True):
             by_autograd = sum_event(product.double() * direction.double())
             found |= (by_autograd - sum_event(covector.double() * slope)).abs() > allowed
             seen |= bool(product.any())
@@ -283,21 +280,6 @@ def _of_derivative(
             "torch.no_grad(), .detach() or a conversion to numpy from the predictor, and mend a backward() of your own."
         )
     ]
-
-
-def _slope(function: Callable[[float], Tensor], value: Tensor, steps: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """The derivative at 0 of a function of a number, float64, and how far off it may be in each row.
-
-    Args:
-        function: the function.
-        value: its value at 0, shape ``(B, ...)``.
-        steps: two steps, the smaller one first.
-    """
-    step, longer = steps
-    up, down = function(step).double() - value.double(), value.double() - function(-step).double()
-    slope, coarse = 0.5 * (up + down) / step, 0.5 * (function(longer) - function(-longer)).double() / longer
-    rounding = 300.0 * torch.finfo(value.dtype).eps * _norm(value) / step
-    return slope, _SHARE * _norm(slope) + 3.0 * (_norm(up - down) / step + _norm(slope - coarse)) + rounding
 
 
 def _percent(change: Tensor, size: Tensor) -> str:
@@ -376,5 +358,5 @@ def _of_transform(model: NDM, y: Tensor, t: Tensor, cond: Conditioning, *, promi
 
 def _wrong_rate(function: Callable[[Tensor], Tensor], rate: Tensor, t: Tensor) -> Tensor:
     """Rows in which ``rate`` is not the time derivative of ``function``."""
-    slope, allowed = _slope(lambda step: function(t + step), function(t), _STEPS)
+    slope, allowed = slope_along(lambda step: function(t + step), function(t))
     return _norm(rate - slope) > allowed

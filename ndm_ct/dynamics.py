@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ndm_ct._core.autodiff import Derivatives
 from ndm_ct._core.checks import as_time, event_size, expand
 from ndm_ct.process import ForwardProcess, denoised, drift
 from ndm_ct.schedules.base import Coefficients
@@ -46,12 +47,15 @@ class ProbabilityFlow:
         dtype: precision in which the network is evaluated; the algebra around it keeps the precision of z. None is that
             of z.
         t_min: the data end; times outside [t_min, 1], which adaptive solvers try, are moved to it.
+        derivatives: how derivatives of the networks are taken; None finds it out.
     """
 
     def __init__(
-        self, process: ForwardProcess, moments: MomentsFunction, dtype: torch.dtype | None, t_min: float = 0.0
-    ) -> None:
+        self, process: ForwardProcess, moments: MomentsFunction, dtype: torch.dtype | None, t_min: float = 0.0,
+        derivatives: Derivatives | None = None,
+    ) -> None:  # fmt: skip
         self.process, self.moments, self.dtype, self.t_min = process, moments, dtype, t_min
+        self.derivatives = Derivatives() if derivatives is None else derivatives
         self._last: tuple[Tensor, bool, Coefficients] | None = None
 
     def _coefficients(self, t: Tensor) -> Coefficients:
@@ -128,13 +132,14 @@ class NetworkFlow(ProbabilityFlow):
         dtype: as of :class:`ProbabilityFlow`.
         t_min: the data end.
         t_noise: the least time that is treated as one with noise.
+        derivatives: as of :class:`ProbabilityFlow`.
     """
 
     def __init__(
         self, process: ForwardProcess, moments: MomentsFunction, network: Callable[[Tensor, Tensor], Tensor],
-        dtype: torch.dtype | None, t_min: float, t_noise: float,
+        dtype: torch.dtype | None, t_min: float, t_noise: float, derivatives: Derivatives | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(process, moments, dtype, t_min)
+        super().__init__(process, moments, dtype, t_min, derivatives)
         self.network, self.t_noise = network, t_noise
 
     @property

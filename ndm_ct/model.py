@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ndm_ct._core import checks
 from ndm_ct._core.checks import as_time, choose, expand, validate_shape
@@ -97,6 +98,7 @@ class NDM(PredictedProcess):
         self.has_custom_prior, self.checks = prior is not None, checks
         self.prior = prior if prior is not None else IsotropicNormal(event_shape, _prior_scale(schedule))
         self.checked: dict[str, Any] = {}  # by purpose, the model as it was when the checks were passed
+        self._lazy = any(map(is_lazy, self.parameters()))
         (names, anything), (more, anything_more) = self.predictor_names, transform.cond_names()
         self.cond_names = names | more, anything or anything_more
 
@@ -113,11 +115,11 @@ class NDM(PredictedProcess):
             cond: conditioning.
         """
         dtype = self.dtype if dtype is None else dtype
-        moments = partial(self.moments, **cond)
+        moments, derivatives = partial(self.moments, **cond), self.derivatives
         if self.prediction != "velocity":
-            return ProbabilityFlow(self.process, moments, dtype, self.t_min)
+            return ProbabilityFlow(self.process, moments, dtype, self.t_min, derivatives)
         network = partial(self.predict_velocity, **cond)
-        return NetworkFlow(self.process, moments, network, dtype, self.t_min, self.t_noise)
+        return NetworkFlow(self.process, moments, network, dtype, self.t_min, self.t_noise, derivatives)
 
     def reverse_sde(self, dtype: torch.dtype | None = None, /, **cond: Any) -> ReverseSDE:
         r"""The reverse SDE under fixed conditioning, for ``torchsde.sdeint(sde, y, times)``.
@@ -208,7 +210,26 @@ class NDM(PredictedProcess):
         if isinstance(cond, Conditioning):
             return cond
         rows = len(like) if isinstance(like, Tensor) and like.ndim > 0 else 0
-        return Conditioning(cond, rows, _Probe(self, like))
+        given = Conditioning(cond, rows, _Probe(self, like))
+        if rows > 0:
+            self.initialise(like, given)
+        return given
+
+    def initialise(self, like: Tensor, cond: Conditioning) -> None:
+        """Give layers that are lazy still their shapes, by an evaluation outside of any derivative.
+
+        Args:
+            like: rows of the batch, for their number, dtype and device.
+            cond: their conditioning.
+        """
+        if not self._lazy:
+            return
+        rows = len(like) if cond else 1
+        z, t = like.new_zeros(rows, *self.event_shape), as_time(0.5, like.device).expand(rows)
+        with self.evaluating(), torch.no_grad():
+            self.transform(z, t, **cond)
+            self._predict(z, t, cond)
+        self._lazy = False
 
     def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""Where the path of data begins: y with :math:`F(x, t) = G(y, t)`, and :math:`\log p(x) - \log p(y)`.

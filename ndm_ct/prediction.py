@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ndm_ct._core.autodiff import Derivatives
 from ndm_ct._core.checks import as_time, bad_rows, expand, expand_time, first_parameter, some
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import accepted_by, keyword_names
@@ -71,6 +72,7 @@ class PredictedProcess(nn.Module):
         super().__init__()
         self.process, self.predictor, self.prediction = process, predictor, prediction
         self.predictor_names = keyword_names(predictor, 2)
+        self.derivatives = Derivatives(self)
 
     @property
     def transform(self) -> Transform:

@@ -372,16 +372,21 @@ def test_a_resumed_training_names_classes_of_ones_own_that_changed(tmp_path, mon
         train("own_d", name="Renamed")
 
 
-def test_networks_without_forward_mode_are_refused_with_the_cure():
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.leave = nn.LSTM(2, 8, batch_first=True), nn.Linear(8, 1)
+def test_networks_without_a_derivative_in_time_are_refused_with_the_cure():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            return h.sin()
 
-        def forward(self, z, t):
-            return self.leave(self.inner(torch.stack([z, t[:, None].expand_as(z)], -1))[0]).squeeze(-1)
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return grad
 
-    with pytest.raises(PredictorError, match=r"needs forward-mode differentiation.*Separable"):
-        ndm_ct.fit(model(ndm_ct.nn.MLP(3, width=8), transform=transforms.Neural(Recurrent())), X, steps=1)
+    def features(z, t):
+        return Once.apply(z * t[:, None])
+
+    with pytest.raises(PredictorError, match=r"needs forward-mode differentiation or a second.*Separable"):
+        ndm_ct.fit(model(ndm_ct.nn.MLP(3, width=8), transform=transforms.Neural(features)), X, steps=1)
     with pytest.raises(ValueError, match=r"type list, expected a tensor.*torch\.stack"):
         ndm_ct.elbo(model(ndm_ct.nn.MLP(3, width=8), transform=transforms.Separable(lambda x: [x, x])), X)

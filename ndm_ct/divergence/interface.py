@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ndm_ct._core.autodiff import Derivatives
 from ndm_ct._core.noise import Randomness
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ class Path(Protocol):
     @property
     def error_wanted(self) -> bool:
         """Whether an estimate of the solver's own error is worth a second, coarser solve."""
+
+    @property
+    def derivatives(self) -> Derivatives:
+        """How derivatives of the network are taken."""
 
     def transport(self, nodes: Tensor | None = None, *, in_noise_units: bool = False) -> SolvedPath:
         """Solve for the state alone.

@@ -12,12 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ndm_ct._core.autodiff import vjp
+from ndm_ct._core.autodiff import Derivatives
 from ndm_ct._core.checks import event_size, sum_event, unpack_numpy, validate_count
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, coins
 from ndm_ct.divergence.interface import LogDet, Path, TraceEstimator
 
 __all__ = ["BoundTrace", "Exact", "Hutchinson"]
+
+
+def quadratic_form(probe: Tensor, product: Tensor) -> Tensor:
+    r""":math:`\epsilon^\top J \epsilon` of each row from :math:`\epsilon` and :math:`\epsilon^\top J`, ``(B,)``."""
+    return sum_event(probe * product)
 
 
 @dataclass(frozen=True)
@@ -61,19 +66,18 @@ class BoundTrace:
         value, divergence, _ = self.with_byproduct(lambda z: (f(z), z), z)
         return value, divergence
 
-    def with_byproduct(self, f: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Value, divergence and by-product of a field that returns a by-product as its second tensor."""
-        value, pullback, byproduct = vjp(f, z)
+    def with_byproduct(
+        self, f: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor, derivatives: Derivatives | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, divergence and by-product of a field that returns a by-product as its second tensor.
 
-        def quadratic_form(probe: Tensor) -> Tensor:
-            (product,) = pullback(probe)
-            return sum_event(probe * product)
-
-        # vmap costs more than it saves for a single probe, and not every network can pass it.
-        if self.vjps == 1 or self.chunk == 1:
-            forms = torch.stack([quadratic_form(probe) for probe in self.probes])
-        else:
-            forms = torch.func.vmap(quadratic_form, chunk_size=self.chunk)(self.probes)
+        Args:
+            f: the field.
+            z: state, shape ``(B, *E)``.
+            derivatives: remembers what f can pass; None finds it anew.
+        """
+        derivatives = Derivatives() if derivatives is None else derivatives
+        value, forms, byproduct = derivatives.vjps(f, z, self.probes, quadratic_form, chunk=self.chunk)
         return value, forms.sum(0)[:, None] if self.exact else forms.mT, byproduct
 
     def combine(self, integrated: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +109,7 @@ class Exact(TraceEstimator):
 
     Args:
         chunk: products computed at a time. A smaller number needs less memory and more time. None is all at once, by
-            vmap; 1 is one by one, for networks that vmap cannot pass through.
+            vmap; 1 is one by one.
 
     Example:
         >>> z = torch.randn(4, 3)

@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ndm_ct._core.autodiff import vjp
 from ndm_ct._core.checks import event_size, sum_event, unpack_numpy, validate_count
 from ndm_ct._core.noise import Randomness, rows_of, uniform
 from ndm_ct.divergence.interface import LogDet, Path, SolvedPath, TraceEstimator
@@ -269,15 +268,10 @@ class Sweeps:
     def _forms(self, states: Tensor, node: Tensor, row: Tensor, path: Path) -> Tensor:
         """Mean over the probes of eps^T J eps at some nodes, float64, ``(b,)``."""
         z = states[node, row].to(path.start.dtype)
-        _, pullback, _ = vjp(path.network_part(self.times[node, row], row), z)
-
-        def form(probe: Tensor) -> Tensor:
-            (product,) = pullback(probe)
-            return sum_event((probe * product).double())
-
-        probes = self._probes(node, row).to(z.dtype).reshape(-1, *z.shape)
-        # No vmap: the batch is large as it is, and not every network can pass it (channels_last weights, autocast).
-        return torch.stack([form(probe) for probe in probes]).mean(0)
+        part, probes = path.network_part(self.times[node, row], row), self._probes(node, row).to(z.dtype)
+        # One by one: the batch is large as it is.
+        _, forms, _ = path.derivatives.vjps(part, z, probes.reshape(-1, *z.shape), _quadratic_form, chunk=1)
+        return forms.mean(0)
 
     def _probes(self, node: Tensor, row: Tensor) -> Tensor:
         """Signs ``(K, b, d)``."""
@@ -287,6 +281,10 @@ class Sweeps:
         number = place * K + torch.arange(K, device=node.device)[:, None]
         flips = hadamard((number ^ self.shifts[row, sweep])[..., None], code)
         return 1 - 2 * (flips ^ self.signs[row, sweep]).long()
+
+
+def _quadratic_form(probe: Tensor, product: Tensor) -> Tensor:
+    return sum_event((probe * product).double())
 
 
 @dataclass

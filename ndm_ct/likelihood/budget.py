@@ -56,6 +56,8 @@ class LikelihoodInfo:
         row_sweeps: sweeps of the quadrature behind each row, ``(B,)``; 0 for the other estimators.
         accepted: accepted solver steps of the row that took most.
         rejected: rejected solver steps of the row that took most.
+        pullback: how vector-Jacobian products were taken: "torch.func" where the network can pass it, else "batched
+            autograd", "autograd" (one backward pass per product), or "backward". The values are the same.
         failed: rows whose solve or trace failed, ``(B,)``; all their numbers are NaN.
         z: the other end of the trajectory: :math:`z_1`, or x for ``decode``; ``(B, *E)``.
         logdet: :math:`\log|\det \partial z_{end}/\partial z_{start}|`, nats, ``(B,)``.
@@ -76,6 +78,7 @@ class LikelihoodInfo:
     row_sweeps: Tensor
     accepted: int
     rejected: int
+    pullback: str
     failed: Tensor
     z: Tensor
     logdet: Tensor
@@ -131,6 +134,7 @@ def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> 
             row_sweeps=found.sweeps,
             accepted=largest(found.solved.accepted),
             rejected=largest(found.solved.rejected),
+            pullback=path.derivatives.way,
             failed=failed,
             z=found.solved.state[0].to(path.start.dtype),
             logdet=known(found.value),
@@ -190,7 +194,7 @@ def _truncation(path: Problem, x: Tensor, value: Tensor, generator: Randomness) 
         return torch.where(c.alpha == 1.0, 0.0, torch.nan), none, none
     estimator = Exact() if d <= EXACT_UP_TO else Hutchinson(chunk=1)
     bound = estimator.bind(x, generator)
-    _, forms, F = bound.with_byproduct(lambda z: (flow.prediction(t, z),) * 2, x)
+    _, forms, F = bound.with_byproduct(lambda z: (flow.prediction(t, z),) * 2, x, flow.derivatives)
     s = flow.score(t, x, F)
     trace_of_F, _ = bound.combine(forms)
     hidden = 0.5 * (c.alpha * trace_of_F - d)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ndm_ct._core.autodiff import tensors_behind
+from ndm_ct._core.autodiff import Derivatives, tensors_behind
 from ndm_ct._core.checks import choose, expand
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct.divergence import BoundTrace
@@ -116,6 +116,11 @@ class Problem:
         """The rest of the velocity of some rows at times t ``(b,)``."""
         return self.flow(rows).network_part(t)
 
+    @property
+    def derivatives(self) -> Derivatives:
+        """How derivatives of the network are taken."""
+        return self.model.derivatives
+
     def ends(self, solved: SolvedPath) -> tuple[Tensor, Tensor]:
         """The data end and the noise end of the path, float64; zero in failed rows.
 
@@ -149,7 +154,7 @@ class Problem:
 
         def field(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, State]:
             flow, trace = self.flow(rows), bound if rows is None else bound.rows(rows)
-            part, divergence, F = trace.with_byproduct(flow.network_part(t), state[0])
+            part, divergence, F = trace.with_byproduct(flow.network_part(t), state[0], flow.derivatives)
             linear = flow.linear_divergence(t, self.model.event_shape)
             velocity = flow.assemble(t, state[0], part)
             with torch.no_grad():

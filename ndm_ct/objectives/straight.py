@@ -57,7 +57,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.autodiff import jvp
 from ndm_ct._core.checks import sum_event
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like
 from ndm_ct.dynamics import ProbabilityFlow
@@ -96,7 +95,7 @@ def acceleration(flow: ProbabilityFlow, z: Tensor, t: Tensor) -> Tensor:
     def velocity(state: Tensor, time: Tensor) -> Tensor:
         return flow(time, state)
 
-    return jvp(velocity, (z, t), (velocity(z, t), torch.ones_like(t)))[1]
+    return flow.derivatives.jvp(velocity, (z, t), (velocity(z, t), torch.ones_like(t)))[1]
 
 
 def curvature(

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.autodiff import jvp
+from ndm_ct._core.autodiff import Derivatives
 from ndm_ct._core.checks import expand
 from ndm_ct._core.config import Configurable
 from ndm_ct._core.errors import PredictorError
@@ -89,6 +89,10 @@ class Transform(nn.Module, Configurable):
     data_shape: tuple[int, ...] | None = None
     """Shape of a data point; None: that of the latents."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.derivatives = Derivatives()
+
     def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""The latents y and their log-weight w, ``(B,)`` in nats, with :math:`\log p(x) \ge E[\log p(y) + w]`.
 
@@ -110,8 +114,8 @@ class Transform(nn.Module, Configurable):
         raise NotImplementedError
 
     def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
-        r""":math:`(F, \partial F/\partial t)`, both of the shape of ``x``, by one forward-mode product in t."""
-        return jvp_in_time(lambda time: self(x, time, **cond), t)
+        r""":math:`(F, \partial F/\partial t)`, both of the shape of ``x``, by one product in t."""
+        return jvp_in_time(lambda time: self(x, time, **cond), t, self.derivatives)
 
     def log_rate(self, t: Tensor) -> Tensor:
         r""":math:`(\log a_i)'`, of the shape of t, or that followed by axes broadcastable to the event.
@@ -150,25 +154,29 @@ class Transform(nn.Module, Configurable):
         return y
 
 
-def jvp_in_time(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and time derivative of a function, in one forward-mode product.
+def jvp_in_time(
+    function: Callable[[Tensor], Tensor], t: Tensor, derivatives: Derivatives | None = None
+) -> tuple[Tensor, Tensor]:
+    """Value and time derivative of a function, in one product: forwards, or where a layer forbids it twice backwards.
 
     Args:
         function: of a time of the shape of ``t``.
         t: where it is evaluated, ``()`` or ``(B,)``.
+        derivatives: remembers what the function can pass; None finds it anew.
 
     Raises:
-        PredictorError: a layer of the function has no forward-mode derivative.
+        PredictorError: a layer of the function has neither derivative.
     """
     try:
-        return jvp(function, (t,), (torch.ones_like(t),))
+        return (derivatives or Derivatives()).jvp(function, (t,), (torch.ones_like(t),))
     except (NotImplementedError, RuntimeError) as error:
-        if not any(word in str(error) for word in ("forward AD", "forward mode", "in-place operation")):
+        words = ("forward AD", "forward mode", "in-place operation", "setup_context", "second derivative")
+        if not any(word in str(error) for word in words):
             raise
         raise PredictorError(
-            f"the time derivative of the transform F needs forward-mode differentiation, which a layer of its network "
-            f"lacks ({str(error).splitlines()[0][:160]}); take GroupNorm or LayerNorm for BatchNorm, plain layers or "
-            "attention for LSTM and GRU, or transforms.Separable, which needs no derivative of its network."
+            f"the time derivative of the transform F needs forward-mode differentiation or a second derivative, and a "
+            f"layer of its network has neither ({str(error).splitlines()[0][:160]}); write it in differentiable "
+            "operations of torch, or take transforms.Separable, which needs no derivative of its network."
         ) from error
 
 
@@ -230,7 +238,11 @@ class Composed(Transform):
 
     def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         y, dy = self.inner.with_derivative(x, t, **cond)
-        return jvp(lambda state, time: self.outer(state, time, **cond), (y, t), (dy, torch.ones_like(t)))
+
+        def outer(y: Tensor, t: Tensor) -> Tensor:
+            return self.outer(y, t, **cond)
+
+        return self.derivatives.jvp(outer, (y, t), (dy, torch.ones_like(t)))
 
     def to_basis(self, y: Tensor) -> Tensor:
         return self.outer.to_basis(y)

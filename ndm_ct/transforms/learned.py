@@ -30,7 +30,8 @@ class Neural(Transform):
     That is :math:`F = x + t\,\mathrm{net}(x, t)` and
     :math:`\dot F = \mathrm{net} + t\,\partial_t \mathrm{net}`. A network that returns zero gives the identity.
 
-    The derivative is exact, by forward mode. In training it costs about four times the forward and backward pass of the
+    The derivative is exact, by forward mode; a network that has none (LSTM, GRU, batch statistics) is differentiated
+    twice backwards. In training it costs about four times the forward and backward pass of the
     network, and a :class:`Separable` transform of the same network about once (``benchmarks/training_cost.py``), so
     prefer that one where cost matters. A central difference in time would be cheaper, but its rounding error would bias
     the bound.
@@ -53,7 +54,7 @@ class Neural(Transform):
         return x + expand(t, x) * self._net(x, expand_time(t, x), cond)
 
     def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
-        net, dnet = jvp_in_time(lambda time: self._net(x, time, cond), expand_time(t, x))
+        net, dnet = jvp_in_time(lambda time: self._net(x, time, cond), expand_time(t, x), self.derivatives)
         time = expand(t, x)
         return x + time * net, net + time * dnet
 
