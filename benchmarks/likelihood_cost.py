@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import networks, runs
-from bench.estimates import Estimate, methods, reference, solve
+from bench import networks, pullbacks, runs
+from bench.estimates import Estimate, methods, plot, reference, solve
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -141,24 +141,6 @@ def best(table: list[Measurement]) -> dict[str, Measurement]:
     return result
 
 
-def plot(table: list[Measurement]) -> Figure:
-    """RMSE against seconds and against network passes, both axes logarithmic."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for method in dict.fromkeys(m.method for m in table):
-        points = sorted((m for m in table if m.method == method), key=lambda m: m.seconds)
-        style = {"marker": "o", "linewidth": 2.2} if points[0].ours else {"marker": "s", "linestyle": "--"}
-        for axis, work in ((axes[0], [m.seconds for m in points]), (axes[1], [m.forward + m.vjps for m in points])):
-            axis.plot(work, [m.rmse for m in points], label=method, **style)
-    axes[0].set(xscale="log", yscale="log", xlabel="seconds per row", ylabel="RMSE of log p, nats")
-    axes[1].set(xscale="log", yscale="log", xlabel="forward passes + products per row")
-    for axis in axes:
-        axis.grid(True, which="both", alpha=0.25)
-    axes[1].legend(fontsize=8)
-    figure.suptitle(f"log-likelihood on {table[0].network}: error against work")
-    return figure
-
-
 def sampled_ratios(table: list[Measurement]) -> list[str]:
     """How many times faster our best setting reaches an accuracy, by work."""
     winners = best(table)
@@ -208,7 +190,11 @@ def markdown(tables: dict[str, list[Measurement]], extra: dict[str, Any]) -> str
         for name, table in extra["steppers"].items() for row in table
     ]  # fmt: skip
     table = runs.table(["network", "method", "tol", "error of z_1", "seconds", "evaluations"], rows)
-    return "\n".join([*lines, "## Steppers: the path alone", "", *table])
+    lines += ["## Steppers: the path alone", "", *table]
+    if extra["pullbacks"]:
+        lines += ["", "## Networks that torch.func cannot pass: one value and divergence by each way", ""]
+        lines += pullbacks.markdown(extra["pullbacks"])
+    return "\n".join(lines)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -221,6 +207,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--nodes", type=int, default=64, help="Gauss-Legendre nodes of the exact values (64)")
     add("--mean-rows", type=int, default=1000, help="test rows of the data-set mean; 0 leaves it out (1000)")
     add("--only", default="", help="measure only methods whose name contains this, keep the others")
+    add("--pullbacks", type=int, default=0, help="repeats of the ways to a divergence; 0 keeps their results (0)")
     return parser.parse_args(arguments)
 
 
@@ -230,17 +217,30 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Measurement]]:
     report = runs.read_json(options.out / "results.json", {"tables": {}})
     tables = {name: [Measurement(**row) for row in rows] for name, rows in report["tables"].items()}
     extra = {key: report.get(key, {}) for key in ("reference", "dataset_mean", "steppers")}
-    extra |= runs.provenance() | {"rows": options.rows}
+    extra |= {"rows": options.rows, "pullbacks": report.get("pullbacks", [])}
+    if options.networks:
+        extra |= runs.provenance()
+    if options.pullbacks:
+        extra["pullbacks"] = [row for name in ("digits", "casp") for row in pullbacks.measure(name, options.pullbacks)]
     for name in options.networks:
         tables[name], extra["reference"][name] = measure(name, options, tables.get(name, []))
         if name != "casp" and name not in extra["steppers"]:
             extra["steppers"][name] = steppers(name, 8 * options.rows)
         if options.mean_rows and name == "fashion" and name not in extra["dataset_mean"]:
             extra["dataset_mean"][name] = dataset_mean(name, options.mean_rows)
-        report = {"tables": {key: [asdict(m) for m in table] for key, table in tables.items()}, **extra}
-        runs.write_report(options.out, report, markdown(tables, extra), {name: plot(tables[name])})
-    print(markdown(tables, extra))
+        write(options, tables, report | extra, {name: plot(tables[name])})
+    write(options, tables, report | extra)
+    print(markdown(tables, report | extra))
     return tables
+
+
+def write(
+    options: argparse.Namespace, tables: dict[str, list[Measurement]], extra: dict[str, Any],
+    figures: dict[str, Figure] | None = None,
+) -> None:  # fmt: skip
+    """Write what is measured."""
+    report = extra | {"tables": {key: [asdict(m) for m in table] for key, table in tables.items()}}
+    runs.write_report(options.out, report, markdown(tables, extra), figures)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import ndm_ct
@@ -113,3 +114,21 @@ def methods(size: int) -> dict[tuple[str, str], Estimator]:
         for tolerance in (1e-2, 1e-3, 1e-5) if name == "score_sde" else (1e-2, 1e-3):
             table[name, f"tol {tolerance:g}"] = peer(name, tolerance)
     return table
+
+
+def plot(table: list[Any]) -> Figure:
+    """RMSE against seconds and against network passes, both axes logarithmic."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for method in dict.fromkeys(m.method for m in table):
+        points = sorted((m for m in table if m.method == method), key=lambda m: m.seconds)
+        style = {"marker": "o", "linewidth": 2.2} if points[0].ours else {"marker": "s", "linestyle": "--"}
+        for axis, work in ((axes[0], [m.seconds for m in points]), (axes[1], [m.forward + m.vjps for m in points])):
+            axis.plot(work, [m.rmse for m in points], label=method, **style)
+    axes[0].set(xscale="log", yscale="log", xlabel="seconds per row", ylabel="RMSE of log p, nats")
+    axes[1].set(xscale="log", yscale="log", xlabel="forward passes + products per row")
+    for axis in axes:
+        axis.grid(True, which="both", alpha=0.25)
+    axes[1].legend(fontsize=8)
+    figure.suptitle(f"log-likelihood on {table[0].network}: error against work")
+    return figure

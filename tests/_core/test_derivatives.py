@@ -420,3 +420,21 @@ def test_straight_paths_are_trained_through_any_network():
         model = make(Layers(middle))
         found.append(ndm_ct.objectives.curvature(model, X, generator=0))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: ndm_ct.fit(model, torch.randn(8, D), steps=1, progress=False),
+        lambda model: ndm_ct.loglik(model, X),
+        lambda model: ndm_ct.sample(model, 2, method="ddim", steps=1),
+        lambda model: ndm_ct.elbo(model, X),
+        lambda model: model.velocity(X, 0.5),
+    ],
+    ids=["fit", "loglik", "sample", "elbo", "velocity"],
+)
+def test_lazy_layers_take_shape_before_anything_else(use):
+    """Within forward mode they would end the process."""
+    model = make(Lazy(), transform=transforms.Separable(nn.Sequential(nn.LazyLinear(2 * D), nn.Unflatten(1, (2, D)))))
+    use(model)
+    assert model.predictor.enter.weight.shape == (16, D + 1)
