@@ -11,6 +11,7 @@ References:
     Kingma et al., Variational Diffusion Models, https://arxiv.org/abs/2107.00630
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ndm_ct._core.checks import usable_device
 from ndm_ct._core.seeds import derive_seeds, make_generator
+from ndm_ct.columns import repeated_values
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, FromZuko, Preconditioned
@@ -38,6 +40,7 @@ __all__ = ["NDMDensity"]
 
 _ROWS_AT_ONCE = 2048
 _LEAST_VALIDATION = 10
+_CURE = "add noise uniform over the width of a bin, or leave them out"
 
 
 class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
@@ -117,6 +120,8 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             X: rows ``(n_samples, n_features)``, two or more.
             y: ignored; part of scikit-learn's interface.
 
+        Columns whose values repeat have no density; a warning names them.
+
         Raises:
             ValueError: scikit-learn does not accept the data, a parameter is out of range, or the device is missing.
             RuntimeError: the training diverged.
@@ -124,6 +129,9 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(f"validation_fraction must be in [0, 1), got {self.validation_fraction!r}.")
         rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        said = repeated_values(rows, getattr(self, "feature_names_in_", None), _CURE)
+        if said:
+            warnings.warn(said, stacklevel=2)
         random = check_random_state(self.random_state)
         self.mean_, spread = rows.mean(axis=0), rows.std(axis=0)
         self.scale_ = np.where(spread > 10.0 * np.finfo(np.float64).eps * np.abs(rows).max(axis=0), spread, 1.0)

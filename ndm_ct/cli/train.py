@@ -22,6 +22,7 @@ from ndm_ct._core.versions import versions
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of
 from ndm_ct.cli.settings import Settings, settings_from_file
+from ndm_ct.columns import repeated_values
 from ndm_ct.files import Rows, blocks, read
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
@@ -171,6 +172,8 @@ def train(
     form = saved["format"]
     chosen, held_out = split(len(rows.values), settings.validation_fraction, settings.seed, drawn=form > 1)
     _describe(rows, Path(source).name, len(held_out))
+    if not levels and rows.values.ndim == 2:
+        _warn_of_repeats(rows)
     event_shape = tuple(rows.values.shape[1:])
     mean, scale = (None, None) if levels else _moments(rows, chosen, source)
     if _same_but_for_rounding((mean, scale), saved):  # a training goes on in the very units in which it began
@@ -227,6 +230,17 @@ def _describe(rows: Rows, source: str, held_out: int) -> None:
     print(f", of which {held_out}, drawn at random, are held out for validation" if held_out else "")
     for note in rows.notes:
         print(f"  {note}")
+
+
+def _warn_of_repeats(rows: Rows) -> None:
+    """Print that columns hold values that repeat, if some do."""
+    cure = (
+        "--levels N scores whole numbers 0 ... N-1 by their probability; to other columns add noise uniform over the "
+        "width of a bin, or leave them out"
+    )
+    said = repeated_values(rows.values, rows.columns, cure)
+    if said:
+        print(f"warning: {said}", file=sys.stderr)
 
 
 def _moments(rows: Rows, chosen: np.ndarray, source: str) -> tuple[Any, Any]:

@@ -31,15 +31,19 @@ References:
     Ho and Salimans, Classifier-Free Diffusion Guidance (algorithm 1), https://arxiv.org/abs/2207.12598
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
+
+from torch import Tensor
 
 from ndm_ct import objectives
 from ndm_ct._core.checks import choose, validate_count
 from ndm_ct._core.parallel import Group
 from ndm_ct._core.seeds import make_generator
 from ndm_ct.checking import verify
+from ndm_ct.columns import repeated_values
 from ndm_ct.data.containers import CondFrom
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.model import NDM
@@ -183,6 +187,8 @@ def fit(
         raise TypeError(f"objective must be callable as objective(model, x, ...), got {type(objective).__name__}.")
     bins = Bins(model, quantisation, choose("dequantisation", dequantisation, DEQUANTISATIONS))
     source = Source(data, cond, bins, "data", fit, cond_from, whole=False)
+    if quantisation is None and hasattr(data, "columns"):
+        _warn_of_repeats(source, list(data.columns))
     held_out = None
     if validation is not None:
         held_out = Source(validation, validation_cond or {}, bins, "validation", fit, cond_from)
@@ -197,6 +203,15 @@ def fit(
         state = State(model, settings, None if objective is objectives.loss else objective, group)
         training = Training(state=state, data=source, validation=held_out, folder=folder, intervals=intervals)
         return training.run(progress)
+
+
+def _warn_of_repeats(source: Source, columns: list[Any]) -> None:
+    """Warn if columns of a DataFrame hold values that repeat."""
+    if isinstance(source.data, Tensor):
+        cure = "add noise uniform over a bin, leave them out, or pass whole numbers with quantisation="
+        said = repeated_values(source.data.numpy(force=True), source.layout.columns(columns)[0], cure)
+        if said:
+            warnings.warn(said, stacklevel=3)
 
 
 def _refuse_ineffective(arguments: Mapping[str, Any]) -> None:
