@@ -1,4 +1,4 @@
-r"""Networks of diffusers with the schedulers they were trained by.
+r"""Networks of diffusers with the schedulers they were trained by, and with the autoencoder of latent pipelines.
 
 The scheduler's configuration says what the network estimates, and on which table:
 
@@ -6,6 +6,8 @@ The scheduler's configuration says what the network estimates, and on which tabl
 schedulers with ``alphas_cumprod``          ``prediction_type`` epsilon, v_prediction or sample;
 (DDPM, DDIM, PNDM, DPM-Solver, UniPC, LMS,  :math:`z = \alpha x + \sigma\epsilon` with :math:`\alpha_k^2` from the
 Heun, Euler, ancestral Euler, DEIS)         table, whatever coordinates the scheduler itself steps in
+the same with ``flow_prediction`` and       as ``FlowMatch...``
+``use_flow_sigmas``
 Euler with ``timestep_type="continuous"``,  the same :math:`\hat v` at :math:`\tfrac14 \log(\sigma/\alpha)`, from
 v_prediction (Stable Video Diffusion)       ``sigma_min`` to ``sigma_max`` where the configuration has them
 ``FlowMatch...``                            :math:`\epsilon - x` at 1000 t, :math:`z = (1 - t) x + t\epsilon`; with
@@ -13,19 +15,25 @@ v_prediction (Stable Video Diffusion)       ``sigma_min`` to ``sigma_max`` where
                                             steps of sampling and changes nothing here
 ==========================================  =========================================================================
 
-With flow matching some networks of diffusers count in other units than their scheduler, which their pipelines convert:
-those of Flux, Chroma, AuraFlow, Qwen, LongCat and Ovis take t, those of Lumina and Z-Image :math:`1 - t` with the other
-sign. Networks of diffusers whose unit is not known here are refused. Networks of other classes get the scheduler's.
+With flow matching some networks of diffusers count in other units than their scheduler, which their pipelines convert
+(:mod:`ndm_ct.adapters.clocks`). Networks of diffusers whose unit is not known there are refused, unless it is given.
+Networks of other classes get the scheduler's.
+
+Schedulers of distilled networks (LCM, TCD, consistency models) are refused: such a network maps noise to data, and
+does not estimate the denoiser at every time.
 
 Options of sampling (thresholding, clipping, spacing of timesteps) are the scheduler's own and no part of the model.
-Pipelines that decode latents with an autoencoder have their model over the latents: so are its likelihoods.
+Pipelines that decode latents with an autoencoder have their model over the latents: so are its likelihoods. With
+``vae=`` the model is one of pixels, :math:`p(x) = \int p(x \mid y) p(y) dy`, with samples in pixels and a bound.
 
 References:
     von Platen et al., Diffusers, https://github.com/huggingface/diffusers
     Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed (zero terminal SNR),
     https://arxiv.org/abs/2305.08891
+    Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, https://arxiv.org/abs/2112.10752
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +41,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_ct.adapters.networks import OnTable, adapted, from_velocity, tabulated
+from ndm_ct._core.parallel import unwrapped
+from ndm_ct.adapters.autoencoders import latent_transform
+from ndm_ct.adapters.clocks import Clock, clock_of
+from ndm_ct.adapters.networks import OnTable, adapted, from_velocity, tabulated, without_variance
 from ndm_ct.model import NDM
 from ndm_ct.nn.heads import Wrapper
 from ndm_ct.schedules.base import Schedule
@@ -44,19 +55,8 @@ __all__ = ["from_diffusers"]
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
 """``prediction_type`` of diffusers, and ``prediction`` of :class:`~ndm_ct.NDM`."""
 
-_THOUSAND, _ONE, _REVERSED = (0, None), (0, 1.0), (1, 1.0)
-_FLOW_CLOCKS = {
-    "UNet1D": _THOUSAND, "UNet2D": _THOUSAND, "UNet2DCondition": _THOUSAND, "UNet3DCondition": _THOUSAND,
-    "DiTTransformer2D": _THOUSAND, "Transformer2D": _THOUSAND, "PixArtTransformer2D": _THOUSAND,
-    "SD3Transformer2D": _THOUSAND, "CogView4Transformer2D": _THOUSAND, "LTXVideoTransformer3D": _THOUSAND,
-    "WanTransformer3D": _THOUSAND, "HunyuanVideoTransformer3D": _THOUSAND, "MochiTransformer3D": _THOUSAND,
-    "FluxTransformer2D": _ONE, "Flux2Transformer2D": _ONE, "ChromaTransformer2D": _ONE, "AuraFlowTransformer2D": _ONE,
-    "QwenImageTransformer2D": _ONE, "QwenImage21Transformer2D": _ONE, "LongCatImageTransformer2D": _ONE,
-    "OvisImageTransformer2D": _ONE, "LuminaNextDiT2D": _REVERSED, "Lumina2Transformer2D": _REVERSED,
-    "ZImageTransformer2D": _REVERSED,
-}  # fmt: skip
-"""Classes of diffusers, without "Model": a network's time at data, 0 or 1 in units of its largest time (with 1 its
-velocity has the other sign), and its largest time; None is that of the scheduler."""
+DISTILLED = ("LCM", "TCD", "CMStochasticIterative", "SCM", "FlowMatchLCM", "FlowMap", "ConsistencyDecoder", "HeliosDMD")
+"""Beginnings of the names of schedulers whose networks are no denoisers."""
 
 
 class LogNoiseTime(Wrapper):
@@ -77,40 +77,83 @@ class Called(nn.Module):
     """A network of diffusers as a function ``(z, timestep, **cond)``: its output's ``sample``, without variances.
 
     Args:
-        net: with ``timestep=`` among its arguments; returns an object with ``sample``, ``(B, C, H, W)``, or with 2C
-            channels, of which the second half is a learned variance.
+        net: with ``timestep=``, ``timesteps=`` or ``t=`` among its arguments; returns an object with ``sample``,
+            ``(B, C, *)``, or with 2C channels, of which the second half is a learned variance. A network that takes
+            lists of images and of captions (Z-Image) gets them row by row.
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        names = inspect.signature(net.forward).parameters
+        self.time = next((name for name in ("timestep", "timesteps", "t") if name in names), "timestep")
+        self.lists, self.embeds_guidance = "cap_feats" in names, "guidance" in names
+        self.others = frozenset(list(names)[1:]) - {self.time, "return_dict", "kwargs"}
 
-    def forward(self, z: Tensor, timestep: Tensor, /, **cond: Any) -> Tensor:
-        """Shape of z."""
-        output = self.net(z, timestep=timestep, **cond).sample
-        return output[:, : z.shape[1]] if output.shape[1] == 2 * z.shape[1] else output
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        """What the network takes besides state and time, and whether it takes anything else."""
+        added = {"extra_channels", *(("guidance_scale",) if self.embeds_guidance else ())}
+        return self.others | added, not self.others
+
+    def forward(self, z: Tensor, timestep: Tensor, /, extra_channels: Tensor | None = None, **cond: Any) -> Tensor:
+        """Shape of z ``(B, C, *)``; ``extra_channels`` ``(B, K, *)`` are put behind those of z.
+
+        The guidance that a network takes as an embedding is called ``guidance_scale``, as by its pipeline.
+        """
+        if self.embeds_guidance and "guidance_scale" in cond:
+            cond["guidance"] = cond.pop("guidance_scale")
+        inputs: Any = z if extra_channels is None else torch.cat([z, extra_channels], 1)
+        if self.lists:
+            inputs = list(inputs.unsqueeze(2).unbind())
+            cond = {name: list(each.unbind()) if isinstance(each, Tensor) else each for name, each in cond.items()}
+        output = self.net(inputs, **{self.time: timestep}, **cond)
+        sample = output[0] if isinstance(output, tuple) else output.sample
+        if self.lists:
+            sample = torch.stack(list(sample)).squeeze(2)
+        return without_variance(sample, z)
 
 
 def from_diffusers(
-    net: nn.Module, scheduler: Any, event_shape: Sequence[int] | None = None, *, nearest: bool = False
+    net: nn.Module,
+    scheduler: Any,
+    event_shape: Sequence[int] | None = None,
+    *,
+    nearest: bool = False,
+    time_scale: float | None = None,
+    data_at: int | None = None,
+    sign: int | None = None,
+    vae: nn.Module | None = None,
+    decoder_std: float = 0.1,
 ) -> NDM:
     r"""A network of diffusers.
 
     Args:
         net: a ``UNet2DModel``, ``UNet2DConditionModel``, ``DiTTransformer2DModel`` or any other that is called with
             ``timestep=`` and returns ``sample``. What else it takes (``encoder_hidden_states``, ``class_labels``) are
-            the keywords of ``loglik(model, x, ...)`` and of the other functions, one row per event.
+            the keywords of ``loglik(model, x, ...)`` and of the other functions, one row per event. A network with more
+            input than output channels (inpainting) gets the others as ``extra_channels=``. One that embeds a guidance
+            gets it as ``guidance_scale=``.
         scheduler: the scheduler it was trained with, or any made from that one's configuration.
-        event_shape: (C, H, W); None is what the network's configuration says.
+        event_shape: shape of one state, (C, H, W) for images; None is what the network's configuration says.
         nearest: round timesteps to integers, see :class:`~ndm_ct.adapters.networks.OnTable`.
+        time_scale: for flow matching, the network's time at its end that is not zero; None is what is known of its
+            class. A network of a class that is not known needs it.
+        data_at: for flow matching, whether the network's time at data is 0 or 1 times ``time_scale``.
+        sign: for flow matching, 1 or -1: the network estimates this times :math:`\epsilon - x`; None is 1 for data at 0
+            and -1 for data at 1.
+        vae: an ``AutoencoderKL`` of a latent pipeline: the model is then one of its images, in their units (-1 to 1).
+        decoder_std: with ``vae``, the standard deviation r of a pixel around the decoder's image,
+            :math:`p(x \mid y) = N(\mathrm{dec}(y), r^2 I)`. The autoencoder does not say it. The bound is best where
+            r is the root mean square error of its reconstructions.
 
     Returns:
         A model in the units of the network: images from -1 to 1 in most pipelines of pixels.
 
     Raises:
-        TypeError: no table and no flow matching: the scheduler is not one of those above.
-        ValueError: a ``prediction_type`` that is not in the table above; the network does not say its size; or its unit
-            of time is unknown.
+        TypeError: no table and no flow matching: the scheduler is not one of those above; or it is one of distilled
+            networks.
+        ValueError: a ``prediction_type`` that is not in the table above; a table of zero terminal SNR with epsilon; the
+            network does not say its size; its unit of time is unknown; or a unit is given with a table.
 
     Example:
         >>> from diffusers import DDPMScheduler, UNet2DModel  # doctest: +SKIP
@@ -118,25 +161,49 @@ def from_diffusers(
         >>> bins = ndm_ct.quantisation.Quantisation(256, centres=(-1.0, 1.0))  # doctest: +SKIP
         >>> ndm_ct.bits_per_dim(model, images, quantisation=bins)  # doctest: +SKIP
     """
+    net = unwrapped(net)
     event = _event_shape(net) if event_shape is None else tuple(event_shape)
-    name = type(scheduler).__name__
-    if name.startswith("FlowMatch"):
-        data_at, scale = _flow_clock(net, scheduler)
-        return from_velocity(Called(net), event, data_at=data_at, time_scale=scale)
+    name, kind = type(scheduler).__name__, getattr(scheduler.config, "prediction_type", None)
+    if name.startswith(DISTILLED):
+        raise TypeError(
+            f"{name} belongs to a distilled network, which is no denoiser at every time and has no density of its own; "
+            "use the network that it was distilled from, with that one's scheduler."
+        )
+    transform = None if vae is None else latent_transform(vae, event, decoder_std)
+    flow = name.startswith("FlowMatch") or (kind == "flow_prediction" and bool(scheduler.config.use_flow_sigmas))
+    clock = _given_clock(time_scale, data_at, sign)
+    if flow:
+        clock = clock_of(net, scheduler, clock)
+        return from_velocity(
+            Called(net), event, data_at=clock.data_at, time_scale=clock.scale or 1.0, sign=clock.sign,
+            transform=transform,
+        )  # fmt: skip
+    if clock is not None:
+        raise ValueError(
+            f"time_scale, data_at and sign are for flow matching, but {name} has a table of timesteps; drop them, or "
+            "pass the scheduler of flow matching that the network was trained with."
+        )
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise TypeError(
             f"scheduler {name} has neither alphas_cumprod nor a name that begins with FlowMatch; for networks of EDM "
             "wrap network and preconditioning in one function of (z, sigma) and use from_denoiser."
         )
-    kind = scheduler.config.prediction_type
     if kind not in PREDICTIONS:
         raise ValueError(f"prediction_type of {name} is {kind!r}, expected one of {', '.join(PREDICTIONS)}.")
-    schedule: Schedule = tabulated(table)
+    schedule: Schedule = tabulated(table, PREDICTIONS[kind])
     predictor: nn.Module = OnTable(Called(net), len(table), nearest)
     if kind == "v_prediction" and getattr(scheduler.config, "timestep_type", "discrete") == "continuous":
         schedule, predictor = _continuous(schedule, scheduler.config), LogNoiseTime(Called(net))
-    return adapted(predictor, event, schedule=schedule, prediction=PREDICTIONS[kind])
+    return adapted(predictor, event, schedule=schedule, prediction=PREDICTIONS[kind], transform=transform)
+
+
+def _given_clock(time_scale: float | None, data_at: int | None, sign: int | None) -> Clock | None:
+    """What the caller says of the network's time; None if nothing."""
+    if time_scale is None and data_at is None and sign is None:
+        return None
+    at = 0 if data_at is None else data_at
+    return Clock(at, time_scale, (-1 if at == 1 else 1) if sign is None else sign)
 
 
 def _continuous(schedule: Schedule, config: Any) -> LinearLogSNR:
@@ -147,30 +214,15 @@ def _continuous(schedule: Schedule, config: Any) -> LinearLogSNR:
     return LinearLogSNR(low, high)
 
 
-def _flow_clock(net: nn.Module, scheduler: Any) -> tuple[int, float]:
-    """The network's time at data, 0 or 1, in units of its time at the other end, and those units."""
-    clock = _FLOW_CLOCKS.get(type(net).__name__.removesuffix("Model"))
-    if clock is None:
-        if type(net).__module__.partition(".")[0] == "diffusers":
-            raise ValueError(
-                f"the unit of time of a {type(net).__name__} is not known here. Look into its pipeline for what the "
-                "network gets as timestep, and pass it as from_velocity(lambda z, t, **cond: net(z, timestep=t, "
-                "**cond).sample, event_shape, data_at=0, time_scale=1000), or with the values that fit."
-            )
-        clock = _THOUSAND
-    data_at, scale = clock
-    if getattr(scheduler.config, "invert_sigmas", False):
-        data_at = 1 - data_at
-    return data_at, float(scheduler.config.num_train_timesteps) if scale is None else scale
-
-
 def _event_shape(net: nn.Module) -> tuple[int, ...]:
-    config = getattr(net, "config", None)
+    """Channels that come out and the sides that the configuration says, for images and for sequences (1D)."""
+    name, config = type(net).__name__, getattr(net, "config", None)
     size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
-    if size is None or channels is None:
+    if size is None or channels is None or any(word in name for word in ("3D", "Temporal", "Motion", "Video")):
         raise ValueError(
-            f"the configuration of {type(net).__name__} has no in_channels or no sample_size; pass "
-            "event_shape=(C, H, W)."
+            f"the configuration of {name} has no in_channels or no sample_size of single images; pass "
+            "event_shape=(C, H, W), for videos (C, frames, H, W)."
         )
-    height, width = (size, size) if isinstance(size, int) else size
-    return channels, height, width
+    out = getattr(config, "out_channels", None) or channels
+    sides = size if isinstance(size, list | tuple) else (size,) if "1D" in name else (size, size)
+    return min(channels, out), *sides

@@ -32,10 +32,11 @@ from ndm_ct.nn import FromDenoiser, FromScore
 from ndm_ct.nn.heads import Wrapper
 from ndm_ct.schedules.base import Schedule
 from ndm_ct.schedules.fixed import Rectified, Tabulated, VarianceExploding, as_table
+from ndm_ct.transforms import Transform
 
 __all__ = [
     "FlowTime", "OnTable", "adapted", "from_denoiser", "from_eps", "from_score", "from_v", "from_velocity",
-    "tabulated",
+    "tabulated", "without_variance",
 ]  # fmt: skip
 
 LEAST_ALPHA_SQUARED = 2.0**-24
@@ -56,20 +57,28 @@ def adapted(predictor: Callable[..., Any], event_shape: Sequence[int], **options
     return model
 
 
-def tabulated(alphas_cumprod: Sequence[float] | Tensor) -> Tabulated:
+def tabulated(alphas_cumprod: Sequence[float] | Tensor, prediction: str) -> Tabulated:
     r"""The schedule of a table :math:`\alpha_k^2`, zero terminal SNR made positive.
 
     Args:
         alphas_cumprod: the table. A last entry of zero, or diffusers' stand-in for it that may exceed the entry before,
             becomes a small number below that one.
+        prediction: what the network predicts.
 
     Raises:
-        ValueError: the table does not decrease, leaves (0, 1), or ends with more data than noise.
+        ValueError: the table does not decrease, leaves (0, 1), or ends with more data than noise; or it ends at
+            zero and the network predicts "eps".
     """
     table = as_table(alphas_cumprod).clone()
     if len(table) > 1:
         before, last = table[-2:].tolist()
         if 0.0 <= last < 1e-12 or before <= last <= LEAST_ALPHA_SQUARED:
+            if prediction == "eps":
+                raise ValueError(
+                    "alphas_cumprod ends at zero (zero terminal SNR), where the noise says nothing about x: a "
+                    "network of noise was not trained on this table. Use the table without rescaling, or from_v for a "
+                    "network that predicts v."
+                )
             table[-1] = min(LEAST_ALPHA_SQUARED, 0.5 * before)
         if last > 0.5:
             raise ValueError(
@@ -79,11 +88,18 @@ def tabulated(alphas_cumprod: Sequence[float] | Tensor) -> Tabulated:
     return Tabulated(table)
 
 
+def without_variance(output: Any, z: Tensor) -> Any:
+    """The first half of an output with twice the channels of z, whose second half is a learned variance."""
+    doubled = isinstance(output, Tensor) and output.shape == (len(z), 2 * z.shape[1], *z.shape[2:])
+    return output[:, : z.shape[1]] if doubled else output
+
+
 class OnTable(Wrapper):
     r"""A network that takes the index k of a table in place of t: :math:`\mathrm{net}(z, (K - 1)\,t)`.
 
     Args:
-        net: ``net(z, k, **cond)``, k of shape ``(B,)``.
+        net: ``net(z, k, **cond)``, k of shape ``(B,)``. Where it returns twice the channels of z, the second half is a
+            learned variance (improved DDPM), which no flow needs, and is dropped.
         entries: K.
         nearest: round the index to an integer. A network that looks up a learned vector for every index needs this, and
             is then constant between indices. A network of sinusoidal features does not.
@@ -100,9 +116,9 @@ class OnTable(Wrapper):
         """The network's output at state z ``(B, *E)`` and time t ``(B,)``."""
         k = (self.entries - 1) * t
         if self.nearest:
-            return self.net(z, k.round().long(), **cond)
+            return without_variance(self.net(z, k.round().long(), **cond), z)
         try:
-            return self.net(z, k, **cond)
+            return without_variance(self.net(z, k, **cond), z)
         except RuntimeError as error:
             if "indices" not in str(error):
                 raise
@@ -120,22 +136,31 @@ class FlowTime(Wrapper):
         data_at: its time at data, 1 (then :math:`\tau = 1 - t`, and the sign is minus) or 0 (:math:`\tau = t`).
         time_scale: s.
         time_first: call ``net(tau, z)``.
+        sign: the sign, 1 or -1, if it is not the one that goes with ``data_at``.
     """
 
     def __init__(
-        self, net: Callable[..., Any], data_at: int = 1, time_scale: float = 1.0, time_first: bool = False
-    ) -> None:
+        self, net: Callable[..., Any], data_at: int = 1, time_scale: float = 1.0, time_first: bool = False,
+        sign: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(net)
         if not (isinstance(data_at, int) and data_at in (0, 1)):
             raise ValueError(f"data_at must be 0 or 1, the network's time at data, got {data_at!r}.")
         validate_positive("time_scale", time_scale)
-        self.data_at, self.time_scale, self.time_first = data_at, time_scale, time_first
+        if sign not in (None, 1, -1):
+            raise ValueError(f"sign must be 1, -1 or None (the sign that goes with data_at), got {sign!r}.")
+        self.data_at, self.time_scale, self.time_first, self.sign = data_at, time_scale, time_first, sign
+
+    def config(self) -> dict[str, Any]:
+        """As of every configurable object; a sign that goes with ``data_at`` is not mentioned, as files never did."""
+        return {name: value for name, value in super().config().items() if name != "sign" or value is not None}
 
     def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         """dz/dt at state z ``(B, *E)`` and time t ``(B,)``."""
         tau = self.time_scale * (1.0 - t if self.data_at == 1 else t)
         velocity = self.net(tau, z, **cond) if self.time_first else self.net(z, tau, **cond)
-        return -velocity if self.data_at == 1 else velocity
+        sign = (-1 if self.data_at == 1 else 1) if self.sign is None else self.sign
+        return -velocity if sign == -1 else velocity
 
 
 def from_denoiser(
@@ -170,7 +195,8 @@ def from_eps(
     Args:
         net: ``net(z, k, **cond)`` to :math:`\hat\epsilon`, ``(B, *E)``; k ``(B,)`` is the index, 0 the least noise.
         event_shape: E.
-        alphas_cumprod: :math:`\alpha_k^2`, K decreasing values in (0, 1).
+        alphas_cumprod: :math:`\alpha_k^2`, K decreasing values in (0, 1). Zero terminal SNR is refused: at
+            :math:`\alpha = 0` the noise says nothing about x.
         nearest: round k to integers, for a network that looks up a vector for every index, see :class:`OnTable`.
 
     Raises:
@@ -203,7 +229,7 @@ def from_v(
 def _on_table(
     net: Callable[..., Any], event_shape: Sequence[int], table: Sequence[float] | Tensor, nearest: bool, prediction: str
 ) -> NDM:
-    schedule = tabulated(table)
+    schedule = tabulated(table, prediction)
     predictor = OnTable(net, len(schedule.alphas_cumprod), nearest)
     return adapted(predictor, event_shape, schedule=schedule, prediction=prediction)
 
@@ -216,7 +242,9 @@ def from_velocity(
     data_at: int = 1,
     time_scale: float = 1.0,
     time_first: bool = False,
+    sign: int | None = None,
     t_min: float | None = None,
+    transform: Transform | None = None,
 ) -> NDM:
     r"""A network that predicts a velocity: flow matching, rectified flow, stochastic interpolants.
 
@@ -231,12 +259,16 @@ def from_velocity(
         data_at: the network's time at data, 1 or 0.
         time_scale: factor of its time.
         time_first: call ``net(tau, z, **cond)``, as torchcfm's examples do.
+        sign: 1 or -1, with t from data to noise: :math:`dz/dt = \mathrm{sign} \cdot \mathrm{net}`. None is
+            -1 for data at 1 and 1 for data at 0.
         t_min: where likelihoods are taken and samples end. None is the schedule's own value, at which :math:`\sigma` is
             about 0.001; bounds, scores and the reverse SDE need it. 0 is where flow_matching, torchcfm, zuko and sbi
             take theirs.
+        transform: a :class:`~ndm_ct.transforms.Flow` or :class:`~ndm_ct.transforms.Encoder` from data to the states
+            that the network knows; None is none.
 
     Raises:
-        ValueError: ``data_at`` is neither 0 nor 1.
+        ValueError: ``data_at`` is neither 0 nor 1, or ``sign`` neither 1 nor -1.
 
     Example:
         >>> import ndm_ct, torch
@@ -246,8 +278,9 @@ def from_velocity(
         >>> ndm_ct.loglik(model, torch.zeros(1, 2)).item()  # - log 2 pi, and log 0.999 twice
         -1.83...
     """
-    predictor, schedule = FlowTime(net, data_at, time_scale, time_first), Rectified() if schedule is None else schedule
-    return adapted(predictor, event_shape, schedule=schedule, prediction="velocity", t_min=t_min)
+    predictor = FlowTime(net, data_at, time_scale, time_first, sign)
+    schedule = Rectified() if schedule is None else schedule
+    return adapted(predictor, event_shape, schedule=schedule, prediction="velocity", t_min=t_min, transform=transform)
 
 
 def from_score(

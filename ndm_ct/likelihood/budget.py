@@ -200,7 +200,8 @@ def _truncation(path: Problem, x: Tensor, value: Tensor, generator: Randomness) 
     hidden = 0.5 * (c.alpha * trace_of_F - d)
     rest = 0.5 * c.sigma**2 * sum_event(s * s) - c.alpha.log() * (d + sum_event(x * s))
     resolved, score, spent = _resolved_score(flow, t, x, s)
-    known, used = resolved | (hidden.abs() >= 0.1 * rest.abs()), none + bound.vjps
+    known = resolved | (hidden.abs() >= 0.1 * rest.abs())
+    used = none + bound.vjps
     if model.prediction == "velocity":
         change, calls, more = _change_from_zero(path, x, value, torch.where(known, hidden + rest, torch.nan))
         return change, 1 + spent + calls, used + more
