@@ -38,7 +38,9 @@ def for_pyro(distribution: NDMDistribution) -> Any:
             f"distribution must come from ndm_ct.distribution(model), got {type(distribution).__name__}; a model "
             "itself has to go through it."
         )
-    return _kind()(distribution.model, distribution.batch_shape, distribution.cond, distribution.options)
+    return _kind()(
+        distribution.model, distribution.batch_shape, distribution.cond, distribution.options, distribution.generator
+    )
 
 
 @functools.cache
