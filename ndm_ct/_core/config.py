@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ndm_ct._core.errors import CheckpointError
+from ndm_ct._core.parallel import plain_class
 
 __all__ = ["Configurable", "Unconfigurable", "from_config", "to_config"]
 
@@ -38,12 +39,13 @@ class Configurable:
 
     def config(self) -> dict[str, Any]:
         """``{"type": class name, argument: value, ...}``, JSON-serialisable."""
-        if Configurable.registry.get(type(self).__name__) is not type(self):
-            raise Unconfigurable(f"{type(self).__name__} is not a class of this package.")
+        cls = plain_class(self)
+        if Configurable.registry.get(cls.__name__) is not cls:
+            raise Unconfigurable(f"{cls.__name__} is not a class of this package.")
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of an inherited __init__
-        parameters = inspect.signature(type(self)).parameters.values()
+        parameters = inspect.signature(cls).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind not in variadic]
-        return {"type": type(self).__name__} | {
+        return {"type": cls.__name__} | {
             self.names_in_files.get(name, name): to_config(getattr(self, name)) for name in names
         }
 

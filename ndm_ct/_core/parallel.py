@@ -4,6 +4,9 @@
 ``torch.distributed.init_process_group``. Without a process group everything here is the identity. Networks are used
 without DistributedDataParallel (wrappers are removed), because adaptive solves take a different number of steps in each
 process and would deadlock in its collective calls.
+
+Networks wrapped by FSDP2 (``torch.distributed.fsdp.fully_shard``) keep a part of every weight in each process and
+gather the whole at every call. So all processes have to call them equally often and in the same order.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["Group", "unwrapped"]
+__all__ = ["Group", "copy_whole", "is_sharded", "plain_class", "shard_like", "unwrapped", "whole"]
 
 T = TypeVar("T")
 
@@ -36,11 +39,46 @@ def unwrapped(network: Any) -> Any:
             return network
 
 
-class Group:
-    """The processes of this training run: a single one unless a process group was initialised."""
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, of which each process holds a part."""
+    return hasattr(tensor, "full_tensor")
 
-    def __init__(self) -> None:
-        together = distributed.is_available() and distributed.is_initialized()
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, which all processes have to ask for; another tensor as it is."""
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor cut into parts as another one is; as it is if that one is not sharded."""
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh: Any = like
+    return distribute_tensor(tensor.to(like.device, like.dtype), mesh.device_mesh, mesh.placements)
+
+
+def copy_whole(target: Tensor, source: Tensor) -> None:
+    """Copy a tensor, whole or sharded, into a tensor that may be sharded."""
+    target.copy_(shard_like(source, target))
+
+
+def plain_class(module: Any) -> type[Any]:
+    """The class of an object; of a module wrapped by FSDP2 the class that it had before."""
+    cls = type(module)
+    return cls.__bases__[1] if cls.__module__.startswith("torch.distributed.fsdp") and len(cls.__bases__) == 2 else cls
+
+
+class Group:
+    """The processes of this training run: a single one unless a process group was initialised.
+
+    Args:
+        alone: whether this process works by itself nevertheless.
+    """
+
+    def __init__(self, alone: bool = False) -> None:
+        together = not alone and distributed.is_available() and distributed.is_initialized()
         self.size = distributed.get_world_size() if together else 1
         self.rank = distributed.get_rank() if together else 0
 
@@ -65,10 +103,11 @@ class Group:
                 tensor.copy_(part.view_as(tensor))
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
-        """Replace tensors by those of the main process."""
+        """Replace tensors by those of the main process; sharded ones are the same in all already."""
         if self.size > 1:
             for tensor in tensors:
-                distributed.broadcast(tensor, 0)
+                if not is_sharded(tensor):
+                    distributed.broadcast(tensor, 0)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set in any process."""

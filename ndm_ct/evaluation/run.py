@@ -17,6 +17,7 @@ from ndm_ct._core.config import Unconfigurable, to_config
 from ndm_ct._core.errors import CheckpointError, SolverError
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike
+from ndm_ct._core.parallel import Group, is_sharded
 from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.data.containers import CondFrom, dtype_of
 from ndm_ct.data.sources import Bins, Source
@@ -214,13 +215,16 @@ class Run:
         generator = torch.Generator().manual_seed(derive_seeds(settings.seed, 0, 0, ORDER)[0])
         self.order = torch.randperm(self.source.rows, generator=generator)
         self.folder, self.resume = Folder(run_dir, kind), resume
-        self.models, self.group, self.caller = models, self.folder.group, caller
+        self.models, self.caller = models, caller
+        # All processes call a sharded network equally often: each scores every batch, and the first one writes.
+        whole = not any(is_sharded(p) for each in models.values() for p in each.parameters())
+        self.group = self.folder.group if whole else Group(alone=True)
         self.batches: list[Batch] = []
 
     @contextmanager
     def in_folder(self) -> Iterator[None]:
         """Lock the folder, and read the batches that were scored before."""
-        several, settings = self.group.size > 1, Record()
+        several, settings = self.folder.group.size > 1, Record()
         if several or self.folder.is_real:
             settings = self._identity(self.models)
         if several:
@@ -229,7 +233,7 @@ class Run:
             self.folder.compare_processes(self.caller.__name__, settings | limits | data)
         with self.folder.locked("rows.jsonl", "scored rows", self.resume):
             if self.folder.is_real:
-                self.batches = self.group.of_main(lambda: self.folder.read(settings, self.order))
+                self.batches = self.folder.group.of_main(lambda: self.folder.read(settings, self.order))
             yield
 
     @property
@@ -242,7 +246,7 @@ class Run:
         began, before = time.monotonic(), self.visited
         limit = math.inf if self.limits.time_limit is None else self.limits.time_limit
         total = min(self.source.rows, self.limits.max_rows or self.source.rows)
-        hidden = not (progress and self.group.is_main)
+        hidden = not (progress and self.folder.group.is_main)
         bar = tqdm(total=total, initial=before, disable=hidden, unit="row", dynamic_ncols=True)
         try:
             with bar:

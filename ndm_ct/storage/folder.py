@@ -111,9 +111,10 @@ class RunFolder:
             unequal = _differences(first, other, wording=f"{{}} is {{}} in process 0, {{}} in process {rank}")
             if unequal:
                 raise ValueError(
-                    f"{call} got other arguments in process {rank} than in process 0: {'; '.join(unequal)}. Pass the "
-                    f"same arguments and all rows in every process, because {call} itself shares the rows out. Leave "
-                    "out DistributedSampler, split_dataset_by_node and the like, or gather the shards before the call."
+                    f"ndm_ct.{call} got other arguments in process {rank} than in process 0: {'; '.join(unequal)}. "
+                    f"Pass the same arguments and all rows in every process, because {call} itself shares them out. "
+                    "Leave out DistributedSampler, split_dataset_by_node and the like, or gather the shards before the "
+                    "call."
                 )
 
     def write_result(self, name: str, result: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndm_ct._core.config import Unconfigurable, from_config, to_config
 from ndm_ct._core.errors import CheckpointError
+from ndm_ct._core.parallel import Group, is_sharded, plain_class, whole
 from ndm_ct.model import NDM
 from ndm_ct.process import ForwardProcess
 from ndm_ct.samplers.frozen import Residuals
@@ -39,7 +40,8 @@ def save(model: NDM, path: PathLike, *, residuals: Residuals | None = None) -> N
     """Write a model, its weights and its configuration, to one file.
 
     The file is replaced as a whole: a process that is killed leaves the old file or the new one. A predictor or
-    transform of your own classes is saved as weights only; pass it to :func:`load` again.
+    transform of your own classes is saved as weights only; pass it to :func:`load` again. A model wrapped by FSDP2 has
+    to be saved in all processes; the first one writes the whole weights.
 
     Args:
         model: the model.
@@ -60,7 +62,10 @@ def save(model: NDM, path: PathLike, *, residuals: Residuals | None = None) -> N
         ...     ndm_ct.load(f"{folder}/model.safetensors").event_shape
         (2,)
     """
-    tensors = model.state_dict()
+    state = model.state_dict()
+    tensors = {name: whole(tensor) for name, tensor in state.items()}
+    if any(map(is_sharded, state.values())) and not Group().is_main:
+        return
     if residuals is not None:
         tensors[RESIDUALS] = torch.cat([residuals.times[None], residuals.moments, residuals.stderr])
     write(path, tensors, {"kind": "model", "model": describe(model)})
@@ -182,8 +187,9 @@ def own_classes(model: NDM) -> dict[str, str]:
     """
     found: dict[type[nn.Module], str] = {}
     for place, module in model.named_modules():
-        if type(module).__module__.split(".")[0] not in ("torch", __name__.split(".")[0]):
-            found.setdefault(type(module), place)
+        cls = plain_class(module)
+        if cls.__module__.split(".")[0] not in ("torch", __name__.split(".")[0]):
+            found.setdefault(cls, place)
     return {place: f"{cls.__qualname__}{_source(cls)}" for cls, place in found.items()}
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ndm_ct._core.errors import CheckpointError
+from ndm_ct._core.parallel import whole
 from ndm_ct.storage.atomic import PathLike, as_path, write_atomically
 
 __all__ = ["compare_tensors", "hash_state", "hash_values", "parse_json", "read", "write"]
@@ -155,7 +156,7 @@ def hash_state(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def _memory(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _finite(number: str) -> float:

@@ -7,11 +7,7 @@ Step k (from 0) of K has the learning rate
     \cdot \Bigl(f + (1 - f)\, \tfrac12 \bigl(1 + \cos \pi p_k\bigr)\Bigr), \qquad
     p_k = \max\Bigl(0, \frac{k - W}{K - W}\Bigr)
 
-with W steps of warm-up and final fraction f. After n updates the averaged weights follow
-
-.. math::
-    \bar\theta \leftarrow d_n \bar\theta + (1 - d_n) \theta, \qquad
-    d_n = \min\Bigl(\mathrm{ema}, \frac{1 + n}{10 + n}\Bigr), \quad d_0 = 0 .
+with W steps of warm-up and final fraction f. :mod:`ndm_ct.training.averages` has the formula of averaged weights.
 
 All randomness is a function of (seed, k): step k draws noise and times from a generator of its own, and epoch e has
 its own permutation. So a training continues from weights, optimiser state and k alone, and gives the same bits as one
@@ -32,7 +28,7 @@ References:
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -68,7 +64,7 @@ def fit(
     grad_clip: float | None = 1.0,
     warmup: int | None = None,
     lr_final: float = 0.01,
-    ema: float = 0.999,
+    ema: float | Sequence[float] = 0.999,
     cond: Mapping[str, Any] | None = None,
     cond_from: CondFrom = None,
     cond_dropout: float = 0.0,
@@ -173,7 +169,8 @@ def fit(
     steps = validate_count("steps", steps)
     settings = Settings(
         steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, weight_decay=weight_decay, grad_clip=grad_clip,
-        warmup=default_warmup(steps) if warmup is None else warmup, lr_final=lr_final, ema=ema, seed=seed,
+        warmup=default_warmup(steps) if warmup is None else warmup, lr_final=lr_final, seed=seed,
+        ema=tuple(ema) if isinstance(ema, Sequence) else ema,
         cond_dropout=cond_dropout, patience=patience, accumulate=group.size if accumulate is None else accumulate,
         precision=precision,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm_ct import objectives
+from ndm_ct._core.parallel import Group
 from ndm_ct._core.seeds import derive_seeds
 from ndm_ct._core.signals import stop_signals
 from ndm_ct.checking import warn_of_unreached
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.storage.models import describe, own_classes, save
+from ndm_ct.training.averages import weights_of
 from ndm_ct.training.settings import Intervals
 from ndm_ct.training.state import Folder, Objective, Row, State
-from ndm_ct.training.step import _VALIDATION, Gradient
+from ndm_ct.training.step import _VALIDATION, Gradient, clip_gradients
 
 __all__ = ["FitResult", "Training"]
 
@@ -35,12 +37,16 @@ class FitResult:
             bits_per_dim for integer data.
         validation: rows with step, validation_elbo (nats per event), validation_stderr, seconds, and
             validation_bits_per_dim for integer data.
+        raw: the weights of the last step, by name, for ``model.load_state_dict``.
+        averages: the averaged weights of the last step, for each decay of ``ema``.
     """
 
     step: int
     finished: bool
     history: tuple[Row, ...]
     validation: tuple[Row, ...]
+    raw: dict[str, Tensor] = field(repr=False, compare=False, default_factory=dict)
+    averages: dict[float, dict[str, Tensor]] = field(repr=False, compare=False, default_factory=dict)
 
 
 class Training:
@@ -89,12 +95,25 @@ class Training:
                 module.training = training
         if self.folder.is_real:
             state.write(self.folder, self.identity)
+        raw = {name: tensor.detach().clone() for name, tensor in weights_of(model).items()}
         state.finish()
         if self.folder.is_real and state.is_finished:
-            self.group.of_main(lambda: save(model, self.folder.path / "model.safetensors"))
+            self._save()
         rows = self.folder.rows
         history, validation = (tuple(row for row in rows if ("loss" in row) is losses) for losses in (True, False))
-        return FitResult(step=state.step, finished=state.is_finished, history=history, validation=validation)
+        averages = dict(zip(state.averages.decays, state.averages.weights, strict=True))
+        return FitResult(
+            step=state.step, finished=state.is_finished, history=history, validation=validation, raw=raw,
+            averages=averages,
+        )  # fmt: skip
+
+    def _save(self) -> None:
+        """Write the model; all processes have to hand over their parts of a sharded one."""
+        model, path = self.state.model, self.folder.path / "model.safetensors"
+        if self.state.is_sharded:
+            save(model, path)
+        else:
+            self.group.of_main(lambda: save(model, path))
 
     def _loop(self, progress: bool) -> None:
         state, start, before, interrupt = self.state, time.monotonic(), self.state.seconds, _Interrupt()
@@ -121,7 +140,7 @@ class Training:
         if state.model.checks and not state.optimizer.state:  # the first step
             warn_of_unreached(name for name, p in state.model.named_parameters() if p.requires_grad and p.grad is None)
         self._validate_finite("loss", loss)
-        norm = torch.nn.utils.clip_grad_norm_(state.parameters, math.inf if clip is None else clip)
+        norm = clip_gradients(state.parameters, math.inf if clip is None else clip)
         self._validate_finite("gradient norm", norm)
         self.updating = True
         state.set_objective_state(objective)
@@ -165,15 +184,18 @@ class Training:
 
     def _validate(self, source: Source) -> None:
         """Log the ELBO of the averaged weights. The noise is the same in every validation."""
-        model, device = self.state.averaged, self.state.device
+        model, device = self.state.model, self.state.device
         bound = torch.zeros(source.rows, dtype=torch.float64, device=device)
-        with torch.no_grad(), model.evaluating():
-            for place, rows in self.group.share(torch.arange(source.rows).split(self.settings.batch_size)):
+        batches = torch.arange(source.rows).split(self.settings.batch_size)
+        # Of a sharded model every process has to call the networks equally often, so each takes every batch.
+        group = Group(alone=True) if self.state.is_sharded else self.group
+        with torch.no_grad(), self.state.averages.in_use(), model.evaluating():
+            for place, rows in group.share(batches):
                 (seed,) = derive_seeds(self.settings.seed, place, _VALIDATION)
                 generator = torch.Generator(device).manual_seed(seed)
                 x, cond = source.batch(rows, generator)
                 bound[rows.to(device)] = self.bins.elbo(model, x, generator, cond).double()
-        self.group.sum_([bound])
+        group.sum_([bound])
         mean = bound.mean().item()
         stderr = bound.std().item() / math.sqrt(len(bound)) if len(bound) > 1 else None
         row: Row = {"step": self.state.step, "validation_elbo": mean, "validation_stderr": stderr}

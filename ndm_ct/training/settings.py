@@ -36,7 +36,7 @@ class Settings:
     grad_clip: float | None
     warmup: int
     lr_final: float
-    ema: float
+    ema: float | tuple[float, ...]
     seed: int
     cond_dropout: float
     patience: int | None
@@ -49,7 +49,7 @@ class Settings:
             validate_count(name, getattr(self, name))
         if self.patience is not None:
             validate_count("patience", self.patience)
-        for name in ("lr", "weight_decay", "grad_clip", "warmup", "lr_final", "ema", "cond_dropout"):
+        for name in ("lr", "weight_decay", "grad_clip", "warmup", "lr_final", "cond_dropout"):
             if (value := getattr(self, name)) is not None or name != "grad_clip":
                 validate_number(name, value)
         choose("optimizer", self.optimizer, OPTIMIZERS)
@@ -60,12 +60,27 @@ class Settings:
             ("grad_clip", self.grad_clip is None or self.grad_clip > 0.0, "positive, or None for no clipping"),
             ("warmup", 0 <= self.warmup <= self.steps, "between 0 and steps"),
             ("lr_final", 0.0 <= self.lr_final <= 1.0, "a fraction of lr in [0, 1]"),
-            ("ema", 0.0 <= self.ema < 1.0, "in [0, 1), 0 for no average"),
+            ("ema", self._has_decays(), "in [0, 1), 0 for no average, or several different decays in (0, 1)"),
             ("seed", is_whole(self.seed) and self.seed >= 0, "an int of at least 0"),
             ("cond_dropout", 0.0 <= self.cond_dropout < 1.0, "a probability in [0, 1)"),
         ):
             if not ok:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The decays of the averaged weights."""
+        return self.ema if isinstance(self.ema, tuple) else (self.ema,) if self.ema else ()
+
+    def _has_decays(self) -> bool:
+        for decay in self.decays:
+            validate_number("ema", decay)
+        several = isinstance(self.ema, tuple)
+        return (
+            all(0.0 < decay < 1.0 for decay in self.decays)
+            and len(set(self.decays)) == len(self.decays)
+            and (not several or bool(self.decays))
+        )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""

@@ -8,17 +8,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from ndm_ct import objectives
 from ndm_ct._core.errors import CheckpointError
-from ndm_ct._core.parallel import Group
+from ndm_ct._core.parallel import Group, copy_whole, is_sharded, shard_like, whole
 from ndm_ct._core.versions import versions
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import rename_earlier
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.storage.folder import Journal, RunFolder
 from ndm_ct.storage.tensors import compare_tensors, read, write
+from ndm_ct.training.averages import Averages, load_weights, weights_of
 from ndm_ct.training.settings import OPTIMIZERS, Settings, default_warmup
 
 __all__ = ["Folder", "Objective", "Row", "State"]
@@ -107,13 +107,15 @@ class State:
     def __init__(self, model: NDM, settings: Settings, objective: Objective | None, group: Group) -> None:
         self.model, self.settings, self.objective, self.group = model, settings, objective, group
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        _validate_shards(self.parameters, group)
         group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])
         self.optimizer = _optimizer(self.parameters, settings)
+        self.ordered = sorted(self.parameters, key=lambda p: p.ndim < 2)  # as checkpoints number them
         self.device = self.parameters[0].device
         state = self.objective_state()
         group.broadcast_(list(state.values()))
         self.set_objective_state(state)
-        self.average = _average(model, settings.ema)
+        self.averages = Averages(model, settings.decays)
         self.step, self.seconds = 0, 0.0
         self.pending = (0.0, 0.0, 0)  # sums of loss and gradient norm since the last row of the log, and their number
         self.best, self.waited = -math.inf, 0  # best validation, and how many since; with patience only
@@ -126,9 +128,18 @@ class State:
         return self.step == self.settings.steps or (patience is not None and self.waited >= patience)
 
     @property
-    def averaged(self) -> NDM:
-        """The model with averaged weights."""
-        return self.model if self.average is None else cast(NDM, self.average.module)
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 keeps a part of the weights in each process."""
+        return any(map(is_sharded, self.parameters))
+
+    @property
+    def chosen(self) -> dict[str, Tensor]:
+        """The weights that the model gets in the end: the first averages, or those of the last step."""
+        return (
+            self.averages.weights[0]
+            if self.averages.weights
+            else {name: each.detach() for name, each in weights_of(self.model).items()}
+        )
 
     @property
     def minimised(self) -> Objective:
@@ -156,8 +167,7 @@ class State:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(self.step)
         self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        self.averages.update(self.step)
         self.step += 1
         self.pending = (self.pending[0] + loss, self.pending[1] + norm, self.pending[2] + 1)
 
@@ -166,19 +176,17 @@ class State:
         self.waited += 1
         if bound > self.best:
             self.best, self.waited = bound, 0
-            self.best_weights = {name: tensor.clone() for name, tensor in self.averaged.state_dict().items()}
+            self.best_weights = {name: tensor.clone() for name, tensor in self.chosen.items()}
 
     def finish(self) -> None:
         """Put the best or the averaged weights into the model."""
-        if self.best_weights:
-            self.model.load_state_dict(self.best_weights)
-        elif self.average is not None and self.step > 0:
-            self.model.load_state_dict(self.averaged.state_dict())
+        if self.step > 0:
+            load_weights(self.model, self.best_weights or self.chosen)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
+        for prefix, weights in zip(_prefixes(self.averages), self.averages.weights, strict=True):
+            tensors |= {f"{prefix}{name}": tensor for name, tensor in weights.items()}
         if isinstance(self.objective, nn.Module):
             tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         return tensors
@@ -191,13 +199,14 @@ class State:
             identity: settings that a training must have to continue from the checkpoint.
         """
         tensors = self._tensors() | {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
+        for index, state in self._optimizer_state().items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         description = {"kind": "training", "versions": versions(), "step": self.step, "seconds": self.seconds}
         description |= {"pending": self.pending, "settings": identity}
         if self.best_weights:
             description |= {"best": self.best, "waited": self.waited}
-        self.group.of_main(lambda: write(folder.checkpoint, tensors, description))
+        entire = {name: whole(tensor) for name, tensor in tensors.items()}
+        self.group.of_main(lambda: write(folder.checkpoint, entire, description))
 
     def restore(self, folder: Folder, identity: Row) -> None:
         """Continue from the checkpoint in the folder, if there is one, and drop later rows of the log.
@@ -235,19 +244,30 @@ class State:
             self.waited = 0
 
     def _take(self, progress: _Progress, tensors: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(_under("model.", tensors))
-        if self.average is not None:
-            self.averaged.load_state_dict(_under("average.", tensors))
-            self.average.n_averaged.fill_(progress.step)
+        load_weights(self.model, _under("model.", tensors))
+        for prefix, weights in zip(_prefixes(self.averages), self.averages.weights, strict=True):
+            for name, tensor in _under(prefix, tensors).items():
+                copy_whole(weights[name], tensor)
+        own = {
+            id(p): place for place, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])
+        }
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _under("optimizer.", tensors).items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+            p = self.ordered[int(index)]
+            state.setdefault(own[id(p)], {})[key] = shard_like(tensor, p) if tensor.shape == p.shape else tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         self.set_objective_state(_under("objective.", tensors))
-        self.best_weights = _under("best.", tensors)
+        weights = weights_of(self.model)
+        best = _under("best.", tensors)
+        self.best_weights = {name: shard_like(tensor, weights[name].detach()) for name, tensor in best.items()}
         for name, value in asdict(progress).items():
             setattr(self, name, value)
+
+    def _optimizer_state(self) -> dict[int, dict[str, Any]]:
+        """The optimiser's state of each parameter that has one, by its number."""
+        state = self.optimizer.state
+        return {index: dict(state[p]) for index, p in enumerate(self.ordered) if p in state}
 
     def _expected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors that a checkpoint should have, with optimiser state only for parameters that had a gradient."""
@@ -255,8 +275,7 @@ class State:
         if any(name.startswith("best.") for name in tensors):
             expected |= {f"best.{name}": tensor for name, tensor in self.model.state_dict().items()}
         moved = {name.split(".")[0] for name in _under("optimizer.", tensors)}
-        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for index, parameter in enumerate(ordered):
+        for index, parameter in enumerate(self.ordered):
             if str(index) in moved:
                 state = {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
                 expected |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
@@ -278,25 +297,25 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def _validate_shards(parameters: list[nn.Parameter], group: Group) -> None:
+    sizes = {int(cast(Any, p).device_mesh.size()) for p in parameters if is_sharded(p)}
+    if sizes - {group.size}:
+        raise ValueError(
+            f"the model is sharded over {' and '.join(map(str, sorted(sizes)))} processes, and ndm_ct.fit works in "
+            f"{group.size}; pass fully_shard a mesh of all processes."
+        )
+
+
+def _prefixes(averages: Averages) -> list[str]:
+    """How names of the averages begin in a checkpoint."""
+    return [f"average{place or ''}." for place in range(len(averages.decays))]
+
+
 def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+        {"params": [p for p in parameters if (p.ndim >= 2) is decays and is_sharded(p) is sharded],
+         "weight_decay": settings.weight_decay if decays else 0.0}
+        for sharded in (False, True) for decays in (True, False)
+    ]  # fmt: skip
     make: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[settings.optimizer]
     return make([group for group in groups if group["params"]], lr=settings.lr)
-
-
-def _average(model: NDM, decay: float) -> AveragedModel | None:
-    if decay == 0.0:
-        return None
-
-    @torch.no_grad()
-    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
-        n = int(count)
-        if averaged[0].is_floating_point() or averaged[0].is_complex():
-            torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
-        else:
-            torch._foreach_copy_(averaged, current)
-
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

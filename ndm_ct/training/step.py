@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.parallel import is_sharded, whole
 from ndm_ct._core.precision import networks_in
 from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.data.sources import Source
@@ -15,7 +16,7 @@ from ndm_ct.nn import null_of
 from ndm_ct.training.settings import PRECISIONS
 from ndm_ct.training.state import State
 
-__all__ = ["Gradient"]
+__all__ = ["Gradient", "clip_gradients"]
 
 # Last words of the seeds, one per use of randomness. numpy pads short seeds with zeros, so none of them is 0.
 _EPOCH, _VALIDATION, _PART = 1, 2, 3
@@ -73,6 +74,10 @@ class Gradient:
         if self.group.size == 1:
             return
         parameters = self.state.parameters
+        for p in parameters:  # FSDP2 has averaged over the processes already
+            if is_sharded(p) and p.grad is not None:
+                p.grad.mul_(self.group.size)
+        parameters = [p for p in parameters if not is_sharded(p)]
         used = torch.tensor([float(p.grad is not None) for p in parameters], device=self.state.device)
         self.group.sum_([used, total])
         theirs = [p for p, count in zip(parameters, used.tolist(), strict=True) if count]
@@ -115,6 +120,22 @@ class Gradient:
             generator = torch.Generator().manual_seed(derive_seeds(self.settings.seed, epoch, _EPOCH)[0])
             self._permutation = (epoch, torch.randperm(self.data.rows, generator=generator))
         return self._permutation[1][index * size : (index + 1) * size]
+
+
+def clip_gradients(parameters: list[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients down to a norm of at most ``most``; returns the norm before.
+
+    Sharded gradients and others are scaled together, by the norm of all of them.
+    """
+    kinds = [[p for p in parameters if is_sharded(p) is sharded and p.grad is not None] for sharded in (False, True)]
+    if not kinds[1]:
+        return torch.nn.utils.clip_grad_norm_(parameters, most)
+    norms = [whole(torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in kind])) for kind in kinds if kind]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    scale = min(1.0, most / (float(norm) + 1e-6))
+    for p in (*kinds[0], *kinds[1]):
+        cast(Tensor, p.grad).mul_(scale)
+    return norm
 
 
 def _like(mean: Tensor, tensor: Tensor) -> Tensor:

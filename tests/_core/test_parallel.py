@@ -400,8 +400,10 @@ def test_processes_of_different_rows_or_arguments_are_refused(tmp_path):
         "max_rows is 50 in process 0, 51 in process 1", "run_dir is True in process 0, False in process 1",
     ]  # fmt: skip
     for message, call, words in zip(found, calls, differing, strict=True):
-        assert message.startswith(f"{call} got other arguments in process 1 than in process 0: {words}. Pass the same")
-        assert f"all rows in every process, because {call} itself shares the rows out. Leave out Distr" in message
+        assert message.startswith(
+            f"ndm_ct.{call} got other arguments in process 1 than in process 0: {words}. Pass the same"
+        )
+        assert f"all rows in every process, because {call} itself shares them out. Leave out Distr" in message
 
 
 def test_reading_items_leaves_random_states_as_they_were():

@@ -1032,3 +1032,33 @@ def test_more_steps_after_patience_has_ended(tmp_path):
     _, first = overfitted(tmp_path)
     _, more = overfitted(tmp_path, steps=401)
     assert first.step < more.step
+
+
+def test_several_averages_and_the_raw_weights(tmp_path):
+    """Each decay gives what a training with this one alone gives; the first one is the model's."""
+    raw = toy()
+    quick(raw, steps=9, ema=0.0)
+    alone = {}
+    for decay in (0.5, 0.9):
+        model = alone[decay] = toy()
+        result = quick(model, steps=9, ema=decay)
+        assert all(torch.equal(result.raw[name], tensor) for name, tensor in raw.state_dict().items())
+    rest = toy()
+    assert not quick(toy(), steps=9, ema=(0.9, 0.5), run_dir=tmp_path, time_limit=1e-6).finished
+    for model, result in ((rest, quick(rest, steps=9, ema=(0.9, 0.5), run_dir=tmp_path)),):
+        assert same(model, alone[0.9])
+        assert list(result.averages) == [0.9, 0.5]
+        for decay, weights in result.averages.items():
+            assert all(torch.equal(weights[name], tensor) for name, tensor in alone[decay].state_dict().items())
+        model.load_state_dict(result.raw)
+        assert same(model, raw)
+    for wrong in ((), (0.5, 0.5), (0.5, 0.0), (0.5, 1.0), 1.0, -0.1):
+        with pytest.raises(ValueError, match="ema must be in"):
+            quick(toy(), ema=wrong)
+
+
+def test_validation_leaves_the_training_alone():
+    a, b = toy(), toy()
+    quick(a, steps=9)
+    quick(b, steps=9, validation=mixture(16), validate_every=1)
+    assert same(a, b)
