@@ -166,7 +166,11 @@ def _examined(
     except Exception:  # reported, in better words, by the work itself
         return [], []
     t, z = _states(model, y)
-    wrong = [*_of_schedule(model, t), *_of_transform(model, y, t, given, promised=purpose in ("likelihood", "fit"))]
+    promised = purpose in ("likelihood", "fit")
+    wrong = [
+        *_of_schedule(model, t), *_of_transform(model, y, t, given, promised=promised),
+        *_of_noise_scale(model, y, t, given),
+    ]  # fmt: skip
     network = _of_network(model, t, z, cond, index, derivative=purpose in ("likelihood", "fit"))
     if purpose in ("likelihood", "flow"):
         return [*wrong, *network], []
@@ -354,6 +358,28 @@ def _of_transform(model: NDM, y: Tensor, t: Tensor, cond: Conditioning, *, promi
             )
         )
     return found
+
+
+def _of_noise_scale(model: NDM, y: Tensor, t: Tensor, cond: Conditioning) -> list[Exception]:
+    scale = model.noise_scale
+    if scale is None:
+        return []
+    try:
+        r, (r_again, dr) = scale(y, t, **cond), scale.with_derivative(y, t, **cond)
+    except Exception:  # reported by the work itself
+        return []
+    if not bool(torch.isfinite(torch.stack([r, r_again, dr])).all()):
+        return [ValueError("the noise_scale returned NaN or inf for log S, or for its time derivative, at the data.")]
+    if bool((_norm(r_again - r) > 1e-2 * _norm(r) + 1e-6).any()):
+        return [ValueError("forward() and with_derivative() of the noise_scale disagree about log S; mend one.")]
+    if bool(_wrong_rate(lambda time: scale(y, time, **cond), dr, t).any()):
+        return [
+            ValueError(
+                "with_derivative() of the noise_scale returns another time derivative of log S than a finite "
+                "difference; leave the method out to have it computed, or mend it (a network inside must not detach t)."
+            )
+        ]
+    return []
 
 
 def _wrong_rate(function: Callable[[Tensor], Tensor], rate: Tensor, t: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> N
         volatility=model.process.volatility,
         prediction=model.prediction,
         prior=model.prior,
+        noise_scale=model.noise_scale,
         t_min=model.t_min,
         checks=model.checks,
     )

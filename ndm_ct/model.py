@@ -22,11 +22,11 @@ from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike, as_randomness
 from ndm_ct.dynamics import NetworkFlow, ProbabilityFlow, ReverseSDE
-from ndm_ct.prediction import PREDICTIONS, PredictedProcess, validate_finite, validate_predictor
+from ndm_ct.prediction import PREDICTIONS, PredictedProcess, validate_finite, validate_noise_scale, validate_predictor
 from ndm_ct.prior import IsotropicNormal, log_prior, prior_divergence, sample_prior
-from ndm_ct.process import ForwardProcess, Volatility
+from ndm_ct.process import ForwardProcess, ProcessPath, Volatility
 from ndm_ct.schedules import LinearLogSNR, Schedule, VarianceExploding
-from ndm_ct.transforms import Identity, Path, Transform
+from ndm_ct.transforms import Identity, Transform
 
 __all__ = ["NDM"]
 
@@ -35,7 +35,7 @@ class NDM(PredictedProcess):
     r"""A Neural Diffusion Model: noise a transform of x, generate by its probability flow or reverse SDE.
 
     .. math::
-        q(z_t \mid x) = N(\alpha_t F_\varphi(x, t),\ \sigma_t^2 I)
+        q(z_t \mid x) = N\bigl(\alpha_t F_\varphi(x, t),\ \sigma_t^2 S_\varphi(x, t)^2\bigr)
 
     Args:
         predictor: callable ``(z (B, *E), t (B,), **cond) -> (B, *E)`` (a pair of these for ``"moments"``); an
@@ -49,6 +49,11 @@ class NDM(PredictedProcess):
         prediction: what the predictor returns: "x", "eps", "v", "velocity" or "moments" (:mod:`ndm_ct.prediction`).
         prior: distribution of :math:`z_1` with ``log_prob`` and ``sample(n, generator=, dtype=, device=)`` or
             ``sample((n,))``; None is :math:`N(0, s^2 I)`, s = :math:`\sigma_1` for VarianceExploding, else 1.
+        noise_scale: :math:`r = \log S`, a network or function ``(x (B, *E), t (B,), **cond) -> (B, *E)``, trained and
+            saved like a transform; None is S = 1. Choose r(x, 0) = 0, as F(x, 0) = x: bins of integer data and the
+            decoder assume it. With prediction "x" the pair of :mod:`ndm_ct.process` is taken at the prediction; with
+            "moments" the network predicts it. A method ``with_derivative`` of the network is called for r and its
+            time derivative, which is found by differentiation otherwise.
         t_min: time of the data; None is 0 where :math:`\sigma_0 > 0`, else the time at which
             :math:`\sigma/\alpha` = 1e-3. With prediction "velocity" it may be 0 in any case: densities and samples
             are then those of other packages for flow matching, and there is no bound, score or reverse SDE.
@@ -80,6 +85,7 @@ class NDM(PredictedProcess):
         volatility: Volatility = 1.0,
         prediction: str = "x",
         prior: Any = None,
+        noise_scale: Callable[..., Tensor] | None = None,
         t_min: float | None = None,
         checks: bool = True,
     ) -> None:
@@ -91,7 +97,9 @@ class NDM(PredictedProcess):
         choose("prediction", prediction, PREDICTIONS)
         event_shape = validate_shape("event_shape", event_shape)
         predictor = validate_predictor(predictor, prediction, event_shape, transform, schedule)
-        super().__init__(ForwardProcess(transform, schedule, volatility), predictor, prediction)
+        process = ForwardProcess(transform, schedule, volatility, noise_scale=noise_scale)
+        validate_noise_scale(process, prediction)
+        super().__init__(process, predictor, prediction)
         self.event_shape, self.t_min = event_shape, _validate_t_min(t_min, schedule, prediction)
         # The least time with noise: t_min, or the schedule's safe value where sigma(t_min) = 0.
         self.t_noise = self.t_min if _sigma(schedule, self.t_min) > 0.0 else schedule.safe_t_min
@@ -99,8 +107,9 @@ class NDM(PredictedProcess):
         self.prior = prior if prior is not None else IsotropicNormal(event_shape, _prior_scale(schedule))
         self.checked: dict[str, Any] = {}  # by purpose, the model as it was when the checks were passed
         self._lazy = any(map(is_lazy, self.parameters()))
-        (names, anything), (more, anything_more) = self.predictor_names, transform.cond_names()
-        self.cond_names = names | more, anything or anything_more
+        accepted = [self.predictor_names, transform.cond_names()]
+        accepted += [] if self.noise_scale is None else [self.noise_scale.cond_names()]
+        self.cond_names = frozenset().union(*(names for names, _ in accepted)), any(every for _, every in accepted)
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -227,7 +236,7 @@ class NDM(PredictedProcess):
         rows = len(like) if cond else 1
         z, t = like.new_zeros(rows, *self.event_shape), as_time(0.5, like.device).expand(rows)
         with self.evaluating(), torch.no_grad():
-            self.transform(z, t, **cond)
+            self.process.along(z, **cond).at(t)
             self._predict(z, t, cond)
         self._lazy = False
 
@@ -256,18 +265,17 @@ class NDM(PredictedProcess):
         r""":math:`\log p_1(z)`, nats, ``(B, *E)`` to ``(B,)``, in the dtype of z."""
         return log_prior(self.prior, z)
 
-    def prior_divergence(self, path: Path, x: Tensor, generator: GeneratorLike) -> Tensor:
+    def prior_divergence(self, path: ProcessPath, x: Tensor, generator: GeneratorLike) -> Tensor:
         r""":math:`KL(q(z_1 \mid x) \,\|\, p(z_1))`, nats, ``(B,)``: exact if the prior allows it, else one sample.
 
         Args:
-            path: :math:`t \mapsto F(x, t)`, from ``transform.along(x)``.
+            path: from ``process.along(x)``.
             x: data, shape ``(B, *E)``.
             generator: source of the one sample.
         """
         one = as_time(1.0, x.device).expand(x.shape[0])
-        c = self.schedule(one)
-        mean = expand(c.alpha, x) * path(one)
-        return prior_divergence(self.prior, mean, expand(c.sigma, x).expand_as(x), generator)
+        mean = expand(self.schedule(one).alpha, x) * path.F(one)
+        return prior_divergence(self.prior, mean, path.std(one, x).expand_as(x), generator)
 
     def sample_prior(
         self, n: int, *, generator: GeneratorLike, dtype: torch.dtype, device: torch.device | str | None
@@ -322,7 +330,7 @@ class _Probe:
         with model.evaluating(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             outputs = [*model.moments(z, t, **cond)]
             if model.prediction == "moments":
-                outputs += transform.with_derivative(z, t, **cond)
+                outputs += model.process.along(z, **cond).at(t).pair_at(z)
             if transform.latent:
                 noise = [torch.Generator(z.device).manual_seed(place) for place in places.tolist()]
                 latents, weight = transform.to_latent(x, generator=noise, **cond)

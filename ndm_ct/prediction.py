@@ -13,6 +13,9 @@ The model's ``prediction`` says how the output becomes the pair :math:`(\hat F, 
 ``"moments"``  the pair itself, estimates of :math:`E[F \mid z], E[\dot F \mid z]`; no transform is evaluated
 =============  ====================================================================================================
 
+With a scale of the noise the pair is :math:`(F_e, \dot F_e)` of :mod:`ndm_ct.process`, at :math:`\hat x` and z, and its
+means are what "moments" predicts.
+
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
     Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
@@ -33,7 +36,7 @@ from ndm_ct._core.parallel import unwrapped
 from ndm_ct._core.precision import run_network
 from ndm_ct.process import ForwardProcess, denoised
 from ndm_ct.schedules import Schedule
-from ndm_ct.transforms import Identity, Transform
+from ndm_ct.transforms import Identity, NoiseScale, Transform
 
 __all__ = ["PREDICTIONS", "PredictedProcess", "Predictor", "validate_finite", "validate_predictor"]
 
@@ -85,15 +88,20 @@ class PredictedProcess(nn.Module):
         return self.process.schedule
 
     @property
+    def noise_scale(self) -> NoiseScale | None:
+        """The scale of the noise, log S; None is S = 1."""
+        return self.process.noise_scale
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """Dtype of the networks' parameters; None if they have none."""
-        parameter = first_parameter(self.predictor, self.transform)
+        parameter = first_parameter(self.predictor, self.transform, self.noise_scale)
         return None if parameter is None else parameter.dtype
 
     @property
     def device(self) -> torch.device | None:
         """Device of the networks' parameters; None if they have none."""
-        parameter = first_parameter(self.predictor, self.transform)
+        parameter = first_parameter(self.predictor, self.transform, self.noise_scale)
         return None if parameter is None else parameter.device
 
     @property
@@ -125,13 +133,13 @@ class PredictedProcess(nn.Module):
         """
         if self.prediction == "moments":
             return _validate_pair(self._predict(z, t, cond), z)
-        return self.transform.with_derivative(self.predict_x(z, t, **cond), t, **cond)
+        return self.process.along(self.predict_x(z, t, **cond), **cond).at(t).pair_at(z)
 
     def frozen(self, z: Tensor, t: Tensor, s: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
         r"""The model's F at t and at s < t from one prediction at t, for steps that freeze it.
 
-        For a prediction of x these are :math:`F(\hat x, t), F(\hat x, s)`; for "moments"
-        :math:`\hat F` and :math:`\hat F + (s - t) \hat{\dot F}`.
+        For a prediction of x these are :math:`F(\hat x, t), F(\hat x, s)`; for "moments", and where the noise has a
+        scale, :math:`\hat F` and :math:`\hat F + (s - t) \hat{\dot F}`.
 
         Args:
             z: state :math:`z_t`, shape ``(B, *E)``.
@@ -142,7 +150,7 @@ class PredictedProcess(nn.Module):
         Raises:
             PredictorError: the prediction has the wrong shape or dtype, or is NaN or infinite (with time and rows).
         """
-        if self.prediction == "moments":
+        if self.prediction == "moments" or self.noise_scale is not None:
             F, dF = self.moments(z, t, **cond)
             F_s = F + expand(s - t, z) * dF
         else:
@@ -226,6 +234,33 @@ def validate_predictor(
     if hasattr(predictor, "validate_schedule"):
         predictor.validate_schedule(schedule)
     return predictor
+
+
+def validate_noise_scale(process: ForwardProcess, prediction: str) -> None:
+    """Raise unless a process with a scale of the noise has a pair, and the prediction determines it.
+
+    Args:
+        process: the forward process.
+        prediction: one of ``PREDICTIONS``.
+
+    Raises:
+        ValueError: a noise scale with "eps", "v" or "velocity", or with a schedule that ends at alpha = 0.
+    """
+    if process.noise_scale is None:
+        return
+    if prediction not in ("x", "moments"):
+        raise ValueError(
+            f"prediction={prediction!r} recovers x only where the noise has one size, but a noise_scale is given; use "
+            "prediction='x' or 'moments'."
+        )
+    schedule = process.schedule
+    with torch.no_grad():
+        at_one = schedule(as_time(1.0, schedule.device))
+    if float(at_one.alpha) < 1e-12:
+        raise ValueError(
+            f"noise_scale needs alpha(1) > 0, because its velocity divides by alpha, but {type(schedule).__name__} has "
+            "alpha(1) = 0; use a schedule with a finite log-SNR, such as LinearLogSNR or StraightToNoise."
+        )
 
 
 def _validate_ordinary(prediction: str, transform: Transform, schedule: Schedule) -> None:

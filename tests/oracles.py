@@ -94,14 +94,28 @@ class Wiggle(transforms.Transform):
         return x + self.a * t.reshape(-1, 1) * torch.sin(3.0 * x)
 
 
+class Breathe(transforms.NoiseScale):
+    """log S(x, t) = a t (1 - t) cos(2x + 0.5): noise of another size for all data, with S = 1 at both ends."""
+
+    def __init__(self, a=0.9):
+        super().__init__()
+        self.a = a
+
+    def forward(self, x, t, **cond):
+        return self.a * (t * (1.0 - t)).reshape(-1, 1) * torch.cos(2.0 * x + 0.5)
+
+    def with_derivative(self, x, t, **cond):
+        return self(x, t), self.a * (1.0 - 2.0 * t).reshape(-1, 1) * torch.cos(2.0 * x + 0.5)
+
+
 class ThreePoints:
     """Data on three points: every posterior moment is a sum of three terms (d = 1)."""
 
     points = torch.tensor([-1.0, 0.2, 1.1], dtype=torch.float64)
     weights = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
 
-    def __init__(self, schedule, transform, eta=1.0):
-        self.schedule, self.transform, self.eta = schedule, transform, eta
+    def __init__(self, schedule, transform, eta=1.0, scale=None):
+        self.schedule, self.transform, self.eta, self.scale = schedule, transform, eta, scale
 
     def at(self, t):
         """F, dF of the points at times (B,): each (B, 3)."""
@@ -110,26 +124,37 @@ class ThreePoints:
         F, dF = self.transform.with_derivative(x, t.repeat_interleave(3))
         return F.reshape(n, 3), dF.reshape(n, 3)
 
+    def noise_at(self, t):
+        """log S of the points and its time derivative: each (B, 3)."""
+        n = t.shape[0]
+        if self.scale is None:
+            return torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, 3, dtype=torch.float64)
+        r, dr = self.scale.with_derivative(self.points.repeat(n)[:, None], t.repeat_interleave(3))
+        return r.reshape(n, 3), dr.reshape(n, 3)
+
+    def log_joint(self, z, t):
+        """log w_k + log q(z | x_k): (B, 3)."""
+        c, (F, _), (r, _) = self.schedule(t), self.at(t), self.noise_at(t)
+        std = c.sigma[:, None] * r.exp()
+        log_normal = -0.5 * ((z - c.alpha[:, None] * F) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+        return self.weights.log() + log_normal
+
     def posterior(self, z, t):
         """q(x = x_k | z): (B, 3)."""
-        c = self.schedule(t)
-        F, _ = self.at(t)
-        logits = self.weights.log() - 0.5 * ((z - c.alpha[:, None] * F) / c.sigma[:, None]) ** 2
-        return torch.softmax(logits, 1)
+        return torch.softmax(self.log_joint(z, t), 1)
 
     def moments(self, z, t):
-        """E[F | z], E[dF | z]: the exact "moments" head."""
+        """E[F | z], E[dF | z], of the pair where the noise has a scale: the exact "moments" head."""
         t = t.expand(z.shape[0]).double()
-        share = self.posterior(z, t)
-        F, dF = self.at(t)
+        share, c = self.posterior(z, t), self.schedule(t)
+        (F, dF), (r, dr) = self.at(t), self.noise_at(t)
+        w, shift = 1.0 - torch.exp(-2.0 * r), (z - c.alpha[:, None] * F) / c.alpha[:, None]
+        F, dF = F + w * shift, dF + (dr + 0.5 * c.dgamma[:, None] * w) * shift
         return (share * F).sum(1, keepdim=True), (share * dF).sum(1, keepdim=True)
 
     def log_prob(self, z, t):
         t = torch.as_tensor(t, dtype=torch.float64).expand(z.shape[0])
-        c = self.schedule(t)
-        F, _ = self.at(t)
-        log_normal = -0.5 * ((z - c.alpha[:, None] * F) / c.sigma[:, None]) ** 2 - c.sigma[:, None].log()
-        return torch.logsumexp(self.weights.log() + log_normal - 0.5 * math.log(2 * math.pi), 1)
+        return torch.logsumexp(self.log_joint(z, t), 1)
 
     def model(self, **kwargs):
         """The NDM with the exact moments and the exact prior."""
@@ -145,11 +170,12 @@ class ThreePoints:
                 c = exact.schedule(one)
                 mean = c.alpha * exact.at(one)[0][0][index]
                 noise = torch.randn(n, dtype=torch.float64, generator=generator)
+                noise = noise * exact.noise_at(one)[0][0][index].exp()
                 return (mean + c.sigma * noise)[:, None].to(dtype)
 
         return NDM(
             self.moments, (1,), transform=self.transform, schedule=self.schedule, prediction="moments",
-            volatility=self.eta, prior=Prior(), **kwargs,
+            volatility=self.eta, prior=Prior(), noise_scale=self.scale, **kwargs,
         )  # fmt: skip
 
 

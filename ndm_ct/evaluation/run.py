@@ -397,7 +397,9 @@ class Run:
 def _described(model: NDM) -> Record:
     """Describe the structure and hash the weights of a model."""
     parts: Record = {"sha256": hash_state(model.state_dict()), "prior": type(model.prior).__name__, "model": str(model)}
-    for name, part in (("schedule", model.schedule), ("transform", model.transform), ("predictor", model.predictor)):
+    own = {"schedule": model.schedule, "transform": model.transform, "predictor": model.predictor}
+    own |= {} if model.noise_scale is None else {"noise_scale": model.noise_scale}
+    for name, part in own.items():
         try:
             parts[name] = to_config(part)
         except Unconfigurable:

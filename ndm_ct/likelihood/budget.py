@@ -157,7 +157,7 @@ def _failed(path: Problem, found: LogDet) -> Tensor:
 
 def _prior_mismatch(path: Problem, x: Tensor, generator: Randomness) -> Tensor:
     data = x.to(path.start.dtype)
-    return path.model.prior_divergence(path.model.transform.along(data, **path.cond), data, generator)
+    return path.model.prior_divergence(path.model.process.along(data, **path.cond), data, generator)
 
 
 def _truncation(path: Problem, x: Tensor, value: Tensor, generator: Randomness) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,12 +200,12 @@ def _truncation(path: Problem, x: Tensor, value: Tensor, generator: Randomness) 
     hidden = 0.5 * (c.alpha * trace_of_F - d)
     rest = 0.5 * c.sigma**2 * sum_event(s * s) - c.alpha.log() * (d + sum_event(x * s))
     resolved, score, spent = _resolved_score(flow, t, x, s)
-    known = resolved | (hidden.abs() >= 0.1 * rest.abs())
+    known = (resolved | (hidden.abs() >= 0.1 * rest.abs())) & _of_one_size(path, x, t)
     used = none + bound.vjps
     if model.prediction == "velocity":
         change, calls, more = _change_from_zero(path, x, value, torch.where(known, hidden + rest, torch.nan))
         return change, 1 + spent + calls, used + more
-    still = isinstance(model.transform, Identity) and model.prediction == "x" and model.t_min > 0.0
+    still = model.process.ordinary and model.prediction == "x" and model.t_min > 0.0
     factor = c.dalpha - c.alpha * c.dlog_sigma
     velocity = expand(factor, x) * F + expand(c.dlog_sigma, x) * x
     flux = factor * trace_of_F + d * c.dlog_sigma + sum_event(velocity * score)
@@ -219,6 +219,12 @@ def _truncation(path: Problem, x: Tensor, value: Tensor, generator: Randomness) 
 
     shift, forms = bound(moved, x)
     return change - bound.combine(forms)[0] - sum_event(shift * s), 1 + spent, used
+
+
+def _of_one_size(path: Problem, x: Tensor, t: Tensor) -> Tensor:
+    """Rows whose noise at t has the scale 1, ``(B,)``."""
+    r = path.model.process.along(x.to(path.flow().dtype), **path.cond).r
+    return torch.ones_like(t, dtype=torch.bool) if r is None else r(t).abs().flatten(1).amax(1) < 1e-3
 
 
 def _change_from_zero(path: Problem, x: Tensor, value: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:

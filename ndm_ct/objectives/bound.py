@@ -38,8 +38,8 @@ from ndm_ct.model import NDM
 from ndm_ct.objectives.terms import diffusion, diffusion_along, predict, reconstruct, times, transition_along
 from ndm_ct.objectives.time_samplers import TimeSampler, low_discrepancy
 from ndm_ct.prior import NormalKL
+from ndm_ct.process import Instant, ProcessPath
 from ndm_ct.quantisation import Quantisation, resolve_optional
-from ndm_ct.transforms import Identity, Path
 
 __all__ = ["Bound", "ElboInfo", "elbo", "elbo_discrete", "loss"]
 
@@ -120,7 +120,7 @@ def elbo(
     given = _validate(model, x, cond, elbo, bins)
     generator = as_randomness(generator, len(x), x.device, "elbo")
 
-    def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
+    def draw(path: ProcessPath, y: Tensor, u: Tensor) -> Tensor:
         t, weight = times(model, u)
         eps = normal_like(y, generator)
         return weight.to(y.dtype) * diffusion_along(model, path, t, eps, given)
@@ -162,7 +162,7 @@ def elbo_discrete(
     even = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
     grid, _ = times(model, even)
 
-    def draw(path: Path, y: Tensor, u: Tensor) -> Tensor:
+    def draw(path: ProcessPath, y: Tensor, u: Tensor) -> Tensor:
         index = (u * steps).long().clamp(max=steps - 1)
         eps = normal_like(y, generator)
         return steps * transition_along(model, path, grid[index], grid[index + 1], eps, given)
@@ -171,7 +171,7 @@ def elbo_discrete(
 
 
 def _bound(
-    model: NDM, x: Tensor, draw: Callable[[Path, Tensor, Tensor], Tensor], samples: int,
+    model: NDM, x: Tensor, draw: Callable[[ProcessPath, Tensor, Tensor], Tensor], samples: int,
     quantisation: Quantisation | None, generator: Randomness, return_info: bool, cond: Mapping[str, Any],
 ) -> Any:  # fmt: skip
     """The three terms; ``draw`` makes an estimate of the diffusion term of a uniform number (stratified)."""
@@ -185,7 +185,7 @@ def _bound(
             fresh = sample == 0 or not model.transform.bijective  # an Encoder's latents differ between samples
             if fresh:
                 y, weight = model.to_latent(x, generator=generator, **cond)
-                path = model.transform.along(y, **cond)
+                path = model.process.along(y, **cond)
             if fresh or not isinstance(model.prior, NormalKL):  # a prior that is sampled scatters too
                 prior = model.prior_divergence(path, y, generator)
             if fresh or quantisation is not None:
@@ -264,24 +264,25 @@ def loss(
     t, weight = times(model, v)
     y, log_weight = model.to_latent(x, generator=generator, **given)
     eps = normal_like(y, generator)
-    path = model.transform.along(y, **given)
-    F, dF = path.with_derivative(t)
-    regress = model.prediction == "moments" and not isinstance(model.transform, Identity)
-    split = regress and F.requires_grad  # one evaluation, but two gradients in its state
-    held = (F.detach(), dF.detach()) if split else (F, dF)
-    z = model.process.state(held[0], t, eps)
+    path = model.process.along(y, **given)
+    here = path.at(t)
+    regress = model.prediction == "moments" and not model.process.ordinary
+    split = regress and here.requires_grad  # one evaluation, but two gradients in its state
+    z = (here.detach() if split else here).state(eps)
     if split:
         z.requires_grad_()
     F_hat, dF_hat = predict(model, z, t, given)
     weight, rarity = weight.to(y.dtype), rarity.to(y.dtype)
+    F, dF = here.pair(here.residual(eps))
     bound = weight * diffusion(model, F, dF, F_hat, dF_hat, t)
+    held = (F.detach(), dF.detach()) if split else (F, dF)
     integrand = bound + weight * _regressions(model, *held, F_hat, dF_hat, t, weights) if regress else bound
     if sampler is not None:
         sampler.observe(v, integrand)
     nats = rarity * integrand + model.prior_divergence(path, y, generator)
     nats = nats + reconstruct(model, path, y, bins, generator)
     if split:
-        nats = nats + _through_state(rarity * bound, z, model.schedule(t).alpha, F)
+        nats = nats + _through_state(rarity * bound, z, here, eps)
     return nats if log_weight is None else nats - log_weight
 
 
@@ -318,15 +319,17 @@ class Bound(nn.Module):
         return f"Bound({', '.join([*parts, f'regressions={self.regressions}'])})"
 
 
-def _through_state(bound: Tensor, z: Tensor, alpha: Tensor, F: Tensor) -> Tensor:
-    r"""Zero, ``(B,)``, with the gradient that the bound sends through :math:`z = \alpha F + \sigma\epsilon` into F.
+def _through_state(bound: Tensor, z: Tensor, here: Instant, eps: Tensor) -> Tensor:
+    r"""Zero, ``(B,)``, with the gradient that the bound sends through :math:`z` into F and S.
 
-    Bound and regressions share one evaluation of the predictor, at a state in which F is held fixed. The bound's
+    Bound and regressions share one evaluation of the predictor, at a state in which F and S are held fixed. The bound's
     gradient in that state costs a backward pass without weights; a second evaluation would cost a forward and a full
     backward pass (``benchmarks/training_cost.py``).
     """
     (gradient,) = torch.autograd.grad(bound.sum(), z, retain_graph=True, materialize_grads=True)
-    along = sum_event(expand(alpha, F).detach() * gradient * F)
+    along = sum_event(expand(here.c.alpha, z).detach() * gradient * here.F)
+    if here.r is not None:
+        along = along + sum_event(expand(here.c.sigma, z).detach() * gradient * eps * here.r.exp())
     return along - along.detach()
 
 

@@ -13,7 +13,8 @@ where y is one of
 ==============  ==========================================  ==================================================
 
 and :math:`\hat y` is the same with the model's prediction. With the true conditional expectations each is at its
-minimum for any w and p. None of them determines F, whose parameters must therefore be fixed.
+minimum for any w and p. None of them determines F, whose parameters must therefore be fixed. With a scale S of the
+noise F and its derivative are the pair of :mod:`ndm_ct.process`, and its parameters must be fixed too.
 
 References:
     Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, eq. 14, https://arxiv.org/abs/2006.11239
@@ -90,11 +91,13 @@ class Regression:
             PredictorError: the prediction is NaN or infinite (with time and rows).
         """
         given = model.validate(x, cond, type(self).__call__)
-        if any(parameter.requires_grad for parameter in model.transform.parameters()):
-            raise ValueError(
-                f"a regression on {self.target!r} does not determine F, but {type(model.transform).__name__} has "
-                "parameters to train; train by the bound (objective=None), or freeze them with requires_grad_(False)."
-            )
+        for part in (model.transform, model.noise_scale):
+            if part is not None and any(parameter.requires_grad for parameter in part.parameters()):
+                raise ValueError(
+                    f"a regression on {self.target!r} does not determine F or S, but {type(part).__name__} has "
+                    "parameters to train; train by the bound (objective=None), or freeze them with "
+                    "requires_grad_(False)."
+                )
         generator = as_randomness(generator, len(x), x.device, "Regression")
         t = self.times(model.schedule, model.t_min, low_discrepancy(x.shape[0], generator, x.device))
         y, _ = model.to_latent(x, generator=generator, **given)
@@ -112,8 +115,8 @@ class Regression:
             cond: conditioning.
         """
         c = model.schedule(t)
-        F, dF = model.transform.with_derivative(x, t, **cond)
-        z = model.process.state(F, t, eps)
+        here = model.process.along(x, **cond).at(t)
+        (F, dF), z = here.pair(here.residual(eps)), here.state(eps)
         if self.target == model.prediction == "velocity":
             velocity = expand(c.dalpha, x) * x + expand(c.dsigma, x) * eps
             error = velocity - model.predict_velocity(z, t, **cond)

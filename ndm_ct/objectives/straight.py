@@ -132,13 +132,15 @@ def _curvature(model: NDM, x: Tensor, flow: Flow, generator: Randomness, cond: M
     _validate_flow(flow)
     if flow == "batch":
         _validate_batch(x.shape[0], cond)
+        if model.noise_scale is not None:
+            raise ValueError('flow="batch" takes noise of one size for all data; with a noise_scale take flow="model".')
     length = 1.0 - model.t_min
     count = x.shape[0] if flow == "model" else min(TIMES, x.shape[0])
     times = model.t_min + length * _quantile(low_discrepancy(count, generator, x.device))
     place = torch.arange(x.shape[0], device=x.device) % max(count, 1)
     t = times[place]
     y, _ = model.to_latent(x, generator=generator, **cond)
-    z = model.process.state(model.transform(y, t, **cond), t, normal_like(y, generator))
+    z = model.process.along(y, **cond).sample(t, normal_like(y, generator))
     a = acceleration(model.flow(z.dtype, **cond) if flow == "model" else _flow_of(model.process, y, count), z, t)
     validate_finite(a, t)
     return length**4 / 12.0 * sum_event(a**2)  # the weight tau (1 - tau)/2 is 1/12 of the density

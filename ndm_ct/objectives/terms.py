@@ -18,8 +18,8 @@ from ndm_ct._core.checks import as_time, expand, sum_event, validate_noise
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like
 from ndm_ct.model import NDM
 from ndm_ct.prediction import validate_finite
+from ndm_ct.process import ProcessPath
 from ndm_ct.quantisation import Quantisation, resolve_optional
-from ndm_ct.transforms import Path
 
 __all__ = ["diffusion_integrand", "prior_term", "reconstruction_term", "times", "transition_kl"]
 
@@ -61,13 +61,13 @@ def diffusion_integrand(model: NDM, x: Tensor, t: Tensor, eps: Tensor, /, **cond
     Returns:
         Shape ``(B,)``.
     """
-    return diffusion_along(model, model.transform.along(x, **cond), t, eps, cond)
+    return diffusion_along(model, model.process.along(x, **cond), t, eps, cond)
 
 
-def diffusion_along(model: NDM, path: Path, t: Tensor, eps: Tensor, cond: Mapping[str, Any]) -> Tensor:
+def diffusion_along(model: NDM, path: ProcessPath, t: Tensor, eps: Tensor, cond: Mapping[str, Any]) -> Tensor:
     """:func:`diffusion_integrand` along a path that has been conditioned."""
-    F, dF = path.with_derivative(t)
-    return diffusion(model, F, dF, *predict(model, model.process.state(F, t, eps), t, cond), t)
+    here = path.at(t)
+    return diffusion(model, *here.pair(here.residual(eps)), *predict(model, here.state(eps), t, cond), t)
 
 
 def predict(model: NDM, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def predict(model: NDM, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> tuple[
 
 
 def diffusion(model: NDM, F: Tensor, dF: Tensor, F_hat: Tensor, dF_hat: Tensor, t: Tensor) -> Tensor:
-    """:func:`diffusion_integrand` from F and its time derivative, true and predicted."""
+    """:func:`diffusion_integrand` from the pair (F and its time derivative where S = 1), true and predicted."""
     c, eta = model.schedule(t), model.process.eta(t)
     if not bool((eta > 0.0).all()):
         raise ValueError("volatility(t) is zero at some t, where the bound is minus infinity; keep it positive.")
@@ -101,7 +101,7 @@ def prior_term(model: NDM, x: Tensor, /, *, generator: GeneratorLike = None, **c
         generator: source of the one sample: a seed, a generator, or one per row; None is torch's global generator.
         cond: conditioning.
     """
-    return model.prior_divergence(model.transform.along(x, **cond), x, generator)
+    return model.prior_divergence(model.process.along(x, **cond), x, generator)
 
 
 def reconstruction_term(
@@ -124,19 +124,22 @@ def reconstruction_term(
         cond: conditioning.
     """
     generator = as_randomness(generator, len(x), x.device, "reconstruction_term")
-    return reconstruct(model, model.transform.along(x, **cond), x, resolve_optional(quantisation), generator)
+    return reconstruct(model, model.process.along(x, **cond), x, resolve_optional(quantisation), generator)
 
 
-def reconstruct(model: NDM, path: Path, x: Tensor, quantisation: Quantisation | None, generator: Randomness) -> Tensor:
+def reconstruct(
+    model: NDM, path: ProcessPath, x: Tensor, quantisation: Quantisation | None, generator: Randomness
+) -> Tensor:
     """:func:`reconstruction_term` along a path that has been conditioned."""
     validate_noise("the reconstruction term of the bound", model.t_min, model.t_noise)
     t = as_time(model.t_min, x.device).expand(x.shape[0])
-    F = x if model.t_min == 0.0 and model.transform.starts_at_data else path(t)
+    F = x if model.t_min == 0.0 and model.transform.starts_at_data else path.F(t)
     gamma = expand(model.schedule(t).gamma, x)
     if quantisation is None:
-        # z_0/alpha_0 = F + e^{gamma_0/2} eps, so the expectation of the square is known.
-        return 0.5 * sum_event((F - x) ** 2 * torch.exp(-gamma) + 1.0 + math.log(2.0 * math.pi) + gamma)
-    eps = normal_like(x, generator)
+        # z_0/alpha_0 = F + e^{gamma_0/2} S eps, so the expectation of the square is known.
+        variance = 1.0 if path.r is None else torch.exp(2.0 * path.r(t))
+        return 0.5 * sum_event((F - x) ** 2 * torch.exp(-gamma) + variance + math.log(2.0 * math.pi) + gamma)
+    eps = normal_like(x, generator) if path.r is None else normal_like(x, generator) * path.r(t).exp()
     return -quantisation.decoder_log_prob(F + torch.exp(0.5 * gamma) * eps, x, gamma)
 
 
@@ -151,15 +154,20 @@ def transition_kl(model: NDM, x: Tensor, s: Tensor, t: Tensor, eps: Tensor, /, *
         eps: noise, shape ``(B, *E)``.
         cond: conditioning.
     """
-    return transition_along(model, model.transform.along(x, **cond), s, t, eps, cond)
+    return transition_along(model, model.process.along(x, **cond), s, t, eps, cond)
 
 
-def transition_along(model: NDM, path: Path, s: Tensor, t: Tensor, eps: Tensor, cond: Mapping[str, Any]) -> Tensor:
+def transition_along(
+    model: NDM, path: ProcessPath, s: Tensor, t: Tensor, eps: Tensor, cond: Mapping[str, Any]
+) -> Tensor:
     """:func:`transition_kl` along a path that has been conditioned."""
     process, transform = model.process, model.transform
-    F_t, F_s = path(t), path(s)
-    z = process.state(F_t, t, eps)
-    mean, std = process.posterior(z, F_s, F_t, s, t)
+    F_t, F_s = path.F(t), path.F(s)
+    z = path.sample(t, eps)
     F_hat_t, F_hat_s = model.frozen(z, t, s, **cond)
-    model_mean, _ = process.posterior(z, F_hat_s, F_hat_t, s, t)
-    return 0.5 * sum_event(transform.diagonal(1.0 / std, mean - model_mean) ** 2)
+    model_mean, std = process.posterior(z, F_hat_s, F_hat_t, s, t)
+    if path.r is None:
+        mean, _ = process.posterior(z, F_s, F_t, s, t)
+        return 0.5 * sum_event(transform.diagonal(1.0 / std, mean - model_mean) ** 2)
+    mean, ratio = path.posterior(F_s, eps, s, t)
+    return 0.5 * sum_event(((mean - model_mean) / expand(std, z)) ** 2 + ratio - 1.0 - ratio.log())

@@ -29,7 +29,6 @@ from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
 from ndm_ct.model import NDM
 from ndm_ct.prediction import validate_finite
 from ndm_ct.schedules.base import Level, levels
-from ndm_ct.transforms import Identity
 
 __all__ = ["Factor", "Sampler", "by_time", "exponential_euler", "inner_times", "steps_within", "walk"]
 
@@ -60,7 +59,7 @@ class Sampler:
         self._levels: dict[float, Level] = {}
         self._transitions: dict[tuple[float, float], tuple[Factor, Factor]] = {}
         self._last_time = model.t_min
-        self._plain = isinstance(model.transform, Identity) and model.prediction != "moments"
+        self._plain = model.process.ordinary and model.prediction != "moments"
 
     def cost(self, steps: int) -> int:
         """Network evaluations of a walk of ``steps`` steps."""

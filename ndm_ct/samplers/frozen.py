@@ -119,6 +119,8 @@ def estimate_residuals(
         torch.Size([3, 2])
     """
     given = model.validate(data, cond, estimate_residuals, name="data")
+    if model.noise_scale is not None:
+        raise ValueError("residuals belong to noise of one size, and the model has a noise_scale; use method='ddpm'.")
     _shapes.validate_count("batch_size", batch_size)
     n = data.shape[0]
     if n == 0:

@@ -70,10 +70,11 @@ class _Langevin(Sampler):
 
     def __init__(self, model: NDM) -> None:
         super().__init__(model)
-        if model.prediction != "moments" and not model.transform.linear:
+        if model.prediction != "moments" and not model.process.linear:
+            nonlinear = "a noise_scale" if model.noise_scale else f"the nonlinear {type(model.transform).__name__}"
             raise ValueError(
                 f"{type(self).__name__} needs the score, which prediction={model.prediction!r} does not determine for "
-                f"the nonlinear transform {type(model.transform).__name__}: F(x_hat) is not E[F | z]. Train the head "
+                f"{nonlinear}: F(x_hat) is not E[F | z]. Train the head "
                 "'moments', or take 'ddpm' or 'sde', which follow the model's own reverse SDE."
             )
 

@@ -30,7 +30,6 @@ from ndm_ct._core.noise import Randomness, normal_like
 from ndm_ct.model import NDM
 from ndm_ct.samplers.base import Sampler, exponential_euler, inner_times
 from ndm_ct.schedules.base import Level
-from ndm_ct.transforms import Identity
 
 __all__ = ["EDM", "TABLEAUX", "RungeKutta", "advance"]
 
@@ -121,10 +120,11 @@ class EDM(Sampler):
                 f"EDM needs churn >= 0, noise_scale > 0 and an ordered noise_range, got {churn!r}, {noise_scale!r}, "
                 f"{noise_range!r}."
             )
-        if churn > 0.0 and not isinstance(model.transform, Identity):
+        if churn > 0.0 and not model.process.ordinary:
+            moves = "noise_scale is given" if model.noise_scale else f"transform is {type(model.transform).__name__}"
             raise ValueError(
-                f"EDM's churn raises the noise of a state whose F does not move, but transform is "
-                f"{type(model.transform).__name__}; use churn=0, or method='sde' or 'ddpm' for noise along the way."
+                f"EDM's churn raises the noise of a state whose F and S do not move, but {moves}; use churn=0, or "
+                "method='sde' or 'ddpm' for noise along the way."
             )
         self.churn, self.noise_range, self.noise_scale = churn, noise_range, noise_scale
         self._raised: dict[float, float] | None = {} if churn == 0.0 else None

@@ -24,13 +24,16 @@ from ndm_ct.samplers.frozen import Residuals
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.storage.tensors import compare_tensors, read, write
 from ndm_ct.transforms import Transform
+from ndm_ct.transforms.noise import as_noise_scale
 
 __all__ = ["describe", "load", "load_residuals", "own_classes", "save"]
 
 EXTERNAL = "external"
 RESIDUALS = "residuals"
 """Name of the tensor that holds residuals, beside those of the model."""
-_PREFIXES = (("predictor.", "predictor"), ("process.transform.", "transform"))
+_PREFIXES = (
+    ("predictor.", "predictor"), ("process.transform.", "transform"), ("process.noise_scale.", "noise_scale"),
+)  # fmt: skip
 _MOST_OBJECTS = 1000
 _OPERATION = 2**14
 """Bytes that an operation counts for while a model is made, because modules take memory and time too."""
@@ -39,9 +42,9 @@ _OPERATION = 2**14
 def save(model: NDM, path: PathLike, *, residuals: Residuals | None = None) -> None:
     """Write a model, its weights and its configuration, to one file.
 
-    The file is replaced as a whole: a process that is killed leaves the old file or the new one. A predictor or
-    transform of your own classes is saved as weights only; pass it to :func:`load` again. A model wrapped by FSDP2 has
-    to be saved in all processes; the first one writes the whole weights.
+    The file is replaced as a whole: a process that is killed leaves the old file or the new one. A predictor,
+    transform or noise scale of your own classes is saved as weights only; pass it to :func:`load` again. A model
+    wrapped by FSDP2 has to be saved in all processes; the first one writes the whole weights.
 
     Args:
         model: the model.
@@ -71,7 +74,7 @@ def save(model: NDM, path: PathLike, *, residuals: Residuals | None = None) -> N
     write(path, tensors, {"kind": "model", "model": describe(model)})
 
 
-def load(path: PathLike, *, predictor: Any = None, transform: Transform | None = None) -> NDM:
+def load(path: PathLike, *, predictor: Any = None, transform: Transform | None = None, noise_scale: Any = None) -> NDM:
     """Read a model that :func:`save` wrote. It is in eval mode, with the saved weights bit by bit.
 
     Args:
@@ -79,18 +82,20 @@ def load(path: PathLike, *, predictor: Any = None, transform: Transform | None =
         predictor: the network, if it is of a class of your own: build it as it was and pass it here. Its weights are
             replaced by those of the file.
         transform: the transform, if it is of a class of your own.
+        noise_scale: the scale of the noise, if it is a function or of a class of your own.
 
     Raises:
         CheckpointError: the file is not a model of this library, is damaged, names unknown classes, or its tensors do
             not fit. Neither the file nor a module passed in has changed.
-        ValueError: a predictor or transform is missing, or was passed although the file describes its own.
+        ValueError: a predictor, transform or noise scale is missing, or was passed although the file describes its own.
         FileNotFoundError: there is no such file.
         TypeError: ``path`` is neither a string nor a path.
     """
     description, tensors = read(path, "model")
     try:
         _residuals_of(tensors)
-        return _rebuild(description["model"], tensors, predictor, transform)
+        given = {"predictor": predictor, "transform": transform, "noise_scale": as_noise_scale(noise_scale)}
+        return _rebuild(description["model"], tensors, given)
     except KeyError as error:
         raise CheckpointError(f"{path}: the description lacks the entry {error}.") from error
     except CheckpointError as error:
@@ -163,7 +168,9 @@ def describe(model: NDM) -> dict[str, Any]:
                 f"the {name} cannot be saved: {error} Use one of this library's, or save model.state_dict() with "
                 "torch.save and build the model before loading it."
             ) from error
-    for name, part in (("transform", model.transform), ("predictor", model.predictor)):
+    own = {"transform": model.transform, "predictor": model.predictor}
+    own |= {} if model.noise_scale is None else {"noise_scale": model.noise_scale}
+    for name, part in own.items():
         try:
             parts[name] = to_config(part)
         except Unconfigurable:
@@ -204,10 +211,10 @@ def _source(cls: type[nn.Module]) -> str:
     return f" (source {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
-def _rebuild(config: Any, tensors: dict[str, Tensor], predictor: Any, transform: Transform | None) -> NDM:
+def _rebuild(config: Any, tensors: dict[str, Tensor], given: dict[str, Any]) -> NDM:
     if not isinstance(config, dict):
         raise CheckpointError(f"the model's description is a {type(config).__name__}, expected an object.")
-    given = {"predictor": predictor, "transform": transform}
+    config = {"noise_scale": None} | config  # files of models without a scale of the noise do not name it
     for name, value in given.items():
         _validate_given(name, value, config[name])
     objects = json.dumps(config).count("{")
@@ -225,6 +232,7 @@ def _rebuild(config: Any, tensors: dict[str, Tensor], predictor: Any, transform:
             transform=parts["transform"],
             schedule=parts["schedule"],
             volatility=parts["volatility"],
+            noise_scale=parts["noise_scale"],
             prediction=config["prediction"],
             t_min=config["t_min"],
         )
@@ -277,14 +285,16 @@ def _validate_given(name: str, value: Any, config: Any) -> None:
 
 
 def _parts(config: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("predictor", "transform", "schedule", "volatility")
+    names = ("predictor", "transform", "schedule", "volatility", "noise_scale")
     return {name: given[name] if config[name] == EXTERNAL else from_config(config[name]) for name in names}
 
 
 def _skeleton(parts: dict[str, Any]) -> nn.Module:
     """A module with the state names of the model and without its behaviour."""
     skeleton = nn.Module()
-    skeleton.process = ForwardProcess(parts["transform"], parts["schedule"], parts["volatility"])
+    skeleton.process = ForwardProcess(
+        parts["transform"], parts["schedule"], parts["volatility"], noise_scale=parts["noise_scale"]
+    )
     if isinstance(parts["predictor"], nn.Module):
         skeleton.predictor = parts["predictor"]
     return skeleton

@@ -26,7 +26,7 @@ from ndm_ct._core.config import Configurable
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.noise import GeneratorLike
 
-__all__ = ["Composed", "Identity", "Network", "Path", "Transform", "jvp_in_time"]
+__all__ = ["Composed", "Evaluated", "Identity", "Network", "Path", "Transform", "jvp_in_time"]
 
 
 class Network(Protocol):
@@ -47,19 +47,33 @@ class Path(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Evaluated:
-    """The path of a transform that evaluates everything anew at every t."""
+class _Curved(Protocol):
+    """A function of data and time with its time derivative: a transform, or the scale of the noise."""
 
-    transform: "Transform"
+    def __call__(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor: ...
+
+    def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The path of a function that evaluates everything anew at every t.
+
+    Args:
+        function: a transform, or the scale of the noise.
+        x: data, shape ``(B, *E)``.
+        cond: conditioning.
+    """
+
+    function: _Curved
     x: Tensor
     cond: dict[str, Any]
 
     def __call__(self, t: Tensor, /) -> Tensor:
-        return self.transform(self.x, t, **self.cond)
+        return self.function(self.x, t, **self.cond)
 
     def with_derivative(self, t: Tensor, /) -> tuple[Tensor, Tensor]:
-        return self.transform.with_derivative(self.x, t, **self.cond)
+        return self.function.with_derivative(self.x, t, **self.cond)
 
 
 class Transform(nn.Module, Configurable):
@@ -127,7 +141,7 @@ class Transform(nn.Module, Configurable):
 
     def along(self, x: Tensor, /, **cond: Any) -> Path:
         """The curve of fixed data, for callers that need several times; may share work between them."""
-        return _Evaluated(self, x, cond)
+        return Evaluated(self, x, cond)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         """Conditioning keywords the transform accepts, and whether it accepts any."""
