@@ -1,187 +1,46 @@
 r"""Small networks: enough for vectors, digits and small images.
 
 A network is called ``net(z, t)`` with t of shape ``(B,)``, or ``net(x)`` if built with ``time=False`` (the features of
-a separable transform). All start as the zero function. One built with ``classes=K`` takes ``label=`` too, ``(B,)``
-integers from 0 to K - 1, and adds a learned vector to its embedding of time,
+a separable transform). All start as the zero function. What they are conditioned on (:mod:`~ndm_ct.nn.embeddings`) is
+chosen when they are built:
 
-.. math::
-    e(t, y) = e(t) + c_y, \qquad y \in \{-1, 0, \dots, K - 1\},
-
-where -1 is "no label": the network is then the unconditional one, which :func:`ndm_ct.guided` needs and
-``fit(cond_dropout=)`` trains.
+==============  ===============================================================  ======================================
+built with      takes                                                            "none of it"
+==============  ===============================================================  ======================================
+``classes=K``   ``label=``, ``(B,)`` integers from 0 to K - 1                    -1
+``context=K``   ``context=``, ``(B, K)``: any numbers, best of unit scale        a row with a NaN
+``sequence=K``  ``sequence=``, ``(B, L, K)``: L vectors, such as those of words  a vector with a NaN
+==============  ===============================================================  ======================================
 
 References:
     He et al., Delving Deep into Rectifiers (the scale of initial weights), https://arxiv.org/abs/1502.01852
     Ronneberger, Fischer and Brox, U-Net, https://arxiv.org/abs/1505.04597
-    Ho and Salimans, Classifier-Free Diffusion Guidance (one network with and without the label),
-    https://arxiv.org/abs/2207.12598
+    Peebles and Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748
 """
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ndm_ct._core.checks import event_size, some, validate_count, validate_number, validate_shape
-from ndm_ct._core.config import Configurable
-from ndm_ct._core.keywords import keyword_names
+from ndm_ct._core.checks import event_size, validate_count, validate_number, validate_shape
+from ndm_ct.nn.embeddings import Attention, Network
 
-__all__ = ["MLP", "TimeEmbedding", "UNet"]
+__all__ = ["MLP", "UNet"]
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-_FREQUENCIES = 16
 _GROUPS = 8
 _MOST_LEVELS = 16
-_NO_LABEL = -1
 
 _INPUT_GAIN = 2.0  # more than He's: structure finer than the whole needs units that bend within it
 _GAIN = math.sqrt(2.0)  # of He et al.
 
 
-class TimeEmbedding(nn.Module, Configurable):
-    r"""Features of t in [0, 1]: :math:`\sin \omega_k t, \cos \omega_k t`, then two linear layers.
-
-    The frequencies run geometrically from :math:`\pi/2` to :math:`32\pi`: the slowest feature is monotone over the
-    interval, the fastest resolves 1/64 of it, and time derivatives of a network stay of moderate size.
-
-    Args:
-        width: number of features.
-
-    Example:
-        >>> TimeEmbedding(8)(torch.linspace(0, 1, 3)).shape
-        torch.Size([3, 8])
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = validate_count("width", width)
-        self.hidden = nn.Linear(2 * _FREQUENCIES, width)
-        self.output = nn.Linear(width, width)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """``(B,)`` to ``(B, width)``, ready for a linear layer (the last operation is a SiLU)."""
-        k = torch.arange(_FREQUENCIES, dtype=t.dtype, device=t.device) / (_FREQUENCIES - 1)
-        phase = t[:, None] * (0.5 * math.pi * 64.0**k)
-        features = torch.cat([phase.sin(), phase.cos()], dim=1)
-        return functional.silu(self.output(functional.silu(self.hidden(features))))
-
-
-class _LabelEmbedding(nn.Module):
-    """A learned vector for every class, and one for "no label".
-
-    Args:
-        classes: K.
-        width: length of the vectors.
-    """
-
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__()
-        self.classes = classes
-        self.vectors = nn.Embedding(classes + 1, width)  # the first is that of no label
-
-    def forward(self, label: Tensor | None, z: Tensor) -> Tensor:
-        """Embed labels ``(B,)`` as ``(B, width)``. None stands for "no label" in every row of ``z``."""
-        if label is None:
-            label = torch.full((z.shape[0],), _NO_LABEL, device=z.device)
-        else:
-            self._validate(label, z)
-        return self.vectors(label.long() - _NO_LABEL)
-
-    def _validate(self, label: Any, z: Tensor) -> None:
-        labels = f"integers from 0 to {self.classes - 1}, or {_NO_LABEL} for no label"
-        if not isinstance(label, Tensor):
-            raise ValueError(
-                f"label is a {type(label).__name__}, expected a tensor of shape (B,) of {labels}; for one label for "
-                "all rows pass torch.full((B,), label)."
-            )
-        if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
-            raise ValueError(f"label has dtype {label.dtype}, expected {labels}; convert it with .long().")
-        if label.shape != z.shape[:1]:
-            raise ValueError(
-                f"label has shape {tuple(label.shape)}, expected ({z.shape[0]},), one label per row; pass class "
-                "numbers, not one-hot vectors, and label.expand(B) for one label for all rows."
-            )
-        if label.device != z.device:
-            raise ValueError(f"label is on device {label.device}, z on {z.device}; move it with .to({z.device}).")
-        self._validate_range(label.detach().long(), labels)
-
-    def _validate_range(self, label: Tensor, labels: str) -> None:
-        if torch.compiler.is_compiling():  # a look at the values would cut the graph in two
-            return
-        outside = (label < _NO_LABEL) | (label >= self.classes)
-        try:
-            wrong = bool(outside.any())
-        except RuntimeError:  # in a vmap over the labels, whose values nobody can look at
-            return
-        if wrong:
-            rows = torch.nonzero(outside).flatten().tolist()
-            raise ValueError(
-                f"label is {int(label[rows[0]])} in row {rows[0]} (outside in rows {some(rows)}), expected {labels}; "
-                "number the classes from 0, or build the network with more classes."
-            )
-
-
-class _Network(nn.Module, Configurable):
-    """What the networks share: the embedding of time and label, and what they say about their conditioning."""
-
-    classes: int | None
-    embedding: TimeEmbedding | None
-    labels: _LabelEmbedding | None
-
-    @property
-    def null(self) -> dict[str, int]:
-        """The conditioning that means none, by name; empty for a network without classes."""
-        return {} if self.classes is None else {"label": _NO_LABEL}
-
-    def cond_names(self) -> tuple[frozenset[str], bool]:
-        """Conditioning keywords the network accepts (``label`` only with classes), and whether it accepts any."""
-        names, anything = keyword_names(self.forward, 2)
-        return (names - {"label"} if self.classes is None else names), anything
-
-    def config(self) -> dict[str, Any]:
-        """As of every configurable object; a network without classes does not mention them, as files never did."""
-        config = super().config()
-        return {name: value for name, value in config.items() if name != "classes" or value is not None}
-
-    def _set_embeddings(self, width: int, time: bool, classes: int | None) -> int | None:
-        """Make the embeddings and return the width of the vector that modulates the blocks; None without one."""
-        self.time, self.classes = time, None if classes is None else validate_count("classes", classes)
-        self.embedding = TimeEmbedding(width) if time else None
-        self.labels = None if classes is None else _LabelEmbedding(classes, width)
-        return None if self.embedding is None and self.labels is None else width
-
-    def validate_event(self, event_shape: tuple[int, ...]) -> None:
-        """Raise if the events have another shape than the network was built for. The network is not run.
-
-        Args:
-            event_shape: E of the model.
-
-        Raises:
-            ValueError: the shapes differ; the message names both.
-        """
-        raise NotImplementedError
-
-    def _embed(self, z: Tensor, t: Tensor | None, label: Tensor | None) -> Tensor | None:
-        name = type(self).__name__
-        if self.embedding is None and t is not None:
-            raise TypeError(f"this {name} was built with time=False but got a time; call net(x).")
-        if self.embedding is not None and t is None:
-            raise TypeError(f"{name} needs a time: call net(z, t), or build it with time=False.")
-        if self.labels is None and label is not None:
-            raise TypeError(f"this {name} was built without classes but got a label; build it with classes=K.")
-        time = None if self.embedding is None else self.embedding(t)
-        if self.labels is None:
-            return time
-        vector: Tensor = self.labels(label, z)
-        return vector if time is None else time + vector
-
-
-class MLP(_Network):
+class MLP(Network):
     r"""A residual perceptron over flattened events, SiLU throughout, time as scale and shift of the hidden layers.
 
     Initial weights have standard deviation :math:`2/\sqrt{n}` in the first layer, for inputs of about unit scale, and
@@ -197,6 +56,7 @@ class MLP(_Network):
         time: whether the network takes t.
         dropout: probability of dropping a hidden unit in training.
         classes: K: the network takes ``label=``, see this module's header; None: it takes none.
+        context: K: the network takes ``context=``; None: it takes none.
 
     Example:
         >>> MLP(2)(torch.ones(3, 2), torch.zeros(3))
@@ -214,30 +74,35 @@ class MLP(_Network):
         time: bool = True,
         dropout: float = 0.0,
         classes: int | None = None,
+        context: int | None = None,
     ) -> None:
         super().__init__()
         self.event_shape = validate_shape("event_shape", [event_shape] if isinstance(event_shape, int) else event_shape)
         self.width, self.depth = validate_count("width", width), validate_count("depth", depth)
         self.outputs, self.dropout = _validate_outputs(outputs), _validate_dropout(dropout)
         size = event_size(self.event_shape)
-        embedding = self._set_embeddings(width, time, classes)
+        embedding = self._set_embeddings(width, time, classes, context)
         self.input = _linear(size, width, _INPUT_GAIN)
         self.blocks = nn.ModuleList(_DenseBlock(width, embedding, dropout) for _ in range(depth))
         self.output = _zero(nn.Linear(width, size * (outputs or 1)))
 
-    def forward(self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """``(B, *E)`` to ``(B, *E)``, or ``(B, K, *E)`` with ``outputs=K``.
 
         Args:
             z: states, ``(B, *E)``.
             t: times, ``(B,)``; left out for a network with ``time=False``.
             label: integers ``(B,)`` from 0 to K - 1 for a network with ``classes=K``; -1 and None mean "no label".
+            context: numbers ``(B, K)`` for a network with ``context=K``; a NaN in a row, and None, mean "no context".
 
         Raises:
-            TypeError: t is missing, or given to a network without time; a label given to one without classes.
-            ValueError: the label has the wrong shape or dtype, or is not a class of the network.
+            TypeError: t is missing, or given to a network without time; a label given to one without classes, or a
+                context to one without.
+            ValueError: label or context has the wrong shape or dtype, or is not a class of the network.
         """
-        embedding = self._embed(z, t, label)
+        embedding = self._embed(z, t, label, context)
         h = self.input(z.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
@@ -265,12 +130,13 @@ class _DenseBlock(nn.Module):
         return h + self.second(self.dropout(functional.silu(inner)))
 
 
-class UNet(_Network):
+class UNet(Network):
     """A small convolutional U-Net: a residual block down and one up per resolution, up only at the highest.
 
     Convolutions of stride 2 change the resolution, skip connections are sums. The highest
     resolution, where a channel costs most, has ``width`` channels, all others four times as many. The defaults make
-    0.19 million parameters.
+    0.19 million parameters. With ``attention`` the pixels of the lowest resolutions attend to each other, and to a
+    sequence.
 
     Args:
         channels: C of the images ``(C, H, W)``. Sides that are not multiples of ``2**(levels - 1)`` are padded with
@@ -281,6 +147,11 @@ class UNet(_Network):
         time: whether the network takes t.
         dropout: probability of dropping a hidden unit in training.
         classes: K: the network takes ``label=``, see this module's header; None: it takes none.
+        context: K: the network takes ``context=``; None: it takes none.
+        sequence: K: the network takes ``sequence=``; None: it takes none.
+        attention: at how many of the resolutions, from the lowest, pixels attend; None: at one with a sequence, else at
+            none.
+        heads: heads of the attention.
 
     Example:
         >>> net = UNet(1, width=8)
@@ -297,6 +168,10 @@ class UNet(_Network):
         time: bool = True,
         dropout: float = 0.0,
         classes: int | None = None,
+        context: int | None = None,
+        sequence: int | None = None,
+        attention: int | None = None,
+        heads: int = 4,
     ) -> None:
         super().__init__()
         self.channels, self.width = validate_count("channels", channels), validate_count("width", width)
@@ -305,30 +180,49 @@ class UNet(_Network):
             raise ValueError(f"levels must be at most {_MOST_LEVELS}, got {levels}; each halves the sides of images.")
         self.dropout = _validate_dropout(dropout)
         widths = [width if level == 0 else 4 * width for level in range(levels)]
-        embedding = self._set_embeddings(4 * width, time, classes)
+        embedding = self._set_embeddings(4 * width, time, classes, context)
         self.input = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.ModuleList(_ConvolutionBlock(w, embedding, dropout) for w in widths[1:])
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
         self.up = nn.ModuleList(_ConvolutionBlock(w, embedding, dropout) for w in widths)
         self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
+        self._set_attention(widths, sequence, attention, heads)
         self.norm = _group_norm(width)
         self.output = _zero(nn.Conv2d(width, channels * (outputs or 1), 3, padding=1))
 
-    def forward(self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None) -> Tensor:
+    def _set_attention(self, widths: list[int], sequence: int | None, attention: int | None, heads: int) -> None:
+        self.sequence = None if sequence is None else validate_count("sequence", sequence)
+        self.attention, self.heads = attention, heads
+        count = int(sequence is not None) if attention is None else attention
+        if not int(sequence is not None) <= count <= self.levels:
+            raise ValueError(
+                f"attention={attention!r} must be a number of resolutions, at most levels={self.levels}, and at least "
+                "one for a network with a sequence."
+            )
+        attending = enumerate(widths[-count:] if count else [], self.levels - count)
+        self.attend = nn.ModuleDict({str(level): _PixelAttention(width, heads, sequence) for level, width in attending})
+
+    def forward(
+        self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None, context: Tensor | None = None,
+        sequence: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """``(B, C, H, W)`` to ``(B, C, H, W)``, or ``(B, K, C, H, W)`` with ``outputs=K``.
 
         Args:
             z: images, ``(B, C, H, W)``.
             t: times, ``(B,)``; left out for a network with ``time=False``.
             label: integers ``(B,)`` from 0 to K - 1 for a network with ``classes=K``; -1 and None mean "no label".
+            context: numbers ``(B, K)`` for a network with ``context=K``; a NaN in a row, and None, mean "no context".
+            sequence: tokens ``(B, L, K)`` for a network with ``sequence=K``; one with a NaN is no token.
 
         Raises:
-            TypeError: t is missing, or given to a network without time; a label given to one without classes.
-            ValueError: z is not an image of these channels; the label has the wrong shape or dtype, or is not a class
-                of the network.
+            TypeError: t is missing, or given to a network without time; a condition that it was not built for.
+            ValueError: z is not an image of these channels; a condition has the wrong shape or dtype, or the label is
+                not a class of the network.
         """
         self._validate(z)
-        embedding = self._embed(z, t, label)
+        self._validate_sequence(sequence, z)
+        embedding = self._embed(z, t, label, context)
         h = self.input(self._padded(z))
         skips = []
         for shrink, block in zip(self.shrink, self.down, strict=True):
@@ -338,6 +232,8 @@ class UNet(_Network):
             if level < self.levels - 1:
                 h = self.grow[level](h) + skips[level]
             h = self.up[level](h, embedding)
+            if str(level) in self.attend:
+                h = self.attend[str(level)](h, sequence)
         output = self.output(functional.silu(self.norm(h)))[..., : z.shape[2], : z.shape[3]]
         return output.reshape(_output_shape(z, self.outputs))
 
@@ -377,6 +273,21 @@ class _ConvolutionBlock(nn.Module):
         inner = self.norm2(self.first(functional.silu(self.norm1(h))))
         inner = functional.silu(_modulate(inner, self.modulation, embedding))
         return h + self.second(self.dropout(inner))
+
+
+class _PixelAttention(nn.Module):
+    """Attention of pixels to each other, and then to a sequence."""
+
+    def __init__(self, width: int, heads: int, sequence: int | None) -> None:
+        super().__init__()
+        self.pixels = Attention(width, heads)
+        self.tokens = None if sequence is None else Attention(width, heads, sequence)
+
+    def forward(self, h: Tensor, sequence: Tensor | None) -> Tensor:
+        pixels = self.pixels(h.flatten(2).mT)
+        if self.tokens is not None:
+            pixels = self.tokens(pixels, sequence)
+        return pixels.mT.reshape(h.shape)
 
 
 def _validate_outputs(outputs: int | None) -> int | None:
