@@ -1,6 +1,6 @@
 """Networks: small ones to begin with (:mod:`~ndm_ct.nn.networks`, :mod:`~ndm_ct.nn.transformer`), what they are
-conditioned on (:mod:`~ndm_ct.nn.embeddings`), heads for any network (:mod:`~ndm_ct.nn.heads`), and networks between data
-and latents (:mod:`~ndm_ct.nn.latent`)."""
+conditioned on (:mod:`~ndm_ct.nn.embeddings`), heads for any network (:mod:`~ndm_ct.nn.heads`), and networks between
+data and latents (:mod:`~ndm_ct.nn.latent`)."""
 
 from ndm_ct.nn.embeddings import TimeEmbedding
 from ndm_ct.nn.heads import FromDenoiser, FromScore, FromVelocity, Mixed, Preconditioned, null_of
