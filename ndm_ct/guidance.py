@@ -48,8 +48,9 @@ def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> N
     r"""The model whose prediction is :math:`u + w (c - u)`: guided by its own conditioning.
 
     c is the prediction with the conditioning given at call time, u that with the null values in its place. Both come
-    from one call of the network with twice the rows; from two calls if it gets further tensors with as many entries as
-    there are rows, which may or may not belong to them. Weights, transform, schedule, volatility and prior are those of
+    from one call of the network with twice the rows; from two calls if null values have another shape than what they
+    stand for (None, another number of tokens), or if it gets further tensors with as many entries as there are rows,
+    which may or may not belong to them. Weights, transform, schedule, volatility and prior are those of
     ``model``, not copies; ``loglik``, ``elbo``, ``sample`` and every other function take the result as any model. To
     keep it in a file, save ``model`` and guide what is loaded.
 
@@ -57,13 +58,16 @@ def guided(model: NDM, scale: float, null: Mapping[str, Any] | None = None) -> N
         model: a conditional model, trained with its conditioning dropped in some rows (``fit(cond_dropout=...)``), so
             that it can predict without it.
         scale: w. 1 is the conditional model, 0 the unconditional one, each by a single evaluation and with its bits.
-        null: the conditioning that means none, by name: a number, which fills the tensor given at call time, or a
-            tensor that broadcasts to it. None: the predictor's own, its attribute ``null`` (for networks of
-            ``ndm_ct.nn`` with classes ``{"label": -1}``).
+        null: the conditioning that means none, by name: a number, which fills the tensors given at call time; a tensor
+            that broadcasts to what is given, or that is one row of it with other sides (an empty prompt of another
+            length); for dicts, lists and tuples one of their kind, or a number for all of their tensors; or None or
+            anything else that the network takes in their place. null=None: the predictor's own, its attribute ``null``
+            (for networks of ``ndm_ct.nn`` with classes ``{"label": -1}``).
 
     Returns:
         The guided model. Its predictor counts in ``evaluations_per_call`` how many evaluations of the network one call
-        stands for: 2, or 1 for a scale of 0 or 1. All of ``null`` must be given at every call, one entry per row.
+        stands for: 2, or 1 for a scale of 0 or 1. All of ``null`` must be given at every call, tensors with one entry
+        per row.
 
     Raises:
         TypeError: ``model`` is not a model, or ``scale`` is not a number.
@@ -189,11 +193,12 @@ class _Guided(nn.Module):
         self._validate(cond, len(z))
         if self.scale == 1.0:
             return self.predictor(z, t, *schedule, **cond)
-        null = {name: nulled(name, cond[name], value) for name, value in self.null.items()}
+        null = {name: _in_place_of(name, cond[name], value) for name, value in self.null.items()}
         if self.scale == 0.0:
             return self.predictor(z, t, *schedule, **cond | null)
         others = {name: value for name, value in cond.items() if name not in null}
-        if any(_by_rows(tensor, len(z)) for tensor in tensors_in(others)):
+        alike = all(isinstance(v, Tensor) and v.shape == getattr(cond[name], "shape", 0) for name, v in null.items())
+        if not alike or any(_by_rows(tensor, len(z)) for tensor in tensors_in(others)):
             # Only the predictor can tell whether these belong to the rows or are shared, so it gets them unchanged.
             return self._mixed(self.predictor(z, t, *schedule, **cond), self.predictor(z, t, *schedule, **cond | null))
         both = {name: torch.cat([cond[name], value]) for name, value in null.items()}
@@ -218,15 +223,41 @@ class _Guided(nn.Module):
                     f"a guided model needs the conditioning {name!r}, and got none; pass {name}=, one entry per row, "
                     f"or guide by something else with guided(model, scale, null=...)."
                 )
-            if not _by_rows(value, rows):
-                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            if isinstance(value, Tensor) and not _by_rows(value, rows):
                 raise ValueError(
-                    f"the conditioning {name!r}, by which this model is guided, is {came}, expected a tensor with one "
-                    f"entry for each of the {rows} rows; expand it to them."
+                    f"the conditioning {name!r}, by which this model is guided, is shape {tuple(value.shape)}, "
+                    f"expected a tensor with one entry for each of the {rows} rows; expand it to them."
+                )
+            if isinstance(value, bool | int | float):
+                raise ValueError(
+                    f"the conditioning {name!r}, by which this model is guided, is a {type(value).__name__}, expected "
+                    f"a tensor with one entry for each of the {rows} rows; pass torch.full(({rows},), {value!r})."
                 )
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, null={self.null}"
+
+
+def _in_place_of(name: str, value: Any, null: Any) -> Any:
+    """What the network gets in the place of a conditioning; arguments and errors as of :func:`nulled`."""
+    if isinstance(value, Mapping):
+        named = null if isinstance(null, Mapping) else dict.fromkeys(value, null)
+        return {key: _in_place_of(f"{name}[{key!r}]", each, named[key]) for key, each in value.items()}
+    if isinstance(value, list | tuple) and not isinstance(null, str):
+        parts = null if isinstance(null, list | tuple) else [null] * len(value)
+        return type(value)(_in_place_of(f"{name}[{k}]", *pair) for k, pair in enumerate(zip(value, parts, strict=True)))
+    if not isinstance(value, Tensor) or null is None or isinstance(null, str | Mapping):
+        return null
+    if isinstance(null, Tensor) and null.is_floating_point() == value.is_floating_point():
+        row = null if null.ndim == value.ndim else null[None]
+        if row.ndim == value.ndim and row.shape[0] in (1, len(value)) and not _broadcasts(null, value):
+            return row.to(value).expand(len(value), *row.shape[1:])
+    return nulled(name, value, null)
+
+
+def _broadcasts(null: Tensor, value: Tensor) -> bool:
+    pairs = zip(reversed(null.shape), reversed(value.shape), strict=False)
+    return null.ndim <= value.ndim and all(a in (1, b) for a, b in pairs)
 
 
 def _halves(output: Any, rows: int) -> tuple[Any, Any]:

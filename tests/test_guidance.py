@@ -8,7 +8,7 @@ import torch
 from oracles import TRANSFORMS, k
 
 import ndm_ct
-from ndm_ct import guided, schedules, transforms
+from ndm_ct import NDM, guided, schedules, transforms
 from ndm_ct.guidance import nulled
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.reference import Gaussian, GaussianMixture
@@ -493,3 +493,50 @@ def test_dropped_labels_teach_the_marginal():
             error = errors.pop(y + 1)
             assert error < 0.15
             assert time < 1.0 or error < 0.4 * min(errors)
+
+
+class TestAnyNull:
+    """Null values of another kind or shape than what they stand for."""
+
+    @staticmethod
+    def mixed(net, null, **cond):
+        """The guided prediction, and the mixture of both by hand."""
+        model = NDM(net, (2,), schedule=schedules.LinearLogSNR(), checks=False)
+        z, t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor(0.4, dtype=torch.float64)
+        found = ndm_ct.guided(model, 2.5, null=null).predict_x(z, t, **cond)
+        alone = ndm_ct.guided(model, 0.0, null=null).predict_x(z, t, **cond)
+        return z, found, model.predict_x(z, t, **cond), alone
+
+    @staticmethod
+    def texts(z, t, text=None):
+        return 0.3 * z if text is None else z * (1.0 + text.mean((1, 2)) + text.shape[1])[:, None]
+
+    @pytest.mark.parametrize("null", [None, torch.ones(7, 4), torch.ones(1, 7, 4), torch.ones(3, 7, 4)])
+    def test_a_prompt_of_another_length_or_none(self, null):
+        z, found, conditional, alone = self.mixed(self.texts, {"text": null}, text=torch.zeros(3, 5, 4))
+        expected = 0.3 * z if null is None else 9.0 * z
+        torch.testing.assert_close(alone, expected)
+        torch.testing.assert_close(conditional, 6.0 * z)
+        torch.testing.assert_close(found, expected + 2.5 * (6.0 * z - expected))
+
+    def test_dicts_and_lists(self):
+        def net(z, t, cond):
+            return z * (cond["a"] + cond["b"][0])[:, None]
+
+        cond = {"a": torch.full((3,), 2.0), "b": [torch.full((3,), 4.0)]}
+        for null, free in ((1.0, 2.0), ({"a": 0.0, "b": [torch.tensor(0.5)]}, 0.5)):
+            z, found, _, alone = self.mixed(net, {"cond": null}, cond=cond)
+            torch.testing.assert_close(alone, free * z)
+            torch.testing.assert_close(found, free * z + 2.5 * (6.0 - free) * z)
+
+    def test_words(self):
+        def net(z, t, style):
+            return z * len(style)
+
+        z, found, _, _ = self.mixed(net, {"style": ""}, style="blue")
+        torch.testing.assert_close(found, 2.5 * 4.0 * z)
+
+    def test_a_sample(self):
+        model = NDM(self.texts, (2,), checks=False)
+        guided = ndm_ct.guided(model, 2.0, null={"text": torch.zeros(7, 4)})
+        assert ndm_ct.sample(guided, 3, method="ddim", steps=2, text=torch.zeros(3, 5, 4)).shape == (3, 2)
