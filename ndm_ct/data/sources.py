@@ -189,7 +189,7 @@ class Source:
         bins: checks and converts the rows.
         name: what messages call the data.
         caller: the public function, whose name messages give.
-        cond_from: which parts of an item or a table are conditions (:class:`~ndm_ct.data.containers.Layout`).
+        cond_from: which parts of an item or a table are conditions (``Layout`` of the containers).
         whole: whether to read an iterable to its end. Otherwise it is read in its order, again and again.
     """
 

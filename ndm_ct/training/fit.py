@@ -45,9 +45,12 @@ from ndm_ct.data.sources import Bins, Source
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
 from ndm_ct.storage.atomic import PathLike
+from ndm_ct.training.callbacks import Hooks
 from ndm_ct.training.loop import FitResult, Training
-from ndm_ct.training.settings import Intervals, Settings, default_warmup
+from ndm_ct.training.rates import OptimizerFactory, SchedulerFactory
+from ndm_ct.training.settings import OWN, Intervals, Settings, default_warmup
 from ndm_ct.training.state import Folder, Objective, Row, State
+from ndm_ct.training.step import validate_weights
 
 __all__ = ["FitResult", "fit"]
 
@@ -58,12 +61,14 @@ def fit(
     *,
     steps: int,
     batch_size: int = 128,
-    lr: float = 1e-3,
-    optimizer: str = "adamw",
-    weight_decay: float = 0.01,
+    sample_weight: Any = None,
+    lr: float | None = None,
+    optimizer: str | OptimizerFactory = "adamw",
+    weight_decay: float | None = None,
     grad_clip: float | None = 1.0,
+    scheduler: SchedulerFactory | None = None,
     warmup: int | None = None,
-    lr_final: float = 0.01,
+    lr_final: float | None = None,
     ema: float | Sequence[float] = 0.999,
     cond: Mapping[str, Any] | None = None,
     cond_from: CondFrom = None,
@@ -76,7 +81,9 @@ def fit(
     patience: int | None = None,
     run_dir: PathLike | None = None,
     checkpoint_every: int | None = None,
+    keep_checkpoints: int | None = None,
     log_every: int = 100,
+    callbacks: Sequence[Any] = (),
     resume: bool = True,
     seed: int = 0,
     accumulate: int | None = None,
@@ -109,13 +116,19 @@ def fit(
             a finished one, it goes on to this number: with its weights, averages, optimiser state and order of rows,
             and from there on with the learning rate of a training of this many steps.
         batch_size: rows per step, drawn without replacement within an epoch. An incomplete last batch is left out.
-        lr: peak learning rate.
-        optimizer: "adamw" or "adam".
-        weight_decay: decay of the weights with two or more axes. Biases, scales and schedules have none.
+        sample_weight: weights of the rows, shape ``(N,)``, at least 0. The loss of a row is multiplied by its weight
+            over the mean weight. Validation weighs rows equally.
+        lr: peak learning rate; None is 1e-3.
+        optimizer: "adamw" or "adam", or a function that makes a ``torch.optim.Optimizer`` of the parameters, such as
+            ``lambda p: torch.optim.SGD(p, lr=0.1)``. It then sets its own learning rates, which warm-up and decay
+            multiply.
+        weight_decay: decay of the weights with two or more axes; None is 0.01. Biases, scales and schedules have none.
         grad_clip: largest norm of the gradient of the loss in nats per dimension. Larger gradients are scaled down to
             it. None does not clip.
+        scheduler: a function that makes a scheduler of ``torch.optim.lr_scheduler`` of the optimiser, in place of
+            warm-up and cosine decay. It moves on after every step, and has to depend on the number of steps alone.
         warmup: steps of linear warm-up; None is a tenth of ``steps``, at most 1000.
-        lr_final: fraction of ``lr`` at the end of the cosine decay.
+        lr_final: fraction of ``lr`` at the end of the cosine decay; None is 0.01.
         ema: decay of the averaged weights. Closer to 1 averages over more steps; 0 averages nothing.
         cond: conditioning by name, each with one row per row of ``data``.
         cond_from: which parts of an item, or which columns of a DataFrame, are conditioning: a name or several, which
@@ -136,7 +149,11 @@ def fit(
             validation are kept. None trains to the end and keeps the last weights.
         run_dir: folder of the training, made if missing. None writes nothing.
         checkpoint_every: steps between checkpoints; None is 1000.
+        keep_checkpoints: number of checkpoints to keep; None is 1. The earlier ones are
+            ``checkpoint-STEP.safetensors``; copied over ``checkpoint.safetensors``, one takes the training back.
         log_every: steps between rows of the history.
+        callbacks: objects that are called at the start, steps, validations, checkpoints and end, as
+            ``ndm_ct.training.Callback``. Beside it are ``CSV``, ``TensorBoard``, ``WandB`` and ``Samples``.
         resume: whether ``run_dir`` may hold a checkpoint to continue from. False raises a ValueError if it does.
         seed: of everything random, dropout included. The global generator of torch is left as it was.
         accumulate: number K of parts into which a batch is divided. Their gradients are added up. More parts need less
@@ -167,16 +184,16 @@ def fit(
     cond, group = {} if cond is None else cond, Group()
     _refuse_ineffective(locals())
     steps = validate_count("steps", steps)
+    hooks, rates = Hooks(callbacks), _rates(locals(), steps)
     settings = Settings(
-        steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, weight_decay=weight_decay, grad_clip=grad_clip,
-        warmup=default_warmup(steps) if warmup is None else warmup, lr_final=lr_final, seed=seed,
-        ema=tuple(ema) if isinstance(ema, Sequence) else ema,
-        cond_dropout=cond_dropout, patience=patience, accumulate=group.size if accumulate is None else accumulate,
-        precision=precision,
+        steps=steps, batch_size=batch_size, grad_clip=grad_clip, seed=seed, cond_dropout=cond_dropout,
+        ema=tuple(ema) if isinstance(ema, Sequence) else ema, patience=patience, precision=precision,
+        accumulate=group.size if accumulate is None else accumulate, **rates,
     )  # fmt: skip
     intervals = Intervals(
         validate_every=max(1, steps // 10) if validate_every is None else validate_every,
-        checkpoint_every=1000 if checkpoint_every is None else checkpoint_every, log_every=log_every,
+        checkpoint_every=1000 if checkpoint_every is None else checkpoint_every,
+        keep_checkpoints=1 if keep_checkpoints is None else keep_checkpoints, log_every=log_every,
         time_limit=time_limit,
     )  # fmt: skip
     settings.validate_model(model)
@@ -197,9 +214,33 @@ def fit(
     settings.validate_dropout(model, given)
     verify(model, x, given, "fit")
     with folder.locked("checkpoint.safetensors", "a checkpoint", resume):
-        state = State(model, settings, None if objective is objectives.loss else objective, group)
-        training = Training(state=state, data=source, validation=held_out, folder=folder, intervals=intervals)
+        own = None if isinstance(optimizer, str) else optimizer
+        state = State(model, settings, None if objective is objectives.loss else objective, group, own, scheduler)
+        training = Training(
+            state=state, data=source, validation=held_out, folder=folder, intervals=intervals, hooks=hooks,
+            weights=validate_weights(sample_weight, source),
+        )  # fmt: skip
         return training.run(progress)
+
+
+def _rates(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The options of learning rate and decay, with their defaults where nothing replaces them."""
+    optimizer, scheduler = given["optimizer"], given["scheduler"]
+    own = callable(optimizer)
+    if not own and not isinstance(optimizer, str):
+        raise TypeError(f"optimizer must be a name or a function of the parameters, got {type(optimizer).__name__}.")
+    if scheduler is not None and not callable(scheduler):
+        raise TypeError(f"scheduler must be a function of the optimiser, got {type(scheduler).__name__}.")
+    defaults = {"lr": 1e-3, "weight_decay": 0.01, "warmup": default_warmup(steps), "lr_final": 0.01}
+    replaced = dict.fromkeys(("lr", "weight_decay"), "an optimizer" if own else None)
+    replaced |= dict.fromkeys(("warmup", "lr_final"), None if scheduler is None else "a scheduler")
+    for name, by in replaced.items():
+        if by is not None and given[name] is not None:
+            raise ValueError(f"{name} has no effect with {by} of your own; set it there, or leave {name} out.")
+        if by is not None:
+            defaults[name] = None  # type: ignore[assignment]
+    chosen = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+    return chosen | {"optimizer": OWN if own else optimizer}
 
 
 def _warn_of_repeats(source: Source, columns: list[Any]) -> None:
@@ -217,6 +258,7 @@ def _refuse_ineffective(arguments: Mapping[str, Any]) -> None:
         ("validate_every", "validation"),
         ("patience", "validation"),
         ("checkpoint_every", "run_dir"),
+        ("keep_checkpoints", "run_dir"),
     ):
         if arguments[name] is not None and arguments[needed] is None:
             raise ValueError(f"{name} has no effect without {needed}; pass {needed}= or leave {name} out.")

@@ -11,9 +11,12 @@ from ndm_ct._core.checks import choose, is_whole, unpack_numpy, validate_count, 
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 
-__all__ = ["OPTIMIZERS", "PRECISIONS", "Intervals", "Settings", "default_warmup"]
+__all__ = ["OPTIMIZERS", "OWN", "PRECISIONS", "Intervals", "Settings", "default_warmup"]
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
+OWN = "your own"
+"""Name of an optimiser that the user makes."""
 
 PRECISIONS = {"full": None, "bf16-mixed": torch.bfloat16}
 """Dtype of the networks during training, by Lightning's names for it; None is the dtype of their weights."""
@@ -30,12 +33,12 @@ class Settings:
 
     steps: int
     batch_size: int
-    lr: float
+    lr: float | None
     optimizer: str
-    weight_decay: float
+    weight_decay: float | None
     grad_clip: float | None
-    warmup: int
-    lr_final: float
+    warmup: int | None
+    lr_final: float | None
     ema: float | tuple[float, ...]
     seed: int
     cond_dropout: float
@@ -50,16 +53,16 @@ class Settings:
         if self.patience is not None:
             validate_count("patience", self.patience)
         for name in ("lr", "weight_decay", "grad_clip", "warmup", "lr_final", "cond_dropout"):
-            if (value := getattr(self, name)) is not None or name != "grad_clip":
+            if (value := getattr(self, name)) is not None:
                 validate_number(name, value)
-        choose("optimizer", self.optimizer, OPTIMIZERS)
+        choose("optimizer", self.optimizer, (*OPTIMIZERS, OWN))
         _validate_precision(self.precision)
         for name, ok, expected in (
-            ("lr", self.lr > 0.0, "positive"),
-            ("weight_decay", self.weight_decay >= 0.0, "at least 0"),
+            ("lr", self.lr is None or self.lr > 0.0, "positive"),
+            ("weight_decay", self.weight_decay is None or self.weight_decay >= 0.0, "at least 0"),
             ("grad_clip", self.grad_clip is None or self.grad_clip > 0.0, "positive, or None for no clipping"),
-            ("warmup", 0 <= self.warmup <= self.steps, "between 0 and steps"),
-            ("lr_final", 0.0 <= self.lr_final <= 1.0, "a fraction of lr in [0, 1]"),
+            ("warmup", self.warmup is None or 0 <= self.warmup <= self.steps, "between 0 and steps"),
+            ("lr_final", self.lr_final is None or 0.0 <= self.lr_final <= 1.0, "a fraction of lr in [0, 1]"),
             ("ema", self._has_decays(), "in [0, 1), 0 for no average, or several different decays in (0, 1)"),
             ("seed", is_whole(self.seed) and self.seed >= 0, "an int of at least 0"),
             ("cond_dropout", 0.0 <= self.cond_dropout < 1.0, "a probability in [0, 1)"),
@@ -84,9 +87,17 @@ class Settings:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
-        ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        progress = max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.lr * ramp * (self.lr_final + (1.0 - self.lr_final) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return self._scaled(1.0 if self.lr is None else self.lr, step)
+
+    def factor_at(self, step: int) -> float:
+        """What the rates of a user's optimiser are multiplied by in step ``step``, counted from 0."""
+        return self._scaled(1.0, step)
+
+    def _scaled(self, rate: float, step: int) -> float:
+        warmup, final = self.warmup or 0, 1.0 if self.lr_final is None else self.lr_final
+        ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        progress = max(0.0, (step - warmup) / max(1, self.steps - warmup))
+        return rate * ramp * (final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     def validate_model(self, model: Any) -> None:
         """Check that the settings have an effect on the model.
@@ -128,12 +139,13 @@ class Intervals:
 
     validate_every: int
     checkpoint_every: int
+    keep_checkpoints: int
     log_every: int
     time_limit: float | None
 
     def __post_init__(self) -> None:
         unpack_numpy(self)
-        for name in ("validate_every", "checkpoint_every", "log_every"):
+        for name in ("validate_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             validate_count(name, getattr(self, name))
         if self.time_limit is not None:
             validate_positive("time_limit", self.time_limit, "seconds")

@@ -1,10 +1,12 @@
 """Everything that a training changes (weights, their average, optimiser, counters), and its checkpoints."""
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +21,18 @@ from ndm_ct.storage.atomic import PathLike
 from ndm_ct.storage.folder import Journal, RunFolder
 from ndm_ct.storage.tensors import compare_tensors, read, write
 from ndm_ct.training.averages import Averages, load_weights, weights_of
-from ndm_ct.training.settings import OPTIMIZERS, Settings, default_warmup
+from ndm_ct.training.rates import OptimizerFactory, Rates, SchedulerFactory, describe_options, make_optimizer
+from ndm_ct.training.settings import OWN, Settings, default_warmup
 
 __all__ = ["Folder", "Objective", "Row", "State"]
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Objective = Callable[..., Tensor]
 
 # Settings that early checkpoints do not have, with the values that they then had.
-_LATER = {"cond_dropout": 0.0, "objective": None, "patience": None, "accumulate": 1, "precision": "full"}
+_LATER = {"cond_dropout": 0.0, "objective": None, "patience": None, "accumulate": 1, "precision": "full",
+          "scheduler": None, "sample_weight": None}  # fmt: skip
 
 
 class Folder(RunFolder):
@@ -41,6 +46,24 @@ class Folder(RunFolder):
     def checkpoint(self) -> Path:
         """Everything that the next step depends on."""
         return self.path / "checkpoint.safetensors"
+
+    def keep_earlier(self, step: int, keep: int) -> None:
+        """Keep the checkpoint of an earlier step under a name of its own, and remove the oldest ones.
+
+        Args:
+            step: of the checkpoint that is there.
+            keep: how many checkpoints there may be, with the one to be written.
+        """
+        if keep > 1 and self.checkpoint.exists():
+            earlier = self.path / f"checkpoint-{step}.safetensors"
+            earlier.unlink(missing_ok=True)
+            try:
+                os.link(self.checkpoint, earlier)
+            except OSError:  # a file system without links
+                shutil.copyfile(self.checkpoint, earlier)
+            kept = sorted(self.path.glob("checkpoint-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
+            for path in kept[: 1 - keep]:
+                path.unlink()
 
     @property
     def log(self) -> Journal:
@@ -102,15 +125,26 @@ class State:
         settings: settings of the training.
         objective: the loss; None is minus the ELBO.
         group: the processes of this training. All start from the weights of the first one.
+        optimizer: makes the optimiser; None makes the one that the settings name.
+        scheduler: makes the scheduler; None follows the learning rate of the settings.
     """
 
-    def __init__(self, model: NDM, settings: Settings, objective: Objective | None, group: Group) -> None:
+    def __init__(
+        self, model: NDM, settings: Settings, objective: Objective | None, group: Group,
+        optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.settings, self.objective, self.group = model, settings, objective, group
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         _validate_shards(self.parameters, group)
         group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])
-        self.optimizer = _optimizer(self.parameters, settings)
-        self.ordered = sorted(self.parameters, key=lambda p: p.ndim < 2)  # as checkpoints number them
+        self.optimizer = make_optimizer(self.parameters, settings, optimizer)
+        self.rates, self.lr = Rates(self.optimizer, settings, scheduler), 0.0
+        self.made = {
+            "optimizer": describe_options(self.optimizer, self.optimizer.defaults) if optimizer else settings.optimizer,
+            "scheduler": describe_options(self.rates.scheduler, vars(self.rates.scheduler)) if scheduler else None,
+        }
+        # As checkpoints number them.
+        self.ordered = self.parameters if optimizer else sorted(self.parameters, key=lambda p: p.ndim < 2)
         self.device = self.parameters[0].device
         state = self.objective_state()
         group.broadcast_(list(state.values()))
@@ -164,9 +198,9 @@ class State:
             loss: loss of the step, for the log.
             norm: norm of its gradient, for the log.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr_at(self.step)
+        self.lr = self.rates.set(self.step)
         self.optimizer.step()
+        self.rates.advance()
         self.averages.update(self.step)
         self.step += 1
         self.pending = (self.pending[0] + loss, self.pending[1] + norm, self.pending[2] + 1)
@@ -199,10 +233,12 @@ class State:
             identity: settings that a training must have to continue from the checkpoint.
         """
         tensors = self._tensors() | {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
+        numbers: dict[str, Any] = {}
         for index, state in self._optimizer_state().items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+            for name, value in state.items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"optimizer.{index}.{name}"] = value
         description = {"kind": "training", "versions": versions(), "step": self.step, "seconds": self.seconds}
-        description |= {"pending": self.pending, "settings": identity}
+        description |= {"pending": self.pending, "settings": identity, "optimizer": numbers}
         if self.best_weights:
             description |= {"best": self.best, "waited": self.waited}
         entire = {name: whole(tensor) for name, tensor in tensors.items()}
@@ -239,11 +275,11 @@ class State:
                 f"{file}: not the state of this training ({error}); move it away to start again."
             ) from error
         folder.rewind(progress.step)  # before the model changes, because the log may be damaged
-        self._take(progress, tensors)
+        self._take(progress, tensors, description.get("optimizer", {}))
         if compared is not before:  # more steps are wanted, even if patience had ended
             self.waited = 0
 
-    def _take(self, progress: _Progress, tensors: dict[str, Tensor]) -> None:
+    def _take(self, progress: _Progress, tensors: dict[str, Tensor], numbers: Mapping[str, Any]) -> None:
         load_weights(self.model, _under("model.", tensors))
         for prefix, weights in zip(_prefixes(self.averages), self.averages.weights, strict=True):
             for name, tensor in _under(prefix, tensors).items():
@@ -251,11 +287,12 @@ class State:
         own = {
             id(p): place for place, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])
         }
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under("optimizer.", tensors).items():
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in {**_under("optimizer.", tensors), **_under("optimizer.", numbers)}.items():
             index, key = name.split(".", 1)
             p = self.ordered[int(index)]
-            state.setdefault(own[id(p)], {})[key] = shard_like(tensor, p) if tensor.shape == p.shape else tensor
+            alike = isinstance(value, Tensor) and value.shape == p.shape
+            state.setdefault(own[id(p)], {})[key] = shard_like(value, p) if alike else value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         self.set_objective_state(_under("objective.", tensors))
         weights = weights_of(self.model)
@@ -263,6 +300,7 @@ class State:
         self.best_weights = {name: shard_like(tensor, weights[name].detach()) for name, tensor in best.items()}
         for name, value in asdict(progress).items():
             setattr(self, name, value)
+        self.rates.advance(progress.step)
 
     def _optimizer_state(self) -> dict[int, dict[str, Any]]:
         """The optimiser's state of each parameter that has one, by its number."""
@@ -275,6 +313,8 @@ class State:
         if any(name.startswith("best.") for name in tensors):
             expected |= {f"best.{name}": tensor for name, tensor in self.model.state_dict().items()}
         moved = {name.split(".")[0] for name in _under("optimizer.", tensors)}
+        if self.settings.optimizer == OWN:  # whose state only it knows
+            return expected | {name: each for name, each in tensors.items() if name.startswith("optimizer.")}
         for index, parameter in enumerate(self.ordered):
             if str(index) in moved:
                 state = {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
@@ -288,12 +328,14 @@ def _with_more_steps(saved: Row, identity: Row) -> Row:
     if not isinstance(steps, int) or steps >= more:
         return saved
     longer = saved | {"steps": more}
+    if saved.get("scheduler") and identity["scheduler"]:  # it may span the steps
+        longer["scheduler"] = identity["scheduler"]
     if (saved.get("warmup"), identity["warmup"]) == (default_warmup(steps), default_warmup(more)):
         longer["warmup"] = identity["warmup"]
     return longer if all(longer.get(name) == value for name, value in identity.items()) else saved
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _under(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -309,13 +351,3 @@ def _validate_shards(parameters: list[nn.Parameter], group: Group) -> None:
 def _prefixes(averages: Averages) -> list[str]:
     """How names of the averages begin in a checkpoint."""
     return [f"average{place or ''}." for place in range(len(averages.decays))]
-
-
-def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in parameters if (p.ndim >= 2) is decays and is_sharded(p) is sharded],
-         "weight_decay": settings.weight_decay if decays else 0.0}
-        for sharded in (False, True) for decays in (True, False)
-    ]  # fmt: skip
-    make: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[settings.optimizer]
-    return make([group for group in groups if group["params"]], lr=settings.lr)

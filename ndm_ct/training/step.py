@@ -16,7 +16,7 @@ from ndm_ct.nn import null_of
 from ndm_ct.training.settings import PRECISIONS
 from ndm_ct.training.state import State
 
-__all__ = ["Gradient", "clip_gradients"]
+__all__ = ["Gradient", "clip_gradients", "validate_weights"]
 
 # Last words of the seeds, one per use of randomness. numpy pads short seeds with zeros, so none of them is 0.
 _EPOCH, _VALIDATION, _PART = 1, 2, 3
@@ -29,9 +29,11 @@ class Gradient:
         state: state of the training.
         data: rows to train on.
         remark: sentence that is added to error messages.
+        weights: of the rows, with mean 1; None weighs them equally.
     """
 
-    def __init__(self, state: State, data: Source, remark: str) -> None:
+    def __init__(self, state: State, data: Source, remark: str, weights: Tensor | None = None) -> None:
+        self.weights = weights
         self.state, self.settings, self.group = state, state.settings, state.group
         self.data, self.remark = data, remark
         self.size = data.bins.size
@@ -93,7 +95,12 @@ class Gradient:
         x, given = self.data.batch(rows, generator)
         cond = self._dropped(given, len(x), generator)
         with networks_in(PRECISIONS[self.settings.precision]):
-            return self.state.minimised(self.state.model, x, generator=generator, **cond).mean()
+            values = self.state.minimised(self.state.model, x, generator=generator, **cond)
+        if self.weights is None:
+            return values.mean()
+        if values.shape != (len(rows),):
+            raise ValueError(f"objective returned shape {tuple(values.shape)}, sample_weight needs ({len(rows)},).")
+        return (values * self.weights[rows].to(values)).mean()
 
     def _dropped(self, cond: Mapping[str, Any], rows: int, generator: torch.Generator) -> Mapping[str, Any]:
         """Put null values into random rows of the conditioning, the same rows for every name."""
@@ -120,6 +127,28 @@ class Gradient:
             generator = torch.Generator().manual_seed(derive_seeds(self.settings.seed, epoch, _EPOCH)[0])
             self._permutation = (epoch, torch.randperm(self.data.rows, generator=generator))
         return self._permutation[1][index * size : (index + 1) * size]
+
+
+def validate_weights(weights: Any, source: Source) -> Tensor | None:
+    """Weights of rows as a tensor with mean 1.
+
+    Args:
+        weights: what the user passed as ``sample_weight``.
+        source: the rows.
+
+    Raises:
+        ValueError: there is not one weight for each row, or a weight is negative or not finite, or all are 0.
+    """
+    if weights is None:
+        return None
+    if source.is_stream:
+        raise ValueError("sample_weight has one weight per row, and data are a stream of unknown length.")
+    found = torch.as_tensor(weights).detach().cpu().double()
+    if found.shape != (source.rows,):
+        raise ValueError(f"sample_weight has shape {tuple(found.shape)}, expected ({source.rows},), one for each row.")
+    if not bool(found.isfinite().all() and (found >= 0.0).all() and found.sum() > 0.0):
+        raise ValueError("sample_weight must be finite and at least 0, and not all 0.")
+    return found / found.mean()
 
 
 def clip_gradients(parameters: list[nn.Parameter], most: float) -> Tensor:
