@@ -31,6 +31,7 @@ from ndm_ct._core.autodiff import Derivatives, slope_along
 from ndm_ct._core.checks import append_axes, expand, sum_event
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.precision import resolution
 from ndm_ct._core.seeds import make_generator
 from ndm_ct.model import NDM
 from ndm_ct.transforms import Identity
@@ -213,7 +214,7 @@ def _of_network(
         return model.flow(z.dtype, **cond.take(index[rows])).network_part(t[rows])(z)[0]
 
     both = torch.arange(2, device=z.device)
-    small = torch.finfo(z.dtype).eps
+    small = resolution(model, z.dtype)
     try:
         first, second = part(z, both), part(z, both)
         nearby = part(z * (1.0 + small**0.5), both)
@@ -264,7 +265,7 @@ def _of_derivative(
     direction = size * _normal("direction", z).sign()
     found, seen = torch.zeros(len(z), dtype=torch.bool, device=z.device), False
     try:
-        slope, allowed = slope_along(lambda step: part(z + step * direction), value)
+        slope, allowed = slope_along(lambda step: part(z + step * direction), value, resolution(model, z.dtype))
         along = slope / _norm(slope).clamp(min=1e-30).reshape(sigma.shape)
         covectors = torch.stack([along.to(value.dtype), _normal("covector", z).to(value.dtype)])
         _, products, _ = derivatives.vjps(lambda state: (part(state), state), z, covectors, lambda _, product: product)
@@ -306,7 +307,7 @@ def _of_schedule(model: NDM, t: Tensor) -> list[Exception]:
             return getattr(model.schedule(t), field)[:, None].float()  # learned schedules compute in float32
 
         given = getattr(model.schedule(t), f"d{field}")
-        off = _wrong_rate(value, given[:, None], t)
+        off = _wrong_rate(value, given[:, None], t, torch.finfo(torch.float32).eps)
         if bool(off.any()):
             found.append(
                 ValueError(
@@ -342,7 +343,7 @@ def _of_transform(model: NDM, y: Tensor, t: Tensor, cond: Conditioning, *, promi
         found.append(
             ValueError(f"forward() and with_derivative() of the transform {name} disagree about F(x, t); mend one.")
         )
-    elif bool(_wrong_rate(lambda time: transform(y, time, **cond), dF, t).any()):
+    elif bool(_wrong_rate(lambda time: transform(y, time, **cond), dF, t, resolution(model, y.dtype)).any()):
         found.append(
             ValueError(
                 f"with_derivative() of the transform {name} returns another dF/dt than a finite difference of F; "
@@ -372,7 +373,7 @@ def _of_noise_scale(model: NDM, y: Tensor, t: Tensor, cond: Conditioning) -> lis
         return [ValueError("the noise_scale returned NaN or inf for log S, or for its time derivative, at the data.")]
     if bool((_norm(r_again - r) > 1e-2 * _norm(r) + 1e-6).any()):
         return [ValueError("forward() and with_derivative() of the noise_scale disagree about log S; mend one.")]
-    if bool(_wrong_rate(lambda time: scale(y, time, **cond), dr, t).any()):
+    if bool(_wrong_rate(lambda time: scale(y, time, **cond), dr, t, resolution(model, y.dtype)).any()):
         return [
             ValueError(
                 "with_derivative() of the noise_scale returns another time derivative of log S than a finite "
@@ -382,7 +383,7 @@ def _of_noise_scale(model: NDM, y: Tensor, t: Tensor, cond: Conditioning) -> lis
     return []
 
 
-def _wrong_rate(function: Callable[[Tensor], Tensor], rate: Tensor, t: Tensor) -> Tensor:
+def _wrong_rate(function: Callable[[Tensor], Tensor], rate: Tensor, t: Tensor, eps: float) -> Tensor:
     """Rows in which ``rate`` is not the time derivative of ``function``."""
-    slope, allowed = slope_along(lambda step: function(t + step), function(t))
+    slope, allowed = slope_along(lambda step: function(t + step), function(t), eps)
     return _norm(rate - slope) > allowed

@@ -29,6 +29,7 @@ References:
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from ndm_ct._core.checks import nearest, validate_number
 from ndm_ct._core.conditioning import tensors_in
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import keyword_names
+from ndm_ct._core.precision import run_network
 from ndm_ct.model import NDM
 from ndm_ct.nn import null_of
 
@@ -172,6 +174,8 @@ def _validate_null(model: NDM, null: Mapping[str, Any]) -> None:
 class _Guided(nn.Module):
     """The guided predictor; see :func:`guided`."""
 
+    runs_network = True
+
     def __init__(self, predictor: Any, scale: float, null: dict[str, Any]) -> None:
         super().__init__()
         self.predictor, self.scale, self.null = predictor, scale, null
@@ -191,18 +195,19 @@ class _Guided(nn.Module):
             PredictorError: the predictor does not return one row per row.
         """
         self._validate(cond, len(z))
+        predict = partial(run_network, self.predictor)
         if self.scale == 1.0:
-            return self.predictor(z, t, *schedule, **cond)
+            return predict(z, t, *schedule, **cond)
         null = {name: _in_place_of(name, cond[name], value) for name, value in self.null.items()}
         if self.scale == 0.0:
-            return self.predictor(z, t, *schedule, **cond | null)
+            return predict(z, t, *schedule, **cond | null)
         others = {name: value for name, value in cond.items() if name not in null}
         alike = all(isinstance(v, Tensor) and v.shape == getattr(cond[name], "shape", 0) for name, v in null.items())
         if not alike or any(_by_rows(tensor, len(z)) for tensor in tensors_in(others)):
             # Only the predictor can tell whether these belong to the rows or are shared, so it gets them unchanged.
-            return self._mixed(self.predictor(z, t, *schedule, **cond), self.predictor(z, t, *schedule, **cond | null))
+            return self._mixed(predict(z, t, *schedule, **cond), predict(z, t, *schedule, **cond | null))
         both = {name: torch.cat([cond[name], value]) for name, value in null.items()}
-        output = self.predictor(torch.cat([z, z]), torch.cat([t, t]), *schedule, **others | both)
+        output = predict(torch.cat([z, z]), torch.cat([t, t]), *schedule, **others | both)
         if isinstance(output, tuple | list):
             pairs = [_halves(part, len(z)) for part in output]
             return self._mixed([pair[0] for pair in pairs], [pair[1] for pair in pairs])

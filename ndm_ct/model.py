@@ -193,7 +193,7 @@ class NDM(PredictedProcess):
             The conditioning of the rows of x.
         """
         given = self.conditioning(cond, x, caller)
-        checks.validate_data(x, self.data_shape, name=name, dtype=self.dtype, device=self.device)
+        checks.validate_data(x, self.data_shape, name=name, dtype=self.data_dtype, device=self.device)
         return given
 
     def validate_state(
@@ -201,7 +201,7 @@ class NDM(PredictedProcess):
     ) -> Conditioning:
         """Check states ``z`` and conditioning before any work; the arguments are those of ``validate``."""
         given = self.conditioning(cond, z, caller)
-        checks.validate_data(z, self.event_shape, name=name, dtype=self.dtype, device=self.device)
+        checks.validate_data(z, self.event_shape, name=name, dtype=self.data_dtype, device=self.device)
         return given
 
     def conditioning(self, cond: Mapping[str, Any], like: Tensor, caller: Callable[..., Any]) -> Conditioning:

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.autodiff import Derivatives
-from ndm_ct._core.checks import as_time, bad_rows, expand, expand_time, first_parameter, some
+from ndm_ct._core.checks import as_tensor, as_time, bad_rows, expand, expand_time, first_parameter, some
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import accepted_by, keyword_names
 from ndm_ct._core.parallel import unwrapped
-from ndm_ct._core.precision import run_network
+from ndm_ct._core.precision import HALVES, run_network, state_dtype
 from ndm_ct.process import ForwardProcess, denoised
 from ndm_ct.schedules import Schedule
 from ndm_ct.transforms import Identity, NoiseScale, Transform
@@ -49,6 +49,7 @@ class Predictor(Protocol):
     ==========================  ======================================================================================
     ``prediction``              what its output means, a string; the model's prediction must agree
     ``wants_schedule``          True: it is called as ``predictor(z, t, schedule, **cond)``
+    ``runs_network``            True: it casts what a network inside of it gets to that one's precision
     ``null``                    dict of the conditioning values that mean "no conditioning"
     ``evaluations_per_call``    network evaluations of one call, 1 unless it says so
     ``cond_names()``            names of the conditioning it takes, and whether it takes any other
@@ -94,9 +95,29 @@ class PredictedProcess(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Dtype of the networks' parameters; None if they have none."""
+        """Dtype of states: that of the networks' parameters, float32 for half precision; None without parameters."""
+        return state_dtype(self.predictor, self.transform, self.noise_scale)
+
+    @property
+    def network_dtype(self) -> torch.dtype | None:
+        """Dtype of the networks' first parameter, in which they may run; None if they have no parameters."""
         parameter = first_parameter(self.predictor, self.transform, self.noise_scale)
         return None if parameter is None else parameter.dtype
+
+    @property
+    def data_dtype(self) -> torch.dtype | None:
+        """The dtype that data must have; None: float32 or float64, for networks that have neither or no parameters."""
+        return self.dtype if self.network_dtype == self.dtype else None
+
+    def as_data(self, x: Any) -> Any:
+        """Data as a tensor of states: a numpy array is converted, as is half precision for networks of half precision.
+
+        Args:
+            x: what a user passed as data; anything else is returned as it is.
+        """
+        if isinstance(x, Tensor) and x.dtype in HALVES and self.network_dtype in HALVES:
+            return x.to(self.dtype)
+        return as_tensor(x, self.dtype, self.device)
 
     @property
     def device(self) -> torch.device | None:

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ndm_ct._core.checks import sum_event
 from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.precision import resolution
 
 __all__ = ["WAYS", "Derivatives", "slope_along", "tensors_behind"]
 
@@ -101,7 +102,7 @@ class Derivatives:
         z = z.detach().requires_grad_()
         u = torch.linspace(0.5, 1.5, z[:1].numel()).reshape(z[:1].shape).to(z).expand_as(z)
         w = u.flip(0).square().requires_grad_()
-        direction = u * z.detach().square().mean().sqrt()
+        direction, eps = u * z.detach().square().mean().sqrt(), resolution(self.network, torch.float32)
 
         def form(z: Tensor) -> Tensor:
             return self.vjps(function, z, w[None], lambda _, product: sum_event(product * u))[1][0]
@@ -111,8 +112,8 @@ class Derivatives:
             in_w, in_z = torch.autograd.grad(q.sum(), (w, z), materialize_grads=True)
         except RuntimeError:
             in_w = in_z = torch.full_like(z, torch.nan)
-        slope, allowed = slope_along(lambda step: form(z + step * direction).detach(), q.detach().float())
-        linear = torch.allclose(sum_event(w * in_w), q, rtol=1e-3)
+        slope, allowed = slope_along(lambda step: form(z + step * direction).detach(), q.detach(), eps)
+        linear = torch.allclose(sum_event(w * in_w), q, rtol=max(1e-3, 30.0 * eps))
         self.twice = linear and bool(((sum_event(in_z * direction) - slope).abs() <= allowed).all())
         if not self.twice:
             raise PredictorError(
@@ -169,17 +170,18 @@ class Derivatives:
             return _twice_backwards(function, primals, tangents)
 
 
-def slope_along(function: Callable[[float], Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
+def slope_along(function: Callable[[float], Tensor], value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The derivative at 0 of a function of a number, float64, and how far off it may be in each row, by differences.
 
     Args:
         function: the function.
-        value: its value at 0, shape ``(B, ...)``, in the precision in which it is computed.
+        value: its value at 0, shape ``(B, ...)``.
+        eps: the relative rounding of its values.
     """
     step, longer = _STEPS
     up, down = function(step).double() - value.double(), value.double() - function(-step).double()
     slope, coarse = 0.5 * (up + down) / step, 0.5 * (function(longer) - function(-longer)).double() / longer
-    rounding = 300.0 * torch.finfo(value.dtype).eps * _norm(value) / step
+    rounding = 300.0 * eps * _norm(value) / step
     return slope, _SHARE * _norm(slope) + 3.0 * (_norm(up - down) / step + _norm(slope - coarse)) + rounding
 
 

@@ -281,8 +281,8 @@ def validate_data(
         )
     if torch.finfo(x.dtype).bits < 32:
         raise TypeError(
-            f"{name} has dtype {x.dtype}, whose digits do not carry a density; keep data and weights in float32, "
-            "and use torch.autocast inside the network if it is to run in half precision."
+            f"{name} has dtype {x.dtype}, whose digits do not carry a density; convert it with {name}.float(). "
+            "Networks in half precision need no such data: states are float32, and cast where the network is called."
         )
     if x.ndim != len(event_shape) + 1 or tuple(x.shape[1:]) != event_shape:
         raise ValueError(

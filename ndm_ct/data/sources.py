@@ -221,7 +221,7 @@ class Source:
         validate_cond(self.cond, bins.model.cond_names, caller)
 
     def _as_tensor(self, data: Any) -> Tensor:
-        data = as_tensor(data, self.bins.dtype, self.bins.model.device)
+        data = self.bins.model.as_data(data)
         if isinstance(data, Tensor):
             return data.detach()
         raise TypeError(f"{self.name} must be a tensor or an array, got {type(data).__name__}.")

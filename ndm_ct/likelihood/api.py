@@ -28,7 +28,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import as_tensor, validate_positive
+from ndm_ct._core.checks import validate_positive
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
 from ndm_ct.checking import Purpose, verify
@@ -125,7 +125,7 @@ def loglik(
         >>> float((ndm_ct.loglik(model, x) - model.log_prob(x)).abs()) < 1e-3
         True
     """
-    x = as_tensor(x, model.dtype, model.device)
+    x = model.as_data(x)
     given = model.validate(x, cond, loglik)
     generator = as_randomness(generator, len(x), x.device, "loglik")
     options = Options(
@@ -201,7 +201,7 @@ def encode(
         PredictorError: the network returned something that is not a prediction.
         SolverError: the solve failed; the error carries t, dt and batch rows.
     """
-    x = as_tensor(x, model.dtype, model.device)
+    x = model.as_data(x)
     given = model.validate(x, cond, encode)
     generator = as_randomness(generator, len(x), x.device, "encode")
     options = Options(
@@ -276,7 +276,7 @@ def decode(
         PredictorError: the network returned something that is not a prediction.
         SolverError: the solve failed; the error carries t, dt and batch rows.
     """
-    z1 = as_tensor(z1, model.dtype, model.device)
+    z1 = model.as_data(z1)
     given = model.validate_state(z1, cond, decode, name="z1")
     generator = as_randomness(generator, len(z1), z1.device, "decode")
     options = Options(

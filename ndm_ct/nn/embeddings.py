@@ -58,7 +58,7 @@ class TimeEmbedding(nn.Module, Configurable):
         k = torch.arange(_FREQUENCIES, dtype=t.dtype, device=t.device) / (_FREQUENCIES - 1)
         phase = t[:, None] * (0.5 * math.pi * 64.0**k)
         features = torch.cat([phase.sin(), phase.cos()], dim=1)
-        return functional.silu(self.output(functional.silu(self.hidden(features))))
+        return functional.silu(self.output(functional.silu(self.hidden(features.to(self.hidden.weight.dtype)))))
 
 
 class _LabelEmbedding(nn.Module):

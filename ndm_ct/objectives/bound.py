@@ -31,7 +31,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.checks import as_tensor, expand, sum_event, validate_count
+from ndm_ct._core.checks import expand, sum_event, validate_count
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, uniform
 from ndm_ct.model import NDM
@@ -116,7 +116,7 @@ def elbo(
         True
     """
     bins = resolve_optional(quantisation)
-    x = as_tensor(x, model.dtype, model.device)
+    x = model.as_data(x)
     given = _validate(model, x, cond, elbo, bins)
     generator = as_randomness(generator, len(x), x.device, "elbo")
 
@@ -156,7 +156,7 @@ def elbo_discrete(
         As :func:`elbo`.
     """
     bins = resolve_optional(quantisation)
-    x = as_tensor(x, model.dtype, model.device)
+    x = model.as_data(x)
     given = _validate(model, x, cond, elbo_discrete, bins)
     generator = as_randomness(generator, len(x), x.device, "elbo_discrete")
     even = torch.linspace(0.0, 1.0, validate_count("steps", steps) + 1, dtype=torch.float64, device=x.device)
@@ -255,7 +255,7 @@ def loss(
         ValueError: a weight is negative or not finite.
     """
     bins = resolve_optional(quantisation)
-    x = as_tensor(x, model.dtype, model.device)
+    x = model.as_data(x)
     given = _validate(model, x, cond, loss, bins)
     weights = _pair(regressions)
     generator = as_randomness(generator, len(x), x.device, "loss")

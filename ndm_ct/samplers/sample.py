@@ -117,7 +117,8 @@ def sample(
             memory that does not grow with the number of network evaluations, for torchdiffeq's and torchsde's.
         generator: source of all randomness; or a sequence of n, one per sample, which then does not depend on the
             batch it is drawn in.
-        dtype: dtype of the samples; None is the model's.
+        dtype: dtype of the samples; None is that of the model's states. States have the model's dtype, or float32 for
+            a model in half precision, and samples are cast at the end.
         device: None is the model's.
         batch_size: rows sampled at a time; None is all.
         progress: show a bar.
@@ -149,7 +150,8 @@ def sample(
     n = int(n)  # torch takes no integers of numpy
     if batch_size is not None:
         batch_size = checks.validate_count("batch_size", batch_size)
-    dtype = _floating(model.dtype or torch.get_default_dtype() if dtype is None else dtype)
+    states = _states(model, dtype)
+    dtype = states if dtype is None else dtype
     device = checks.usable_device(device) if device is not None else model.device or torch.device("cpu")
     source = as_randomness(generator, n, device, "sample")
     plan = Plan(
@@ -158,11 +160,11 @@ def sample(
     )  # fmt: skip
     plan.validate()
     batches = torch.arange(n).split(batch_size or max(n, 1))
-    given = plan.model.conditioning(cond, torch.empty(n, 0, dtype=dtype, device=device), sample)
+    given = plan.model.conditioning(cond, torch.empty(n, 0, dtype=states, device=device), sample)
     draw = plan.drawer()
-    start = torch.zeros((), dtype=dtype, device=device).expand(n, *model.event_shape)
+    start = torch.zeros((), dtype=states, device=device).expand(n, *model.event_shape)
     verify(model, start, given, plan.purpose, latent=True)
-    parts = _drawn(plan, draw, batches, source, dtype, device, progress, given)
+    parts = _drawn(plan, draw, batches, source, states, device, progress, given)
     x = torch.cat([part.x for part in parts]).to(dtype)
     return (x, _joined([part.info for part in parts])) if return_info else x
 
@@ -189,10 +191,13 @@ def _drawn(
     return parts
 
 
-def _floating(dtype: Any) -> torch.dtype:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+def _states(model: NDM, dtype: torch.dtype | None) -> torch.dtype:
+    """The precision of states for samples of some dtype: that of the model, or where it has none of its own, theirs."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating dtype of torch such as torch.float32, got {dtype!r}.")
-    return dtype
+    if model.data_dtype is None and dtype in (torch.float32, torch.float64):
+        return dtype
+    return model.dtype or (torch.get_default_dtype() if dtype is None else torch.float32)
 
 
 def _as_data(model: NDM, part: Part, cond: Conditioning) -> Part:

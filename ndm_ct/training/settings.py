@@ -113,10 +113,15 @@ class Settings:
             raise TypeError(f"model must be an ndm_ct.NDM, got {type(model).__name__}.")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("model has no parameter that requires a gradient: there is nothing to train.")
-        if PRECISIONS[self.precision] is not None and model.dtype not in (None, torch.float32):
+        if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
             raise ValueError(
-                f"precision={self.precision!r} has no effect on networks of {model.dtype}; convert the model with "
-                ".float(), or leave precision out."
+                "the weights are float16, in which the steps of Adam become NaN; train model.float() (with "
+                "precision='bf16-mixed' for speed), and convert the trained model with .half()."
+            )
+        if PRECISIONS[self.precision] is not None and model.network_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"precision={self.precision!r} has no effect on networks of {model.network_dtype}; convert the model "
+                "with .float(), or leave precision out."
             )
 
     def validate_dropout(self, model: NDM, cond: Mapping[str, Any]) -> None:

@@ -1,9 +1,12 @@
 """Networks in bfloat16, everything else in float32: a loss and gradients near those of full precision."""
 
+import copy
 import math
 
 import pytest
 import torch
+from torch import nn
+from torchdiffeq import odeint
 
 import ndm_ct
 from ndm_ct import schedules, transforms
@@ -211,3 +214,254 @@ def test_it_trains_to_the_same_bound():
 
     full, low = (torch.tensor([bound(name, seed) for seed in range(3)]) for name in ("full", "bf16-mixed"))
     assert float((full - low).abs().max()) < float(full.std())
+
+
+# --- networks that are in lower or mixed precision themselves ---------------------------------------------------------
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+class Small(nn.Module):
+    """A network whose output is small beside z, so that three digits of it are enough; it casts nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(3, 32), nn.Linear(32, 2)
+
+    def forward(self, z, t):
+        return self.leave(torch.tanh(self.enter(torch.cat([z, t[:, None]], 1)))) / 512
+
+
+class FrozenEncoder(nn.Module):
+    """A frozen encoder in bfloat16, which is not cast for, and a rest in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.rest = nn.Linear(2, 4).bfloat16().requires_grad_(False), nn.Linear(7, 2)
+
+    def forward(self, z, t):
+        return 0.1 * self.rest(torch.cat([z, t[:, None], self.encoder(z.bfloat16()).float()], 1))
+
+
+class NormInFloat32(nn.Module):
+    """All in bfloat16 but the norm, as diffusers keeps some modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.enter = nn.LayerNorm(8), nn.Linear(3, 8).bfloat16()
+        self.leave = nn.Linear(8, 2).bfloat16()
+
+    def forward(self, z, t):
+        h = self.enter(torch.cat([z, t[:, None]], 1))
+        return 0.1 * self.leave(torch.tanh(self.norm(h.float())).to(h.dtype))
+
+
+class PartInFloat64(nn.Module):
+    """The output takes the dtype of a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(3, 8), nn.Linear(8, 2).double()
+
+    def forward(self, z, t):
+        return 0.1 * self.leave(torch.tanh(self.enter(torch.cat([z, t[:, None]], 1))).double())
+
+
+class FirstInFloat64(PartInFloat64):
+    def __init__(self):
+        super().__init__()
+        del self.enter
+        self.enter = nn.Linear(3, 8)
+
+
+class EmbedsTime(nn.Module):
+    """Takes the time in full precision, as networks of diffusers do; 1000 t has no place in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave, self.seen = nn.Linear(3, 8), nn.Linear(8, 2), None
+
+    def forward(self, z, t):
+        self.seen = z.dtype, t.dtype
+        feature = torch.sin(1000.0 * t.float())[:, None].to(z.dtype)
+        return self.leave(torch.tanh(self.enter(torch.cat([z, feature], 1)))) / 32
+
+
+def of(net, **options):
+    return ndm_ct.NDM(net, VECTORS, schedule=schedules.LinearLogSNR(-4.0, 3.0), **options)
+
+
+def independent(model, x):
+    """log p by torchdiffeq on the flow's formula with the network in its own precision, exact trace, row by row."""
+    net, found = model.predictor, []
+    dtype = next(net.parameters()).dtype
+
+    def slope(t, state):
+        gamma = -4.0 + 7.0 * t
+        alpha2 = torch.sigmoid(-gamma)
+        with torch.enable_grad():
+            z = state[0].detach().requires_grad_()
+            x_hat = net(z.float().to(dtype), t.float().to(dtype).reshape(1)).float().double()
+            trace = sum(torch.autograd.grad(x_hat[0, i], z, retain_graph=True)[0][0, i] for i in range(2))
+        v = 3.5 * (alpha2 * z - alpha2.sqrt() * x_hat)
+        return v.detach(), (3.5 * (2 * alpha2 - alpha2.sqrt() * trace)).reshape(1).detach()
+
+    for row in x.double():
+        start, ends = (row[None], torch.zeros(1, dtype=torch.float64)), torch.tensor([0.0, 1.0], dtype=torch.float64)
+        z, logdet = odeint(slope, start, ends, method="rk4", options={"step_size": 1 / 24})
+        found.append(-0.5 * z[-1].square().sum() - math.log(2 * math.pi) + logdet[-1, 0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_network_in_half_precision_is_scored_by_its_own_flow(dtype):
+    """Against torchdiffeq with the exact trace; what is left is the rounding of the network."""
+    made, x = of(Small().to(dtype)), rows(1)
+    value, info = ndm_ct.loglik(made, x, rtol=1e-5, atol=1e-5, return_info=True)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), independent(made, x), rtol=0.0, atol=1e-4)
+    assert info.nfe < 2000
+    full = copy.deepcopy(made).float()
+    torch.testing.assert_close(value, ndm_ct.loglik(full, x), rtol=0.0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_data_for_a_network_in_half_precision_may_have_any(dtype):
+    made, rough = of(Small().to(dtype)), {"rtol": 1e-2, "atol": 1e-2}
+    x = rows(2).to(dtype)
+    value = ndm_ct.loglik(made, x.float(), **rough)
+    torch.testing.assert_close(ndm_ct.loglik(made, x, **rough), value, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(ndm_ct.loglik(made, x.double(), **rough), value.double(), rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_samples_come_out_in_the_dtype_asked_for(dtype):
+    made = of(Preconditioned(MLP(2, width=8))).to(dtype)
+    full = copy.deepcopy(made).float()
+    expected = ndm_ct.sample(full, 4, method="ddim", steps=4, generator=0)
+    for asked, found in ((None, torch.float32), (dtype, dtype), (torch.float32,) * 2, (torch.float64,) * 2):
+        x = ndm_ct.sample(made, 4, method="ddim", steps=4, generator=0, dtype=asked)
+        assert x.dtype == found
+        if asked is None:
+            torch.testing.assert_close(x, expected, rtol=0.0, atol=0.05)
+    assert ndm_ct.sample(full, 2, method="ddim", steps=2, dtype=dtype).dtype == dtype
+    assert ndm_ct.sample(full, 2, method="ddim", steps=2, dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_algebra_of_heads_is_not_in_the_networks_precision(dtype):
+    """c_skip z is float32: with it in half precision, scores near the data would be off by 1 / sigma^2 roundings."""
+    net = MLP(2, width=8).to(dtype)
+    made, z = of(Preconditioned(net)), rows(64)
+    c = made.schedule(torch.tensor(0.1, dtype=torch.float64))
+    spread = (c.alpha**2 + c.sigma**2).sqrt()
+    t = torch.full((64,), 0.1)
+    expected = c.alpha / spread**2 * z - c.sigma / spread * net((z / spread).to(dtype), t).float()
+    torch.testing.assert_close(made.predict_x(z, torch.tensor(0.1, dtype=torch.float64)), expected.float())
+
+
+@pytest.mark.parametrize("build", [FrozenEncoder, NormInFloat32, PartInFloat64, FirstInFloat64])
+def test_networks_of_several_precisions_work(build):
+    made = of(build())
+    x = rows(3).to(made.dtype)
+    value = ndm_ct.loglik(made, x, rtol=1e-4, atol=1e-4)
+    assert value.dtype == made.dtype
+    full = ndm_ct.loglik(of(_in_float64(made.predictor)), x.double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(value.double(), full, rtol=0.0, atol=0.02)
+    assert ndm_ct.sample(made, 2, method="ddim", steps=2).dtype == made.dtype
+    assert fit(made, rows(8).to(made.dtype), steps=1, progress=False).finished
+
+
+def _in_float64(net):
+    net = copy.deepcopy(net).double()
+    kept = torch.Tensor.bfloat16, torch.Tensor.float
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, z, t):
+            try:
+                torch.Tensor.bfloat16 = torch.Tensor.float = torch.Tensor.double
+                return self.net(z, t)
+            finally:
+                torch.Tensor.bfloat16, torch.Tensor.float = kept
+
+    return Wide()
+
+
+def test_the_time_keeps_its_precision_where_the_network_embeds_it():
+    made = of(EmbedsTime().bfloat16(), checks=False)
+    made.velocity(rows(2), 0.3)
+    assert made.predictor.seen == (torch.bfloat16, torch.float32)
+    seen = []
+
+    class Joined(Small):
+        def forward(self, z, t):
+            seen.append((z.dtype, t.dtype))
+            return super().forward(z, t)
+
+    joined = of(Joined().bfloat16(), checks=False)
+    for _ in range(2):
+        joined.velocity(rows(2), 0.3)
+    assert seen[1:] == [(torch.bfloat16, torch.bfloat16)] * 2, "found once"
+
+
+def test_conditioning_is_cast_for_the_network():
+    class Conditioned(Small):
+        def forward(self, z, t, context, label):
+            assert context["text"].dtype == torch.bfloat16
+            assert label.dtype == torch.int64
+            return super().forward(z + self.enter.bias[:1] + context["text"], t)
+
+    made = of(Conditioned().bfloat16())
+    context, label = {"text": rows(3, seed=4)}, torch.arange(3)
+    assert bool(ndm_ct.loglik(made, rows(3), rtol=1e-3, atol=1e-3, context=context, label=label).isfinite().all())
+
+
+def test_guided_and_adapted_networks_in_half_precision():
+    guided = ndm_ct.guided(of(Preconditioned(MLP(2, width=8, classes=3))).bfloat16(), 2.0)
+    assert ndm_ct.sample(guided, 3, method="ddim", steps=2, label=torch.arange(3)).dtype == torch.float32
+    table = torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000), 0)
+    seen = []
+
+    class Timestep(EmbedsTime):
+        def forward(self, z, t):
+            seen.append(float(t[0]))
+            return super().forward(z, t / 1000.0)
+
+    for made in (
+        ndm_ct.adapters.from_eps(Timestep().bfloat16(), VECTORS, alphas_cumprod=table),
+        ndm_ct.adapters.from_velocity(Small().half(), VECTORS),
+        ndm_ct.adapters.from_denoiser(Small().bfloat16(), VECTORS),
+    ):
+        assert bool(ndm_ct.loglik(made, rows(2), rtol=1e-2, atol=1e-2, on_failure="nan").isfinite().any())
+        assert bool(ndm_ct.sample(made, 2, method="ddim", steps=2).isfinite().all())
+    assert any(k != round(k) for k in seen), "indices of the table are not rounded to three digits"
+
+
+def test_fit_trains_a_network_in_bfloat16():
+    made = of(Preconditioned(MLP(2, width=16))).bfloat16()
+    before = copy.deepcopy(made.state_dict())
+    assert fit(made, rows(64), steps=3, batch_size=16, progress=False, ema=0.0).finished
+    assert not all(torch.equal(before[name], value) for name, value in made.state_dict().items())
+    assert all(value.dtype == torch.bfloat16 for value in made.predictor.state_dict().values())
+    with pytest.raises(ValueError, match=r"no effect on networks of torch\.bfloat16"):
+        fit(made, rows(64), steps=1, precision="bf16-mixed")
+
+
+def test_weights_in_float16_are_not_trained():
+    """Adam's eps of 1e-8 is zero there."""
+    with pytest.raises(ValueError, match=r"float16.*model\.float\(\)"):
+        fit(of(Preconditioned(MLP(2, width=16))).half(), rows(64), steps=1)
+
+
+def test_transforms_in_half_precision(tmp_path):
+    made = of(Preconditioned(MLP(2, width=8)), transform=transforms.Neural(MLP(2, width=8))).bfloat16()
+    assert bool(ndm_ct.elbo(made, rows(4)).isfinite().all())
+    assert ndm_ct.elbo(made, rows(4)).dtype == torch.float32
+    ndm_ct.save(made, tmp_path / "model")
+    loaded = ndm_ct.load(tmp_path / "model")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(loaded.velocity(rows(2), 0.5), made.velocity(rows(2), 0.5))
