@@ -308,16 +308,16 @@ def independent(model, x):
 
     for row in x.double():
         start, ends = (row[None], torch.zeros(1, dtype=torch.float64)), torch.tensor([0.0, 1.0], dtype=torch.float64)
-        z, logdet = odeint(slope, start, ends, method="rk4", options={"step_size": 1 / 24})
+        z, logdet = odeint(slope, start, ends, method="rk4", options={"step_size": 1 / 64})
         found.append(-0.5 * z[-1].square().sum() - math.log(2 * math.pi) + logdet[-1, 0])
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16])
 def test_a_network_in_half_precision_is_scored_by_its_own_flow(dtype):
     """Against torchdiffeq with the exact trace; what is left is the rounding of the network."""
     made, x = of(Small().to(dtype)), rows(1)
-    value, info = ndm_ct.loglik(made, x, rtol=1e-5, atol=1e-5, return_info=True)
+    value, info = ndm_ct.loglik(made, x, return_info=True)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), independent(made, x), rtol=0.0, atol=1e-4)
     assert info.nfe < 2000
