@@ -76,6 +76,10 @@ def build(name: str) -> Preset:
     if name == "lsgm":
         coders = {"encoder": ndm_ct.nn.GaussianEncoder((2,), (2,)), "decoder": ndm_ct.nn.GaussianDecoder((2,), (2,))}
         return preset(net, (2,), **coders, data_shape=(2,))
+    if name == "diffenc":
+        return preset(net, (2,), encoder=ndm_ct.nn.MLP(2, width=64))
+    if name == "nfdm":
+        return preset(net, (2,), mean=ndm_ct.nn.MLP(2, width=64), scale=ndm_ct.nn.MLP(2, width=64))
     if name.startswith("score_sde"):
         return preset(OverSigma(net, vp_sigma(1.0 if name.endswith("subvp") else 0.5)), (2,))
     return preset(net, (2,))

@@ -21,6 +21,7 @@ SCHEDULES = {
 ALL_SCHEDULES = SCHEDULES | {
     "Trigonometric": schedules.Trigonometric,
     "LearnedLogSNR": lambda: perturbed(schedules.LearnedLogSNR()),
+    "StraightToNoise": schedules.StraightToNoise,
     "Tabulated": lambda: schedules.Tabulated(ddpm_table()),
 }
 

@@ -176,7 +176,7 @@ def test_objective_is_the_published_one(name):
 
 
 def test_every_preset_has_its_formula():
-    assert {*PUBLISHED, "vdm", "indm", "lsgm"} == set(presets.PRESETS)
+    assert {*PUBLISHED, "vdm", "indm", "lsgm", "diffenc", "mulan", "nfdm"} == set(presets.PRESETS)
 
 
 def test_vdm_is_the_published_bound():
@@ -307,6 +307,101 @@ def test_lsgm_is_the_published_objective():
     predicted = (1.0 - share) * sigma * z + share * net(z, t)
     cross_entropy = 0.5 * span * square(eps - predicted) + ends(y)
     torch.testing.assert_close(ours, -log_p + log_q + cross_entropy, rtol=1e-6, atol=1e-6)
+
+
+class DataNet(Net):
+    """Another smooth network, of data and time."""
+
+    def forward(self, x, t):
+        return torch.sin(super().forward(x, t) + t[:, None] ** 2)
+
+
+def bound_draws(x, schedule):
+    """Times uniform in the log-SNR, their weights, and the noise."""
+    u, eps = draws(x)
+    low, high = schedule.gamma(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    t = schedule.time_at(torch.atan(torch.exp(0.5 * (low + (high - low) * u))))
+    return t, (high - low) / schedule(t).dgamma, eps
+
+
+def test_diffenc_is_the_published_objective():
+    r"""1/2 gamma' alpha^2 ||v - v_hat + sigma (x_hat - x_t + y + dy/dgamma)||^2."""
+    net, encoder, x = Net(), DataNet(), data()
+    model, objective, _ = presets.diffenc(net, (2,), encoder=encoder, gamma_min=-8.0)
+    t, weight, eps = bound_draws(x, model.schedule)
+    gamma = -8.0 + 13.0 * t
+    alpha, sigma = torch.sigmoid(-gamma).sqrt()[:, None], torch.sigmoid(gamma).sqrt()[:, None]
+    y, dy = torch.func.jvp(lambda gamma: encoder(x, (gamma + 8.0) / 13.0), (gamma,), (torch.ones_like(gamma),))
+    x_t = alpha**2 * x + sigma**2 * y
+    z = alpha * x_t + sigma * eps
+    v, v_hat = alpha * eps - sigma * x_t, net(z, t)
+    estimate = alpha * z - sigma * v_hat
+    inside = v - v_hat + sigma * (estimate - x_t + y + dy)
+    diffusion = weight * 0.5 * 13.0 * alpha[:, 0] ** 2 * square(inside)
+    rest = objectives.prior_term(model, x) + objectives.reconstruction_term(model, x)
+    ours = objective(model, x, generator=seeded())
+    torch.testing.assert_close(ours - rest, diffusion, rtol=1e-6, atol=1e-6)
+
+
+def test_mulan_is_the_published_objective():
+    r"""1/2 sum of gamma_i' exp(-gamma_i) (x_i - x_hat_i)^2, the network at a state of common noise."""
+    net, x = Net(), data()
+    model, objective, _ = presets.mulan(net, (2,), gamma_min=-8.0)
+    model.double()
+    with torch.no_grad():
+        model.transform.coefficients.add_(0.4 * torch.randn(2, 3, generator=seeded()))
+    a, b, d = model.transform.coefficients.detach().unbind(1)
+
+    def polynomial(t):
+        return a**2 * t**5 / 5 + a * b * t**4 / 2 + (b**2 + 2 * a * d) * t**3 / 3 + b * d * t**2 + d**2 * t
+
+    t, weight, eps = bound_draws(x, model.schedule)
+    gamma_of = lambda t: -8.0 + 13.0 * polynomial(t[:, None]) / polynomial(torch.ones(1, dtype=torch.float64))  # noqa: E731
+    gamma, rate = torch.func.jvp(gamma_of, (t,), (torch.ones_like(t),))
+    alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+    z = alpha * x + sigma * eps
+    # The library's state has one noise for all coordinates; the network sees that.
+    z_own = model.schedule.sigma(t)[:, None] * z / sigma
+    estimate = model.predict_x(z_own, t)
+    diffusion = weight * 0.5 * (rate * torch.exp(-gamma) * (x - estimate) ** 2).sum(1)
+    rest = objectives.prior_term(model, x) + objectives.reconstruction_term(model, x)
+    ours = objective(model, x, generator=seeded())
+    torch.testing.assert_close(ours - rest, diffusion, rtol=1e-6, atol=1e-6)
+
+
+def test_nfdm_is_the_published_objective():
+    r"""||f(z, x) - f(z, x_hat)||^2 / (2 g^2), f = dz/dt - g^2/2 score, at the noise that maps the data to z."""
+    net, mean, scale, x = Net(), DataNet(), Net(), data()
+    model, objective, _ = presets.nfdm(net, (2,), mean=mean, scale=scale, end=0.05)
+    model.double()
+    with torch.no_grad():
+        model.process.volatility.coefficients.add_(0.3)
+    t, weight, eps = bound_draws(x, model.schedule)
+
+    def affine(x, t):
+        time = t[:, None]
+        loc = (1.0 - 0.95 * time) * (x + time * mean(x, t))
+        return loc, 0.01 ** (1.0 - time) * torch.exp(time * (1.0 - time) * scale(x, t))
+
+    def drift(z, x):
+        loc, std = affine(x, t)
+        eps = (z - loc) / std
+
+        def path(t):
+            loc, std = affine(x, t)
+            return loc + std * eps
+
+        _, dz = torch.func.jvp(path, (t,), (torch.ones_like(t),))
+        return dz - 0.5 * g**2 * (loc - z) / std**2
+
+    g = model.process.diffusion(t)[:, None]
+    loc, std = affine(x, t)
+    z = loc + std * eps
+    estimate = model.predict_x(z, t)
+    diffusion = weight * 0.5 * square((drift(z, x) - drift(z, estimate)) / g)
+    rest = objectives.prior_term(model, x) + objectives.reconstruction_term(model, x)
+    ours = objective(model, x, generator=seeded())
+    torch.testing.assert_close(ours - rest, diffusion, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2, 400, 999])

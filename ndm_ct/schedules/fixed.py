@@ -21,6 +21,7 @@ __all__ = [
     "LearnedLogSNR",
     "LinearLogSNR",
     "Rectified",
+    "StraightToNoise",
     "SubVariancePreserving",
     "Tabulated",
     "Trigonometric",
@@ -178,6 +179,34 @@ class Trigonometric(Schedule):
         rate = 0.5 * math.pi
         alpha, sigma = torch.sin(rate * (1.0 - t)), torch.sin(rate * t)
         return Coefficients(alpha, sigma, -rate * sigma, rate * alpha)
+
+
+class StraightToNoise(Schedule):
+    r"""Straight means and geometric noise: :math:`\alpha = 1 - (1 - \alpha_1) t,\ \sigma = \delta^{1 - t}` (NFDM).
+
+    With :math:`\alpha_1 > 0` the log-SNR stays finite, which a scale of the noise needs.
+
+    Args:
+        delta: :math:`\delta = \sigma(0)`; :math:`\sigma(1) = 1`.
+        end: :math:`\alpha_1 = \alpha(1)`.
+
+    References:
+        Bartosh, Vetrov and Naesseth, Neural Flow Diffusion Models, https://arxiv.org/abs/2404.12940
+    """
+
+    def __init__(self, delta: float = 0.01, end: float = 1e-3) -> None:
+        super().__init__()
+        for name, value in (("delta", delta), ("end", end)):
+            validate_number(name, value)
+            if not 0.0 < value < 1.0:
+                raise ValueError(f"{name} must lie in (0, 1), got {value!r}.")
+        self.delta, self.end = delta, end
+
+    def forward(self, t: Tensor) -> Coefficients:
+        rate = -math.log(self.delta)
+        sigma = torch.exp(-rate * (1.0 - t))
+        slope = -(1.0 - self.end)
+        return Coefficients(1.0 + slope * t, sigma, torch.full_like(t, slope), rate * sigma)
 
 
 class LearnedLogSNR(Schedule):

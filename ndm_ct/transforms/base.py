@@ -223,25 +223,37 @@ class Composed(Transform):
         outer: :math:`F_2`, applied last; its basis is the basis of the composition.
         inner: :math:`F_1`, applied to the data.
 
+    The outer transform may map data to latents, or scale the coordinates of its basis for a volatility
+    :class:`~ndm_ct.schedules.Matched`, if the inner one does not move with t (``Flow``, ``Encoder``, ``Identity``).
+
     Raises:
-        ValueError: the outer transform maps data to latents; only the inner one may.
+        ValueError: the outer transform maps data to latents, and the inner one moves with t.
     """
 
     def __init__(self, outer: Transform, inner: Transform) -> None:
         super().__init__()
-        if outer.latent:
+        still = isinstance(inner, Identity)
+        if outer.latent and not still:
             raise ValueError(
-                f"{type(outer).__name__} maps data to latents and cannot be the outer transform; swap the two."
+                f"{type(outer).__name__} maps data to latents and cannot be the outer transform of "
+                f"{type(inner).__name__}, which moves with t; swap the two."
             )
         self.outer, self.inner = outer, inner
         self.linear = outer.linear and inner.linear
-        self.latent, self.bijective, self.data_shape = inner.latent, inner.bijective, inner.data_shape
+        self.scales = outer.scales and still
+        self.latent, self.bijective = inner.latent or outer.latent, inner.bijective and outer.bijective
+        self.data_shape = outer.data_shape if inner.data_shape is None else inner.data_shape
 
     def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
-        return self.inner.to_latent(x, generator=generator, **cond)
+        y, first = self.inner.to_latent(x, generator=generator, **cond)
+        y, second = self.outer.to_latent(y, generator=generator, **cond)
+        return y, second if first is None else first if second is None else first + second
 
     def from_latent(self, y: Tensor, /, **cond: Any) -> Tensor:
-        return self.inner.from_latent(y, **cond)
+        return self.inner.from_latent(self.outer.from_latent(y, **cond), **cond)
+
+    def log_rate(self, t: Tensor) -> Tensor:
+        return self.outer.log_rate(t) if self.scales else super().log_rate(t)
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         outer, inner = self.outer.cond_names(), self.inner.cond_names()

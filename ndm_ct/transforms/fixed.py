@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ndm_ct._core.checks import expand, of_time, validate_number, validate_shape
 from ndm_ct.transforms.base import Transform, jvp_in_time
+from ndm_ct.transforms.bases import DCT
 
 __all__ = ["Blur", "Subspaces", "TimeScaling"]
 
@@ -75,8 +76,7 @@ class _Spectral(Transform):
                 f"{type(self).__name__} needs an event of at least two axes (H, W), got event_shape={event_shape}."
             )
         self.event_shape = event_shape
-        # Plain float64 attributes: a change of the model's dtype must not round the basis.
-        self._rows, self._columns = (_dct(size) for size in self.event_shape[-2:])
+        self._frequencies = DCT(event_shape)
 
     def attenuation(self, t: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`a_i(t)` and :math:`a_i'(t)`, each of shape ``t.shape + (H, W)``."""
@@ -87,12 +87,10 @@ class _Spectral(Transform):
         return rate / value
 
     def to_basis(self, y: Tensor) -> Tensor:
-        rows, columns = self._rows.to(y), self._columns.to(y)
-        return rows @ y @ columns.mT
+        return self._frequencies(y)
 
     def from_basis(self, y: Tensor) -> Tensor:
-        rows, columns = self._rows.to(y), self._columns.to(y)
-        return rows.mT @ y @ columns
+        return self._frequencies.inverse(y)
 
     def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         return self.from_basis(_per_frequency(self.attenuation(t)[0], x) * self.to_basis(x))
@@ -201,11 +199,3 @@ def _per_frequency(a: Tensor, x: Tensor) -> Tensor:
     if a.ndim == 3:
         a = a.reshape(a.shape[0], *(1,) * (x.ndim - 3), *a.shape[1:])
     return a.to(dtype=x.dtype, device=x.device)
-
-
-def _dct(n: int) -> Tensor:
-    """Orthonormal DCT-II matrix, rows are frequencies."""
-    k = torch.arange(n, dtype=torch.float64)
-    matrix = torch.cos(math.pi / n * (k[None, :] + 0.5) * k[:, None]) * math.sqrt(2.0 / n)
-    matrix[0] /= math.sqrt(2.0)
-    return matrix

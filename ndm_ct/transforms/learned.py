@@ -1,18 +1,17 @@
-r"""Learned transforms: :math:`F(x, t) = x + t\,\mathrm{net}(x, t)`, :math:`x + \sum_k b_k(t) f_k(x)`, or one learned
-factor for every coordinate.
+r"""Learned transforms: :math:`F(x, t) = x + t\,\mathrm{net}(x, t)`, :math:`x + \sum_k b_k(t) f_k(x)`, or DiffEnc's
+:math:`\alpha^2 x + \sigma^2 y(x, t)`.
 
 References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
-    Sahoo et al., Diffusion Models With Learned Adaptive Noise (MuLAN; a log-SNR for every coordinate),
-    https://arxiv.org/abs/2312.13236
+    Nielsen, Christensen, Dittadi and Winther, DiffEnc, https://arxiv.org/abs/2310.19789
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ndm_ct._core.checks import expand, expand_time, validate_count
 from ndm_ct._core.config import Configurable
@@ -21,7 +20,7 @@ from ndm_ct._core.parallel import unwrapped
 from ndm_ct._core.precision import run_network
 from ndm_ct.transforms.base import Network, Path, Transform, jvp_in_time
 
-__all__ = ["LearnedScaling", "Neural", "PolynomialBasis", "Separable"]
+__all__ = ["DataEncoder", "Neural", "PolynomialBasis", "Separable"]
 
 
 class Neural(Transform):
@@ -138,38 +137,43 @@ def _mix(weights: Tensor, features: Tensor) -> Tensor:
     return torch.einsum("bk,bk...->b...", weights, features)
 
 
-class LearnedScaling(Transform):
-    r"""One learned factor for every coordinate: :math:`F_i(x, t) = a_i(t)\, x_i`, :math:`\log a_i = \sum_k c_{ik} t^k`.
+class DataEncoder(Transform):
+    r"""DiffEnc's encoder, :math:`F(x, t) = \alpha_t^2 x + \sigma_t^2 y(x, t)`.
 
-    With the volatility :class:`~ndm_ct.schedules.Matched` this is a diffusion with one learned log-SNR per coordinate,
-    :math:`\gamma_i = \gamma - 2 \log a_i`.
+    The schedule of the model has to be ``LinearLogSNR(gamma_min, gamma_max)``. At t = 0 F differs from x by
+    :math:`\sigma_0^2 (y - x)`, where :math:`\sigma_0^2 = 1.7 \cdot 10^{-6}` unless ``gamma_min`` is given.
 
     Args:
-        event_shape: E.
-        terms: number of powers of t.
+        net: y, ``net(x, t, **cond) -> (B, *E)`` with t of shape ``(B,)``.
+        gamma_min: :math:`\gamma(0)`, that of the model's schedule.
+        gamma_max: :math:`\gamma(1)`, that of the model's schedule.
+
+    References:
+        Nielsen, Christensen, Dittadi and Winther, DiffEnc, https://arxiv.org/abs/2310.19789
     """
 
-    linear = True
-    scales = True
-
-    def __init__(self, event_shape: Sequence[int], terms: int = 3) -> None:
+    def __init__(self, net: Network, gamma_min: float = -13.3, gamma_max: float = 5.0) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.terms, self._basis = terms, PolynomialBasis(terms)
-        self.coefficients = nn.Parameter(torch.zeros(*self.event_shape, terms))
+        self.net, self.gamma_min, self.gamma_max = unwrapped(net), gamma_min, gamma_max
+        self._accepted = keyword_names(self.net, 2)
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        return self._accepted
 
     def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        return torch.exp(self._logs(t)[0]).to(x.dtype) * x
+        share = expand(self._shares(t)[0], x)
+        return x + share * (self._net(x, expand_time(t, x), cond) - x)
 
     def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
-        log, rate = self._logs(t)
-        F = torch.exp(log).to(x.dtype) * x
-        return F, rate.to(x.dtype) * F
+        net, dnet = jvp_in_time(lambda time: self._net(x, time, cond), expand_time(t, x), self.derivatives)
+        share, rate = (expand(each, x) for each in self._shares(t))
+        return x + share * (net - x), rate * (net - x) + share * dnet
 
-    def log_rate(self, t: Tensor) -> Tensor:
-        return self._logs(t)[1]
+    def _shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`\sigma^2` and its derivative :math:`\gamma' \alpha^2 \sigma^2`."""
+        span = self.gamma_max - self.gamma_min
+        share = torch.sigmoid(self.gamma_min + span * t)
+        return share, span * share * (1.0 - share)
 
-    def _logs(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        r""":math:`\log a_i` and its derivative, float64, ``t.shape + E``."""
-        value, rate = (torch.tensordot(b, self.coefficients.double(), ([-1], [-1])) for b in self._basis(t))
-        return value, rate
+    def _net(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+        return run_network(self.net, x, t, **accepted_by(self._accepted, cond))
