@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--laws", nargs="*", default=list(LAWS), choices=list(LAWS), help="laws to score")
     add("--protocols", nargs="*", default=list(PROTOCOLS), choices=list(PROTOCOLS), help="protocols to try")
     add("--rows", type=int, default=4, help="rows of every law (4)")
-    add("--repeats", type=int, default=100, help="estimates of every row (100)")
+    add("--repeats", type=int, default=25, help="estimates of every row (25)")
     return parser.parse_args(arguments)
 
 
