@@ -59,6 +59,7 @@ class MLP(Network):
         context: K: the network takes ``context=``; None: it takes none.
 
     Example:
+        >>> import torch
         >>> MLP(2)(torch.ones(3, 2), torch.zeros(3))
         tensor([[0., 0.],
                 [0., 0.],
@@ -154,6 +155,7 @@ class UNet(Network):
         heads: heads of the attention.
 
     Example:
+        >>> import torch
         >>> net = UNet(1, width=8)
         >>> net(torch.ones(2, 1, 8, 8), torch.zeros(2)).abs().max()
         tensor(0., grad_fn=<MaxBackward1>)
