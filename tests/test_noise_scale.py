@@ -183,18 +183,20 @@ def test_discrete_bound_tends_to_the_integral_at_first_order():
 
 
 def test_a_capped_posterior_has_its_own_variance():
-    """Where the noise of z_s is smaller than that of the step, the step's divergence is that of two normals."""
-    scale = NDM(predicted, (1,), schedule=SCHEDULE, noise_scale=lambda x, t: torch.full_like(x, -1.5))
+    """Where the noise of z_s is smaller than that of the step, the divergence is that of two unequal variances."""
     x, eps = torch.randn(2, 5, 1, dtype=torch.float64)
     s, t = time([0.2] * 5), time([0.8] * 5)
-    z = scale.process.sample(x, t, eps=eps)
-    F_t, F_s = scale.frozen(z, t, s)
-    mean, std = scale.process.posterior(z, F_s, F_t, s, t)
-    sigma = SCHEDULE(s).sigma[:, None] * math.exp(-1.5)
-    own = torch.distributions.Normal(SCHEDULE(s).alpha[:, None] * x, sigma)
-    expected = torch.distributions.kl_divergence(own, torch.distributions.Normal(mean, std[:, None]))[:, 0]
-    torch.testing.assert_close(objectives.transition_kl(scale, x, s, t, eps), expected, rtol=1e-2, atol=0.0)
-    assert bool((sigma < std[:, None]).all())
+    model = NDM(predicted, (1,), schedule=SCHEDULE, noise_scale=lambda x, t: torch.full_like(x, -1.5))
+    path, std = model.process.along(x), model.process.transition(s, t)[1][:, None]
+    z, sigma = path.sample(t, eps), SCHEDULE(s).sigma[:, None] * math.exp(-1.5)
+    assert bool((sigma < std).all())
+    F_t, F_s = model.frozen(z, t, s)
+    mean, _ = model.process.posterior(z, F_s, F_t, s, t)
+    own, _ = path.posterior(x, eps, s, t)
+    torch.testing.assert_close(own, SCHEDULE(s).alpha[:, None] * x, rtol=0.0, atol=1e-3)
+    excess = objectives.transition_kl(model, x, s, t, eps) - 0.5 * (((own - mean) / std) ** 2)[:, 0]
+    expected = 0.5 * ((sigma / std) ** 2 - 1.0 - 2.0 * (sigma / std).log())[:, 0]
+    torch.testing.assert_close(excess, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bound_integrand_is_the_distance_of_two_drifts():
@@ -340,6 +342,13 @@ def test_files_of_a_users_scale_want_it_again(tmp_path):
     again = ndm_ct.load(path, noise_scale=Net())
     z = torch.randn(4, 1, dtype=torch.float64)
     assert torch.equal(again.velocity(z, 0.3), model.eval().velocity(z, 0.3))
+
+
+def test_a_compiled_scale_runs_compiled():
+    net, x, t = Net(), torch.randn(4, 1, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    compiled = transforms.NeuralScale(torch.compile(net, backend="eager"))
+    torch.testing.assert_close(compiled(x, t), transforms.NeuralScale(net)(x, t))
+    assert set(compiled.state_dict()) == set(transforms.NeuralScale(net).state_dict())
 
 
 def test_conditioning_reaches_the_scale():

@@ -7,9 +7,10 @@ from ndm_ct.transforms.latent import Encoder, Flow
 from ndm_ct.transforms.learned import DataEncoder, Neural, PolynomialBasis, Separable
 from ndm_ct.transforms.noise import NeuralScale, NoiseScale
 from ndm_ct.transforms.scaling import LearnedScaling, PolynomialLogSNR
+from ndm_ct.transforms.standard import Clusters, Whitening
 
 __all__ = [
-    "DCT", "Basis", "Blur", "Composed", "DataEncoder", "Encoder", "Flow", "Haar", "Identity", "LearnedScaling",
-    "Neural", "NeuralScale", "NoiseScale", "Path", "PolynomialBasis", "PolynomialLogSNR", "Rotation", "Separable",
-    "Subspaces", "TimeScaling", "Transform",
+    "DCT", "Basis", "Blur", "Clusters", "Composed", "DataEncoder", "Encoder", "Flow", "Haar", "Identity",
+    "LearnedScaling", "Neural", "NeuralScale", "NoiseScale", "Path", "PolynomialBasis", "PolynomialLogSNR", "Rotation",
+    "Separable", "Subspaces", "TimeScaling", "Transform", "Whitening",
 ]  # fmt: skip
