@@ -21,6 +21,7 @@ from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike, as_randomness
+from ndm_ct._core.pretrained import Pretrained
 from ndm_ct.dynamics import NetworkFlow, ProbabilityFlow, ReverseSDE
 from ndm_ct.prediction import PREDICTIONS, PredictedProcess, validate_finite, validate_noise_scale, validate_predictor
 from ndm_ct.prior import IsotropicNormal, log_prior, prior_divergence, sample_prior
@@ -31,7 +32,7 @@ from ndm_ct.transforms import Identity, Transform
 __all__ = ["NDM"]
 
 
-class NDM(PredictedProcess):
+class NDM(PredictedProcess, Pretrained):
     r"""A Neural Diffusion Model: noise a transform of x, generate by its probability flow or reverse SDE.
 
     .. math::
