@@ -24,7 +24,7 @@ from torch.distributions.distribution import Distribution
 
 from ndm_ct._core.checks import validate_dense
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
-from ndm_ct.likelihood.api import Options, Trace
+from ndm_ct.likelihood.options import Options, Trace
 from ndm_ct.model import NDM
 
 __all__ = ["NDMDistribution", "distribution"]
@@ -160,6 +160,7 @@ def distribution(
     rtol: float | None = None,
     atol: float | None = None,
     method: str | None = None,
+    batch_size: int | None = None,
     generator: GeneratorLike = None,
     **cond: Any,
 ) -> NDMDistribution:
@@ -172,7 +173,9 @@ def distribution(
         rtol: relative tolerance of the solver. A smaller one moves densities and draws closer to those of the exact
             flow and takes more network evaluations. None is 2e-6; for "quadrature" it is 3e-5.
         atol: absolute tolerance of the solver, for states near zero; None as for ``rtol``.
-        method: "ode" (None), where each row has steps of its own, or a torchdiffeq method such as "dopri5".
+        method: "ode", "exponential" or a torchdiffeq method such as "dopri5"; None as in :func:`ndm_ct.loglik`.
+        batch_size: rows solved at a time; more are solved in parts. None bounds the memory; densities do not depend on
+            it. With a graph, and with the torchdiffeq methods, None is all.
         generator: source of samples and probes: a seed, a generator, or one per row; None is torch's own.
         cond: conditioning. Tensors have a leading dimension, the batch shape: ``label=torch.tensor([3, 5])`` makes two
             distributions, ``label=torch.tensor([3])`` a batch of one. A tensor without axes, such as
@@ -199,7 +202,7 @@ def distribution(
         came = ", ".join(f"{name} {tuple(size)}" for name, size in sizes.items())
         raise ValueError(f"conditioning tensors must have one leading size, the batch shape, got {came}.")
     batch = next(iter(sizes.values()), torch.Size())
-    options = Options(trace=trace, rtol=rtol, atol=atol, method=method)
+    options = Options(trace=trace, rtol=rtol, atol=atol, method=method, batch_size=batch_size)
     source = as_randomness(generator, None, model.device or "cpu", "distribution")
     made = NDMDistribution(model, batch, cond, options, source)
     probe = torch.zeros(batch.numel(), *model.data_shape, dtype=model.dtype, device=model.device)

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import usable_device
+from ndm_ct._core.checks import usable_device, validate_count
 from ndm_ct._core.seeds import derive_seeds, make_generator
 from ndm_ct.columns import repeated_values
+from ndm_ct.divergence import EXACT_UP_TO
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, FromZuko, Preconditioned
@@ -169,15 +170,21 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         hidden = (max(8, self.width // 2),) * 2
         return Flow(FromZuko(zuko.flows.NSF(columns, transforms=self.flow, hidden_features=hidden)))
 
-    def score_samples(self, X: Any) -> np.ndarray:
+    def score_samples(self, X: Any, *, batch_size: int | None = None) -> np.ndarray:
         """Log-density of every row of X, in nats per row in the units of X, shape ``(n_samples,)``.
 
         Beyond 32 columns it is an estimate. The row itself seeds its noise, so equal rows get equal numbers.
+
+        Args:
+            X: rows ``(n_samples, n_features)``.
+            batch_size: rows scored at a time. The densities do not depend on it, memory and speed do; None bounds the
+                memory.
         """
         z = self._standardised(X)
+        size = _ROWS_AT_ONCE if batch_size is None else validate_count("batch_size", batch_size)
         log_p = [
-            likelihood.loglik(self.model_, part, generator=self._generators(part)).double().cpu()
-            for part in z.split(_ROWS_AT_ONCE)
+            likelihood.loglik(self.model_, part, batch_size=batch_size, generator=self._generators(part)).double().cpu()
+            for part in z.split(size)
         ]
         return torch.cat(log_p).numpy() - np.log(self.scale_).sum()
 
@@ -202,7 +209,9 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rows = validate_data(self, X, dtype=np.float64, reset=False)
         return torch.from_numpy((rows - self.mean_) / self.scale_).to(self.model_.device)
 
-    def _generators(self, z: Tensor) -> list[torch.Generator]:
+    def _generators(self, z: Tensor) -> list[torch.Generator] | None:
+        if z.shape[1] <= EXACT_UP_TO:
+            return None
         device = self.model_.device or "cpu"
         return [make_generator("row", row.tobytes(), device=device) for row in z.cpu().numpy()]
 

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from ndm_ct._core.seeds import make_generator
 
-__all__ = ["GeneratorLike", "Randomness", "as_randomness", "coins", "normal_like", "repeated", "rows_of", "uniform"]
+__all__ = [
+    "GeneratorLike",
+    "Randomness",
+    "as_randomness",
+    "by_row",
+    "coins",
+    "normal_like",
+    "repeated",
+    "rows_of",
+    "uniform",
+]
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
 """None is torch's global generator. With one generator per row, a row's noise does not depend on its batch."""
@@ -56,6 +66,18 @@ def rows_of(generator: Randomness, rows: Tensor) -> Randomness:
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     return Rows(generator[row] for row in rows.tolist())
+
+
+def by_row(generator: Randomness, device: torch.device | str) -> Callable[[Tensor], Randomness]:
+    """A function from numbers of rows to one generator for each, by one number drawn from a single generator.
+
+    A row's noise is then the same in every part of every batch whose first rows are these.
+    """
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        return lambda rows: rows_of(generator, rows)
+    source = "cpu" if generator is None else generator.device
+    word = int(torch.randint(2**62, (), generator=generator, device=source))
+    return lambda rows: Rows(make_generator(word, "row", row, device=device) for row in rows.tolist())
 
 
 def repeated(generator: Randomness, times: int) -> Randomness:

@@ -44,7 +44,7 @@ from ndm_ct.data.containers import CondFrom
 from ndm_ct.evaluation.results import Comparison, Evaluation, mean
 from ndm_ct.evaluation.run import Limits, Run
 from ndm_ct.evaluation.scores import Settings
-from ndm_ct.likelihood.api import Trace
+from ndm_ct.likelihood.options import Trace
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation, resolve_optional
 from ndm_ct.storage.atomic import PathLike
@@ -114,8 +114,8 @@ def evaluate(
             value closer to the exact solution of the flow. None is the default of the trace: 2e-6, and for
             "quadrature" 3e-5.
         atol: for "ode", absolute tolerance of the solver, for states near zero; None as for ``rtol``.
-        method: for "ode", the solver: "ode" (None), where each row has steps of its own, or a torchdiffeq method such
-            as "dopri5", with one step size for the batch.
+        method: for "ode", the solver: "ode", "exponential" or a torchdiffeq method such as "dopri5"; None as in
+            :func:`ndm_ct.loglik`.
         on_failure: for "ode", what to do if a row cannot be solved: "raise" a SolverError, or "nan" to leave the row
             out. Such rows are counted and named in the result.
         seed: of the order of the rows and of all noise. The same seed gives the same values.
@@ -219,7 +219,8 @@ def compare(
             value closer to the exact solution of the flow. None is the default of the trace: 2e-6, and for
             "quadrature" 3e-5.
         atol: for "ode", absolute tolerance of the solver, for states near zero; None as for ``rtol``.
-        method: for "ode", the solver: "ode" (None), or a torchdiffeq method such as "dopri5".
+        method: for "ode", the solver: "ode", "exponential" or a torchdiffeq method such as "dopri5"; None as in
+            :func:`ndm_ct.loglik`.
         on_failure: for "ode", what to do if a row cannot be solved: "raise" a SolverError, or "nan" to leave out rows
             that fail in either model. They are counted and named in the result.
         seed: of the order of the rows and of all noise. The same seed gives the same values.

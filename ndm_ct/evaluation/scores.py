@@ -12,9 +12,8 @@ from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import Randomness
 from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.divergence import Quadrature, TraceEstimator, resolve
-from ndm_ct.likelihood import api as likelihood
 from ndm_ct.likelihood import bits
-from ndm_ct.likelihood.api import Trace
+from ndm_ct.likelihood.options import Options, Trace
 from ndm_ct.likelihood.placement import verify_placement
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation
@@ -155,7 +154,7 @@ class Scorer:
         log_q: Tensor | float = 0.0
         if settings.quantisation is not None:
             x, log_q = bits.dequantised(self.model, settings.quantisation, x, settings.dequantisation, 1, noise)
-        options = likelihood.Options(
+        options = Options(
             trace=estimator, rtol=settings.rtol, atol=settings.atol, method=settings.method,
             on_failure=settings.on_failure,
         )  # fmt: skip

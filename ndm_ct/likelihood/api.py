@@ -22,31 +22,24 @@ References:
     Song et al., Score-Based Generative Modeling through SDEs, appendix D.2, https://arxiv.org/abs/2011.13456
 """
 
-from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import validate_positive
-from ndm_ct._core.conditioning import Conditioning
-from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness
-from ndm_ct.checking import Purpose, verify
-from ndm_ct.divergence import TraceEstimator, resolve
-from ndm_ct.likelihood.budget import LikelihoodInfo, measure
-from ndm_ct.likelihood.path import TOLERANCE, Differentiable, Problem
+from ndm_ct._core.noise import GeneratorLike, as_randomness
+from ndm_ct.likelihood.budget import LikelihoodInfo
+from ndm_ct.likelihood.options import Options, Trace
+from ndm_ct.likelihood.path import Differentiable
 from ndm_ct.model import NDM
 
 __all__ = ["LikelihoodInfo", "decode", "encode", "loglik"]
-
-Trace = str | TraceEstimator
 
 
 @overload
 def loglik(
     model: NDM, x: Tensor, /, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
+    batch_size: int | None = ..., generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -54,7 +47,7 @@ def loglik(
 def loglik(
     model: NDM, x: Tensor, /, *, trace: Trace = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
+    batch_size: int | None = ..., generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
 
 
@@ -70,6 +63,7 @@ def loglik(
     method: str | None = None,
     on_failure: str = "raise",
     differentiable: Differentiable = False,
+    batch_size: int | None = None,
     generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
@@ -94,8 +88,10 @@ def loglik(
             one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`. With prediction "velocity" tolerances below
             four units of rounding of the network, 5e-7 in float32, are raised to them.
         atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
-        method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
-            torchdiffeq method such as "dopri5", with one step size for the batch.
+        method: "ode", where each row has steps of its own; "exponential", for "quadrature", which takes one grid for
+            all rows and half the evaluations, and "ode" for rows that the grid does not suit; or a torchdiffeq method
+            such as "dopri5", with one step size for the batch, the only ones with which a row depends on the others.
+            None is "exponential" for "quadrature" without ``differentiable``, else "ode".
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
             (only with "ode").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
@@ -103,6 +99,9 @@ def loglik(
             methods only, not with "quadrature"). At the default tolerance either is accurate to about 1e-3 of its own
             size, the random error of a trace apart; steps are kept short enough for that, also where longer ones would
             suit the value (at most 1/20 of the interval).
+        batch_size: rows solved at a time; more are solved in parts. The result does not depend on it, memory and speed
+            do. None bounds the memory: some 1600 rows for the exact trace of ten dimensions, 16,000 for "quadrature" of
+            up to 16, fewer of larger events. With ``differentiable`` and with the torchdiffeq methods None is all.
         generator: source of nodes and probes: a seed, a generator, or a sequence with one generator per row, which
             makes the result of a row independent of its batch. None is torch's global generator.
         return_info: also return a :class:`LikelihoodInfo`. Its error budget costs some percent.
@@ -130,7 +129,7 @@ def loglik(
     generator = as_randomness(generator, len(x), x.device, "loglik")
     options = Options(
         trace=trace, stderr=stderr, rtol=rtol, atol=atol, method=method, on_failure=on_failure,
-        differentiable=differentiable,
+        differentiable=differentiable, batch_size=batch_size,
     )  # fmt: skip
     info = options.likelihood(model, x, (model.t_min, 1.0), given, generator, budget=return_info)
     return (info.loglik, info) if return_info else info.loglik
@@ -140,7 +139,7 @@ def loglik(
 def encode(
     model: NDM, x: Tensor, /, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
+    batch_size: int | None = ..., generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -148,7 +147,7 @@ def encode(
 def encode(
     model: NDM, x: Tensor, /, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
+    batch_size: int | None = ..., generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
 
 
@@ -164,6 +163,7 @@ def encode(
     method: str | None = None,
     on_failure: str = "raise",
     differentiable: Differentiable = False,
+    batch_size: int | None = None,
     generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
@@ -181,13 +181,17 @@ def encode(
             and takes more network evaluations. None is 2e-6. For "quadrature" it is 3e-5, and the error allowed in
             one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`.
         atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
-        method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
-            torchdiffeq method such as "dopri5", with one step size for the batch.
+        method: "ode" (None), where each row has steps of its own; "exponential", as in :func:`loglik`, the default for
+            ``return_info`` with "quadrature"; or a torchdiffeq method such as "dopri5", with one step size for the
+            batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
             (only with "ode").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
+        batch_size: rows solved at a time; more are solved in parts. The result does not depend on it, memory and speed
+            do. None bounds the memory: some 1600 rows for the exact trace of ten dimensions, 16,000 for "quadrature" of
+            up to 16, fewer of larger events. With ``differentiable`` and with the torchdiffeq methods None is all.
         generator: source of nodes and probes with ``return_info``, and of an Encoder's noise: a seed, a generator, or a
             sequence with one generator per row, which makes the result of a row independent of its batch.
         return_info: also return a :class:`LikelihoodInfo`. This costs the divergence along the path.
@@ -206,7 +210,7 @@ def encode(
     generator = as_randomness(generator, len(x), x.device, "encode")
     options = Options(
         trace=trace, stderr=stderr, rtol=rtol, atol=atol, method=method, on_failure=on_failure,
-        differentiable=differentiable,
+        differentiable=differentiable, batch_size=batch_size,
     )  # fmt: skip
     return options.transport(model, x, (model.t_min, 1.0), given, generator, return_info)
 
@@ -215,7 +219,7 @@ def encode(
 def decode(
     model: NDM, z1: Tensor, /, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
+    batch_size: int | None = ..., generator: GeneratorLike = ..., return_info: Literal[False] = ..., **cond: Any,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -223,7 +227,7 @@ def decode(
 def decode(
     model: NDM, z1: Tensor, /, *, trace: Trace | None = ..., stderr: float | None = ..., rtol: float | None = ...,
     atol: float | None = ..., method: str | None = ..., on_failure: str = ..., differentiable: Differentiable = ...,
-    generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
+    batch_size: int | None = ..., generator: GeneratorLike = ..., return_info: Literal[True], **cond: Any,
 ) -> tuple[Tensor, LikelihoodInfo]: ...  # fmt: skip
 
 
@@ -239,6 +243,7 @@ def decode(
     method: str | None = None,
     on_failure: str = "raise",
     differentiable: Differentiable = False,
+    batch_size: int | None = None,
     generator: GeneratorLike = None,
     return_info: bool = False,
     **cond: Any,
@@ -256,13 +261,17 @@ def decode(
             and takes more network evaluations. None is 2e-6. For "quadrature" it is 3e-5, and the error allowed in
             one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`.
         atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
-        method: "ode" (None), where each row has steps of its own and its result does not depend on the batch, or a
-            torchdiffeq method such as "dopri5", with one step size for the batch.
+        method: "ode" (None), where each row has steps of its own; "exponential", as in :func:`loglik`, the default for
+            ``return_info`` with "quadrature"; or a torchdiffeq method such as "dopri5", with one step size for the
+            batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
             (only with "ode").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
+        batch_size: rows solved at a time; more are solved in parts. The result does not depend on it, memory and speed
+            do. None bounds the memory: some 1600 rows for the exact trace of ten dimensions, 16,000 for "quadrature" of
+            up to 16, fewer of larger events. With ``differentiable`` and with the torchdiffeq methods None is all.
         generator: source of nodes and probes with ``return_info``, and of an Encoder's noise: a seed, a generator, or a
             sequence with one generator per row, which makes the result of a row independent of its batch.
         return_info: also return a :class:`LikelihoodInfo`. This costs the divergence along the path.
@@ -281,102 +290,6 @@ def decode(
     generator = as_randomness(generator, len(z1), z1.device, "decode")
     options = Options(
         trace=trace, stderr=stderr, rtol=rtol, atol=atol, method=method, on_failure=on_failure,
-        differentiable=differentiable,
+        differentiable=differentiable, batch_size=batch_size,
     )  # fmt: skip
     return options.transport(model, z1, (1.0, model.t_min), given, generator, return_info)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options that the likelihood functions share, as the user gave them; see :func:`loglik`."""
-
-    trace: Trace | None
-    stderr: float | None = None
-    rtol: float | None
-    atol: float | None
-    method: str | None
-    on_failure: str = "raise"
-    differentiable: Differentiable = False
-
-    def transport(
-        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning,
-        generator: Randomness, return_info: bool,
-    ) -> Tensor | tuple[Tensor, LikelihoodInfo]:  # fmt: skip
-        """The end of the path, and its log-determinant if asked."""
-        if return_info:
-            info = self.likelihood(model, start, interval, cond, generator, budget=True)
-            return info.z, info
-        noise = generator if model.transform.bijective else None
-        for name, value in (("trace", self.trace), ("stderr", self.stderr), ("generator", noise)):
-            if value is not None:
-                raise ValueError(
-                    f"{name} has no effect without a log-determinant; pass return_info=True or drop {name}."
-                )
-        self._verify(model, start, interval, cond, "flow")
-        upwards = interval[1] > interval[0]
-        with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
-            y = model.to_latent(start, generator=generator, **cond)[0] if upwards else start
-            end = self._path(model, y, interval, cond, TOLERANCE).transport().state[0].to(start.dtype)
-            return end if upwards else model.transform.from_latent(end, **cond)
-
-    def likelihood(
-        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning,
-        generator: Randomness, *, budget: bool,
-    ) -> LikelihoodInfo:  # fmt: skip
-        """Path, log-determinant and density.
-
-        Args:
-            model: the model.
-            start: data or noise.
-            interval: times of start and end.
-            cond: conditioning.
-            generator: source of nodes and probes.
-            budget: whether to estimate the systematic errors; they are NaN otherwise.
-        """
-        if not model.transform.bijective:
-            raise ValueError(
-                f"{type(model.transform).__name__} is stochastic, so that log p(x) has only a bound; use ndm_ct.elbo, "
-                "or bound='elbo'."
-            )
-        estimator = self._estimator(model.event_shape)
-        self._verify(model, start, interval, cond, "likelihood")
-        with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
-            upwards = interval[1] > interval[0]
-            y, weight = model.to_latent(start, **cond) if upwards else (start, None)
-            path = self._path(model, y, interval, cond, estimator.tolerance)
-            info = measure(replace(path, stderr=self.stderr, error_wanted=budget), estimator, generator)
-            if upwards:
-                return info if weight is None else _of_data(info, weight, info.z)
-            x = model.transform.from_latent(info.z, **cond)
-            weight = model.transform.to_latent(x, **cond)[1]
-            return info if weight is None else _of_data(info, weight, x, downwards=True)
-
-    @staticmethod
-    def _verify(model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning, purpose: Purpose) -> None:
-        """Check the model; from noise downwards, at latents that are zero."""
-        upwards = interval[1] > interval[0]
-        verify(model, start if upwards else torch.zeros_like(start), cond, purpose, latent=not upwards)
-
-    def _estimator(self, event_shape: tuple[int, ...]) -> TraceEstimator:
-        estimator = resolve("auto" if self.trace is None else self.trace, event_shape)
-        if self.stderr is not None:
-            validate_positive("stderr", self.stderr, "nats")
-            if self.differentiable:
-                raise ValueError("stderr has no effect on gradients; leave it out with differentiable.")
-            estimator.validate_stderr()
-        return estimator
-
-    def _path(
-        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning, tolerance: float,
-    ) -> Problem:  # fmt: skip
-        rtol, atol = (tolerance if value is None else value for value in (self.rtol, self.atol))
-        default = "dopri5" if self.differentiable == "adjoint" else "ode"
-        method = default if self.method is None else self.method
-        return Problem(model, start, interval, rtol, atol, method, self.on_failure, self.differentiable, cond)
-
-
-def _of_data(info: LikelihoodInfo, weight: Tensor, z: Tensor, *, downwards: bool = False) -> LikelihoodInfo:
-    """Turn information about latents into that about data; ``weight`` is the log-determinant from data to latents."""
-    weight = torch.where(info.failed, torch.nan, weight.to(info.loglik.dtype))
-    logdet = info.logdet - weight if downwards else info.logdet + weight
-    return replace(info, logdet=logdet, loglik=info.loglik + weight, z=z)

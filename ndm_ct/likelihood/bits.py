@@ -37,8 +37,8 @@ from ndm_ct._core.checks import (
     validate_positive,
 )
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, repeated
-from ndm_ct.likelihood import api as likelihood
-from ndm_ct.likelihood.api import Trace
+from ndm_ct.likelihood.budget import LikelihoodInfo
+from ndm_ct.likelihood.options import Options, Trace
 from ndm_ct.likelihood.placement import verify_placement
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import DEQUANTISATIONS, Quantisation, resolve_quantisation
@@ -123,7 +123,7 @@ def bits_per_dim(
             of the flow and takes more network evaluations. None is 2e-6; 3e-5 for "quadrature".
         atol: for "ode", absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for
             ``rtol``.
-        method: for "ode", "ode" (None), where each row has steps of its own, or a torchdiffeq method.
+        method: for "ode", "ode", "exponential" or a torchdiffeq method; None as in :func:`ndm_ct.loglik`.
         generator: source of dequantisation noise, probes and times: a seed, a generator, or a sequence with one
             generator per row, which makes the result of a row independent of its batch. None is torch's global one.
         return_info: also return a :class:`BitsInfo`.
@@ -162,7 +162,7 @@ def bits_per_dim(
             info = _by_elbo(model, bins, x, count, generator, cond)
         else:
             nats = None if stderr is None else stderr * _nats_per_bit(model)
-            options = likelihood.Options(trace=trace, stderr=nats, rtol=rtol, atol=atol, method=method)
+            options = Options(trace=trace, stderr=nats, rtol=rtol, atol=atol, method=method)
             info = _by_flow(model, bins, x, dequantisation, count, options, generator, cond)
     result = -info.nats / _nats_per_bit(model)
     return (result, info) if return_info else result
@@ -186,7 +186,7 @@ def _by_elbo(
 
 
 def _by_flow(
-    model: NDM, bins: Quantisation, x: Tensor, dequantisation: str, samples: int, options: likelihood.Options,
+    model: NDM, bins: Quantisation, x: Tensor, dequantisation: str, samples: int, options: Options,
     generator: Randomness, cond: dict[str, Any],
 ) -> BitsInfo:  # fmt: skip
     start, log_q = dequantised(model, bins, x, dequantisation, samples, generator)
@@ -230,7 +230,7 @@ def dequantised(
     return points, bins.truncated_normal_log_prob(points, x, alpha, sigma)
 
 
-def _weighted(path: likelihood.LikelihoodInfo, log_q: Tensor, samples: int, scale: float) -> BitsInfo:
+def _weighted(path: LikelihoodInfo, log_q: Tensor, samples: int, scale: float) -> BitsInfo:
     """The bound from K points per row, with its two standard errors."""
     values = (path.loglik.double() - log_q, path.stderr.double(), path.variance.double().nan_to_num(0.0))
     log_weights, stderr, variance = (part.unflatten(0, (-1, samples)) for part in values)

@@ -99,7 +99,7 @@ def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> 
         SolverError: the solve failed.
         PredictorError: the network's derivative is NaN or infinite.
     """
-    if estimator.needs_nodes and path.method != "ode":
+    if estimator.needs_nodes and path.method not in ("ode", "exponential"):
         raise ValueError(
             f"trace='{type(estimator).__name__.lower()}' needs states at times of its own in every row, which "
             f"method={path.method!r} cannot visit; use method='ode', or trace='hutchinson' or 'exact'."

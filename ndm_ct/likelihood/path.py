@@ -6,6 +6,8 @@ r"""One path of the probability flow, by this library's solver or torchdiffeq's,
 
 ==================  ================================================================================================
 ``"ode"``           every row with its own steps (:mod:`ndm_ct.solvers.ode`)
+``"exponential"``   one grid for all rows, which do not see each other (:mod:`ndm_ct.likelihood.exponential`); rows that
+                    it does not suit by "ode"
 ``"dopri5"`` etc.   torchdiffeq, one step size for the batch (:mod:`ndm_ct.solvers.torchdiffeq`)
 ==================  ================================================================================================
 
@@ -28,6 +30,7 @@ from ndm_ct._core.conditioning import Conditioning
 from ndm_ct.divergence import BoundTrace
 from ndm_ct.divergence.interface import SolvedPath
 from ndm_ct.dynamics import ProbabilityFlow
+from ndm_ct.likelihood import exponential
 from ndm_ct.likelihood.quadrature import linear_logdet, noise_scale, path_times
 from ndm_ct.model import NDM
 from ndm_ct.solvers import ADAPTIVE_METHODS, Solution, odeint, odeint_rows
@@ -38,7 +41,7 @@ __all__ = ["METHODS", "TOLERANCE", "Problem"]
 TOLERANCE = 2e-6
 """Default rtol and atol of a path without a log-determinant."""
 
-METHODS = ("ode", *ADAPTIVE_METHODS)
+METHODS = ("ode", "exponential", *ADAPTIVE_METHODS)
 """Names of ``method``."""
 
 Differentiable = bool | Literal["adjoint"]
@@ -69,13 +72,15 @@ class Problem:
         choose("on_failure", self.on_failure, ("raise", "nan"))
         if not isinstance(self.differentiable, bool):
             choose("differentiable", self.differentiable, ("adjoint",))
-        if self.on_failure == "nan" and self.method != "ode":
+        if self.on_failure == "nan" and self.method not in ("ode", "exponential"):
             raise ValueError(
                 f"on_failure='nan' has no effect with method={self.method!r}, whose rows share their steps and fail "
                 "together; use method='ode'."
             )
         if self.differentiable == "adjoint" and self.method == "ode":
             raise ValueError("differentiable='adjoint' needs a torchdiffeq method; pass method='dopri5'.")
+        if self.differentiable and self.method == "exponential":
+            raise ValueError("method='exponential' keeps no graph; pass method='ode' with differentiable.")
         if self.differentiable and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "differentiable=True keeps a graph, which torch.inference_mode() forbids; leave that mode."
@@ -143,13 +148,39 @@ class Problem:
                 only for "ode".
         """
 
+        if self.method == "exponential":
+            return self._exponential(nodes, in_noise_units)
+
         def field(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, None]:
             return (self.flow(rows).velocity(t, state[0]),), None
 
         return self._solve(field, (self.start.double(),), nodes, in_noise_units)
 
+    def _exponential(self, nodes: Tensor | None, in_noise_units: bool) -> Solution:
+        """By one grid for all rows; rows that it does not suit by "ode"."""
+        adaptive = replace(self, method="ode")
+        if not exponential.applies(self.model):
+            return adaptive.transport(nodes, in_noise_units=in_noise_units)
+        solved = exponential.transport(
+            self.model, self.flow, self.start.double(), self.interval, self.rtol + self.atol, nodes, self.callback
+        )
+        rows = torch.nonzero(solved.failed).flatten()
+        if len(rows) == 0:
+            return solved
+        rest = replace(adaptive.only(rows), on_failure="nan").transport(
+            None if nodes is None else nodes[:, rows], in_noise_units=in_noise_units
+        )
+        if self.on_failure == "raise" and bool(rest.failed.any()):
+            adaptive.transport(in_noise_units=in_noise_units)  # raises, and its message counts rows in this batch
+        return solved.with_rows(rows, rest)
+
     def augmented(self, bound: BoundTrace) -> Solution:
         """Solve for state and log-determinants ``(B, columns)`` together, probes frozen; both are float64."""
+        if self.method == "exponential":
+            raise ValueError(
+                "method='exponential' solves the path alone, and this trace is integrated together with it; use "
+                "trace='quadrature', or method='ode'."
+            )
         z = self.start.double()
 
         def field(t: Tensor, state: State, rows: Tensor | None) -> tuple[State, State]:

@@ -14,8 +14,8 @@ from ndm_ct._core.noise import Randomness
 from ndm_ct.checking import Purpose
 from ndm_ct.divergence import resolve
 from ndm_ct.guidance import evaluations_per_call
-from ndm_ct.likelihood.api import Trace
 from ndm_ct.likelihood.budget import largest, measure
+from ndm_ct.likelihood.options import Trace
 from ndm_ct.likelihood.path import Differentiable, Problem
 from ndm_ct.model import NDM
 from ndm_ct.prediction import validate_finite
@@ -29,7 +29,7 @@ from ndm_ct.solvers import ADAPTIVE_METHODS, SDE_METHODS, Solution
 
 __all__ = ["METHODS", "Method", "Plan", "SampleInfo"]
 
-FLOW = ("ode", *ADAPTIVE_METHODS)
+FLOW = ("ode", "exponential", *ADAPTIVE_METHODS)
 """Names of adaptive methods for the probability flow."""
 
 TORCHSDE = {f"torchsde:{name}": name for name in SDE_METHODS}
@@ -112,7 +112,7 @@ class Plan:
     @property
     def adaptive(self) -> bool:
         """Whether the method chooses its own steps."""
-        told = self.method not in ADAPTIVE_METHODS and (
+        told = self.method not in ("exponential", *ADAPTIVE_METHODS) and (
             self.steps is not None or self.nfe is not None or isinstance(self.grid, Tensor)
         )
         return isinstance(self.method, str) and self.method in ADAPTIVE and not told

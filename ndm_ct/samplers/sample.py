@@ -5,6 +5,7 @@ model's last estimate of x. Methods are
 
 =====================================  ================================================================================
 ``"ode"``                              probability flow, each row with its own adaptive steps
+``"exponential"``                      the same on one grid, at a tolerance in units of the noise
                                        (:mod:`ndm_ct.solvers.ode`); with ``steps=`` Heun's method on a grid
 ``"dopri5", "dopri8", "bosh3", ...``   probability flow, torchdiffeq's adaptive steps, one size for the batch
 ``"sde"``                              reverse SDE, each row with its own adaptive steps
@@ -30,7 +31,7 @@ from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, rows_of
 from ndm_ct.checking import verify
 from ndm_ct.guidance import guided
-from ndm_ct.likelihood.api import Trace
+from ndm_ct.likelihood.options import Trace
 from ndm_ct.likelihood.path import Differentiable
 from ndm_ct.model import NDM
 from ndm_ct.samplers.grids import Grid

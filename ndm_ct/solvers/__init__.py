@@ -4,6 +4,7 @@
 function                          steps                where
 ================================  ===================  ============================================================
 :func:`odeint_rows`               each row its own     :mod:`~ndm_ct.solvers.ode`, method ``"ode"``
+:func:`odeint_multistep`          a given grid         :mod:`~ndm_ct.solvers.multistep`
 :func:`sdeint_rows`               each row its own     :mod:`~ndm_ct.solvers.sde`, method ``"sde"``
 :func:`odeint`                    one for the batch    :mod:`~ndm_ct.solvers.torchdiffeq`, ``"dopri5"`` and others
 :func:`sdeint_adaptive`           one for the batch    :mod:`~ndm_ct.solvers.torchsde`, ``"torchsde:srk"`` and others
@@ -11,6 +12,7 @@ function                          steps                where
 ================================  ===================  ============================================================
 """
 
+from ndm_ct.solvers.multistep import graded_grid, odeint_multistep
 from ndm_ct.solvers.ode import odeint_rows
 from ndm_ct.solvers.sde import sdeint_rows
 from ndm_ct.solvers.solution import Solution, validate_slope, validate_tolerance
@@ -21,7 +23,9 @@ __all__ = [
     "ADAPTIVE_METHODS",
     "SDE_METHODS",
     "Solution",
+    "graded_grid",
     "odeint",
+    "odeint_multistep",
     "odeint_rows",
     "sdeint",
     "sdeint_adaptive",

@@ -1,7 +1,7 @@
 """What every solver of this package returns, and the checks that they share."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,22 @@ class Solution:
         rows = torch.arange(len(state[0]), device=state[0].device)
         counts = {"nfe": nfe, "accepted": accepted, "rejected": rejected}
         return cls(state, failed=rows < 0, **{name: torch.full_like(rows, count) for name, count in counts.items()})
+
+    def with_rows(self, rows: Tensor, other: "Solution") -> "Solution":
+        """The solution with some rows, by number, solved again; what both solves have cost is added up."""
+
+        states = zip(self.state, other.state, strict=True)
+        counts = {name: getattr(self, name).index_add(0, rows, getattr(other, name)) for name in _COUNTS}
+        nodes = None
+        if self.nodes is not None and other.nodes is not None:
+            nodes = self.nodes.index_copy(1, rows, other.nodes)
+        return replace(
+            self, state=tuple(mine.index_copy(0, rows, theirs) for mine, theirs in states), nodes=nodes,
+            failed=self.failed.index_copy(0, rows, other.failed), **counts,
+        )  # fmt: skip
+
+
+_COUNTS = ("nfe", "accepted", "rejected")
 
 
 def validate_tolerance(name: str, value: float, dtype: torch.dtype) -> float:
