@@ -100,8 +100,10 @@ def loglik(
             size, the random error of a trace apart; steps are kept short enough for that, also where longer ones would
             suit the value (at most 1/20 of the interval).
         batch_size: rows solved at a time; more are solved in parts. The result does not depend on it, memory and speed
-            do. None bounds the memory: some 1600 rows for the exact trace of ten dimensions, 16,000 for "quadrature" of
-            up to 16, fewer of larger events. With ``differentiable`` and with the torchdiffeq methods None is all.
+            do. (With ``stderr`` or ``return_info`` a single generator gives random traces other noise in parts; one
+            generator per row gives the same.) None bounds the memory: some 1600 rows for the exact trace of ten
+            dimensions, 16,000 for "quadrature" of up to 16, fewer of larger events; with ``differentiable`` and with
+            the torchdiffeq methods None is all.
         generator: source of nodes and probes: a seed, a generator, or a sequence with one generator per row, which
             makes the result of a row independent of its batch. None is torch's global generator.
         return_info: also return a :class:`LikelihoodInfo`. Its error budget costs some percent.
@@ -190,8 +192,10 @@ def encode(
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
         batch_size: rows solved at a time; more are solved in parts. The result does not depend on it, memory and speed
-            do. None bounds the memory: some 1600 rows for the exact trace of ten dimensions, 16,000 for "quadrature" of
-            up to 16, fewer of larger events. With ``differentiable`` and with the torchdiffeq methods None is all.
+            do. (With ``stderr`` or ``return_info`` a single generator gives random traces other noise in parts; one
+            generator per row gives the same.) None bounds the memory: some 1600 rows for the exact trace of ten
+            dimensions, 16,000 for "quadrature" of up to 16, fewer of larger events; with ``differentiable`` and with
+            the torchdiffeq methods None is all.
         generator: source of nodes and probes with ``return_info``, and of an Encoder's noise: a seed, a generator, or a
             sequence with one generator per row, which makes the result of a row independent of its batch.
         return_info: also return a :class:`LikelihoodInfo`. This costs the divergence along the path.
@@ -270,8 +274,10 @@ def decode(
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
         batch_size: rows solved at a time; more are solved in parts. The result does not depend on it, memory and speed
-            do. None bounds the memory: some 1600 rows for the exact trace of ten dimensions, 16,000 for "quadrature" of
-            up to 16, fewer of larger events. With ``differentiable`` and with the torchdiffeq methods None is all.
+            do. (With ``stderr`` or ``return_info`` a single generator gives random traces other noise in parts; one
+            generator per row gives the same.) None bounds the memory: some 1600 rows for the exact trace of ten
+            dimensions, 16,000 for "quadrature" of up to 16, fewer of larger events; with ``differentiable`` and with
+            the torchdiffeq methods None is all.
         generator: source of nodes and probes with ``return_info``, and of an Encoder's noise: a seed, a generator, or a
             sequence with one generator per row, which makes the result of a row independent of its batch.
         return_info: also return a :class:`LikelihoodInfo`. This costs the divergence along the path.

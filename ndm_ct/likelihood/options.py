@@ -19,7 +19,7 @@ from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError, SolverError
 from ndm_ct._core.noise import Randomness, by_row, rows_of
 from ndm_ct.checking import Purpose, verify
-from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, Quadrature, TraceEstimator, resolve
+from ndm_ct.divergence import Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.likelihood.budget import LikelihoodInfo, measure
 from ndm_ct.likelihood.path import TOLERANCE, Differentiable, Problem
 from ndm_ct.model import NDM
@@ -69,7 +69,11 @@ class Options:
         self._verify(model, start, interval, cond, "flow")
         source = by_row(generator, start.device) if not model.transform.bijective else partial(rows_of, generator)
         ends = self._by_parts(
-            lambda *part: self._transport_part(model, interval, *part), model, start, cond, source, products=1
+            lambda *part: self._transport_part(model, interval, *part),
+            start,
+            cond,
+            source,
+            self._size(model, len(start), products=1),
         )
         return torch.cat(ends) if len(ends) > 1 else ends[0]
 
@@ -103,13 +107,14 @@ class Options:
             )
         estimator = self._estimator(model.event_shape)
         self._verify(model, start, interval, cond, "likelihood")
+        size = self._size(model, len(start), _products(estimator, model.event_shape))
         # A single generator gives the first draws of a batch row by row; later ones have to be told apart by row.
-        more = self.stderr is not None or (budget and event_size(model.event_shape) > EXACT_UP_TO)
-        split = isinstance(estimator, Quadrature | Hutchinson) and (more or start.device.type != "cpu")
+        more = self.stderr is not None or budget or start.device.type != "cpu"
+        split = len(start) > size and more and isinstance(estimator, Quadrature | Hutchinson)
         source = by_row(generator, start.device) if split else partial(rows_of, generator)
         infos = self._by_parts(
             lambda *part: self._likelihood_part(model, interval, estimator, budget, *part),
-            model, start, cond, source, _products(estimator, model.event_shape),
+            start, cond, source, size,
         )  # fmt: skip
         return _joined(infos) if len(infos) > 1 else infos[0]
 
@@ -128,23 +133,24 @@ class Options:
             weight = model.transform.to_latent(x, **cond)[1]
             return info if weight is None else _of_data(info, weight, x, downwards=True)
 
-    def _by_parts(
-        self, solve: Callable[[Tensor, Conditioning, Randomness], T], model: NDM, start: Tensor, cond: Conditioning,
-        source: Callable[[Tensor], Randomness], products: int,
-    ) -> list[T]:  # fmt: skip
-        """Results part by part.
+    def _size(self, model: NDM, rows: int, products: int) -> int:
+        """Rows of a part.
 
         Rows that share their steps stay together unless the user says otherwise, and so do those of a graph, which
         holds all parts at once anyway.
         """
-        size = self.batch_size
-        if size is None:
-            row = products * max(event_size(model.event_shape), _SMALLEST_EVENT)
-            size = (
-                max(1, _NUMBERS // row)
-                if self.method not in ADAPTIVE_METHODS and not self.differentiable
-                else len(start)
-            )
+        if self.batch_size is not None:
+            return self.batch_size
+        if self.differentiable or self.method in ADAPTIVE_METHODS:
+            return rows
+        return max(1, _NUMBERS // (products * max(event_size(model.event_shape), _SMALLEST_EVENT)))
+
+    @staticmethod
+    def _by_parts(
+        solve: Callable[[Tensor, Conditioning, Randomness], T], start: Tensor, cond: Conditioning,
+        source: Callable[[Tensor], Randomness], size: int,
+    ) -> list[T]:  # fmt: skip
+        """Results part by part."""
         every = torch.arange(len(start), device=start.device)
         if len(every) <= size:
             return [solve(start, cond, source(every))]
