@@ -62,10 +62,12 @@ def pipeline_clock(name):
 
 
 def full(name):
-    return next(each for each in (name, f"{name}Model") if each in ALL)
+    """The name of the class; None if the installed version has none."""
+    return next((each for each in (name, f"{name}Model") if each in ALL), None)
 
 
-FLOWS = [name for name in CLOCKS if "UNet" not in name and name not in ("DiTTransformer2D", "Transformer2D")]
+KNOWN = [name for name in CLOCKS if full(name)]
+FLOWS = [name for name in KNOWN if "UNet" not in name and name not in ("DiTTransformer2D", "Transformer2D")]
 
 
 def stub(name):
@@ -463,6 +465,8 @@ NETS = {
 @pytest.mark.parametrize("name", NETS)
 def test_small_networks_have_the_velocity_of_their_pipeline(name):
     make, event, conditions = NETS[name]
+    if name not in ALL:
+        pytest.skip("a class of a later version")
     torch.manual_seed(0)
     net = make(diffusers).eval()
     for parameter in net.parameters():
