@@ -124,7 +124,7 @@ def from_diffusers(
     data_at: int | None = None,
     sign: int | None = None,
     vae: nn.Module | None = None,
-    decoder_std: float = 0.1,
+    decoder_std: float | None = None,
 ) -> NDM:
     r"""A network of diffusers.
 
@@ -144,8 +144,8 @@ def from_diffusers(
             and -1 for data at 1.
         vae: an ``AutoencoderKL`` of a latent pipeline: the model is then one of its images, in their units (-1 to 1).
         decoder_std: with ``vae``, the standard deviation r of a pixel around the decoder's image,
-            :math:`p(x \mid y) = N(\mathrm{dec}(y), r^2 I)`. The autoencoder does not say it. The bound is best where
-            r is the root mean square error of its reconstructions.
+            :math:`p(x \mid y) = N(\mathrm{dec}(y), r^2 I)`. The autoencoder does not say it; None is 0.1. The bound is
+            best where r is the root mean square error of its reconstructions.
 
     Returns:
         A model in the units of the network: images from -1 to 1 in most pipelines of pixels.
@@ -154,7 +154,8 @@ def from_diffusers(
         TypeError: no table and no flow matching: the scheduler is not one of those above; or it is one of distilled
             networks.
         ValueError: a ``prediction_type`` that is not in the table above; a table of zero terminal SNR with epsilon; the
-            network does not say its size; its unit of time is unknown; or a unit is given with a table.
+            network does not say its size; its unit of time is unknown; or an option is given that has no effect: a unit
+            with a table, ``nearest`` with flow matching, ``decoder_std`` without ``vae``.
 
     Example:
         >>> from diffusers import DDPMScheduler, UNet2DModel  # doctest: +SKIP
@@ -170,10 +171,16 @@ def from_diffusers(
             f"{name} belongs to a distilled network, which is no denoiser at every time and has no density of its own; "
             "use the network that it was distilled from, with that one's scheduler."
         )
-    transform = None if vae is None else latent_transform(vae, event, decoder_std)
+    if vae is None and decoder_std is not None:
+        raise ValueError(
+            "decoder_std is the spread of pixels around an autoencoder's images, but vae is None; drop it."
+        )
+    transform = None if vae is None else latent_transform(vae, event, 0.1 if decoder_std is None else decoder_std)
     flow = name.startswith("FlowMatch") or (kind == "flow_prediction" and bool(scheduler.config.use_flow_sigmas))
     clock = _given_clock(time_scale, data_at, sign)
     if flow:
+        if nearest:
+            raise ValueError(f"nearest=True rounds indices of a table, but {name} is of flow matching; drop it.")
         clock = clock_of(net, scheduler, clock)
         return from_velocity(
             Called(net), event, data_at=clock.data_at, time_scale=clock.scale or 1.0, sign=clock.sign,

@@ -94,5 +94,7 @@ def test_what_is_no_such_autoencoder_is_refused():
         adapters.from_diffusers(net, scheduler, vae=diffusers.AutoencoderTiny(in_channels=1, out_channels=1))
     with pytest.raises(ValueError, match=r"does not decode latents of shape \(3, 4, 4\)"):
         adapters.from_diffusers(net, scheduler, (3, 4, 4), vae=autoencoder())
+    with pytest.raises(ValueError, match="vae is None; drop it"):
+        adapters.from_diffusers(net, scheduler, decoder_std=0.1)
     with pytest.raises(ValueError, match="decoder_std"):
         adapters.from_diffusers(net, scheduler, vae=autoencoder(), decoder_std=0.0)

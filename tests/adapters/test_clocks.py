@@ -526,6 +526,9 @@ def test_schedulers_of_distilled_networks_are_refused(name):
 def test_a_unit_has_no_meaning_for_a_table():
     with pytest.raises(ValueError, match="are for flow matching, but DDPMScheduler has a table"):
         adapters.from_diffusers(stub("UNet2DModel"), diffusers.DDPMScheduler(), (4,), time_scale=1.0)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="nearest=True rounds indices of a table"):
+        adapters.from_diffusers(stub("UNet2DModel"), flow, (4,), nearest=True)
     with pytest.raises(ValueError, match="sign must be 1, -1 or None"):
         adapters.from_velocity(lambda z, t: z, (2,), sign=0)
 
