@@ -156,27 +156,35 @@ class PredictedProcess(nn.Module):
             return _validate_pair(self._predict(z, t, cond), z)
         return self.process.along(self.predict_x(z, t, **cond), **cond).at(t).pair_at(z)
 
-    def frozen(self, z: Tensor, t: Tensor, s: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
+    def frozen(
+        self, z: Tensor, t: Tensor, s: Tensor, std: float | Tensor = 0.0, /, **cond: Any
+    ) -> tuple[Tensor, Tensor]:
         r"""The model's F at t and at s < t from one prediction at t, for steps that freeze it.
 
-        For a prediction of x these are :math:`F(\hat x, t), F(\hat x, s)`; for "moments", and where the noise has a
-        scale, :math:`\hat F` and :math:`\hat F + (s - t) \hat{\dot F}`.
+        For a prediction of x these are :math:`F(\hat x, t), F(\hat x, s)`; for "moments"
+        :math:`\hat F` and :math:`\hat F + (s - t) \hat{\dot F}`. Where the noise has a scale, the second F of a
+        prediction of x also takes up what S changes in the step, so that the mean of the step is that of
+        :math:`q(z_s \mid z_t, \hat x)`; with a volatility that varies over the event it is treated as "moments".
 
         Args:
             z: state :math:`z_t`, shape ``(B, *E)``.
             t: its time, float64, ``()`` or ``(B,)``.
             s: the time stepped to, of the shape of ``t``.
+            std: :math:`\tilde\sigma` of the step, which matters for noise with a scale alone.
             cond: conditioning.
 
         Raises:
             PredictorError: the prediction has the wrong shape or dtype, or is NaN or infinite (with time and rows).
         """
-        if self.prediction == "moments" or self.noise_scale is not None:
+        varies = isinstance(std, Tensor) and std.ndim > 1  # perhaps in another basis than S
+        if self.prediction == "moments" or (self.noise_scale is not None and varies):
             F, dF = self.moments(z, t, **cond)
             F_s = F + expand(s - t, z) * dF
         else:
-            path = self.transform.along(self.predict_x(z, t, **cond), **cond)
-            F, F_s = path(t), path(s)
+            path = self.process.along(self.predict_x(z, t, **cond), **cond)
+            F, F_s = path.F(t), path.F(s)
+            if path.r is not None:
+                F_s = F_s + path.carried(z, F, s, t, std)
         validate_finite(F_s, t)
         return F, F_s
 

@@ -184,6 +184,28 @@ class ProcessPath:
         F = self.F(t)
         return expand(self.process.schedule(t).alpha, F) * F + self.std(t, F) * eps
 
+    def carried(self, z: Tensor, F_t: Tensor, s: Tensor, t: Tensor, std: float | Tensor) -> Tensor:
+        r"""What a step takes from R to :math:`F_s` because S is not 1, shape ``(B, *E)``.
+
+        It is :math:`(\kappa_S - \kappa) R/\alpha_s`, with :math:`\kappa_S = \sqrt{\sigma_s^2 S_s^2 - \tilde\sigma^2} /
+        (\sigma_t S_t)` and :math:`\kappa` the same for S = 1.
+
+        Args:
+            z: the state :math:`z_t`, shape ``(B, *E)``.
+            F_t: :math:`F(x, t)`.
+            s: the earlier time (less noise).
+            t: the later time.
+            std: :math:`\tilde\sigma`, a number, ``(B,)``, or broadcastable to ``(B, *E)``.
+        """
+        start, end = self.process.schedule(s), self.process.schedule(t)
+        sigma_s, sigma_t, alpha_s = (expand(each, z) for each in (start.sigma, end.sigma, start.alpha))
+        variance = expand(torch.as_tensor(std, dtype=torch.float64, device=z.device) ** 2, z)
+        std_s, std_t = self.std(s, z), self.std(t, z)
+        share = (variance / std_s**2).clamp(max=_LARGEST_SHARE)
+        scaled = std_s * torch.sqrt(1.0 - share) / std_t
+        plain = torch.sqrt((sigma_s**2 - variance).clamp(min=0.0)) / sigma_t
+        return (scaled - plain) * (z - expand(end.alpha, z) * F_t) / alpha_s
+
     def posterior(self, F_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""Mean and variance of :math:`q(z_s \mid z_t, x)`, the latter over :math:`\tilde\sigma^2`, both ``(B, *E)``.
 

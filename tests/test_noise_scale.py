@@ -190,7 +190,7 @@ def test_a_capped_posterior_has_its_own_variance():
     path, std = model.process.along(x), model.process.transition(s, t)[1][:, None]
     z, sigma = path.sample(t, eps), SCHEDULE(s).sigma[:, None] * math.exp(-1.5)
     assert bool((sigma < std).all())
-    F_t, F_s = model.frozen(z, t, s)
+    F_t, F_s = model.frozen(z, t, s, model.process.transition(s, t)[1])
     mean, _ = model.process.posterior(z, F_s, F_t, s, t)
     own, _ = path.posterior(x, eps, s, t)
     torch.testing.assert_close(own, SCHEDULE(s).alpha[:, None] * x, rtol=0.0, atol=1e-3)
@@ -359,6 +359,39 @@ def test_conditioning_reaches_the_scale():
     assert not torch.allclose(none, some)
     with pytest.raises(TypeError, match="got the keyword 'breadth'"):
         model.velocity(z, 0.5, breadth=torch.zeros(4))
+
+
+@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+def test_frozen_steps_are_those_of_the_posterior(method):
+    """With the data as the prediction, one long step ends at the marginal of the earlier time."""
+    x, noise = time([[0.3]]), torch.randn(4000, 1, dtype=torch.float64)
+    model = NDM(lambda z, t: x.expand_as(z), (1,), transform=Wiggle(), schedule=SCHEDULE, noise_scale=Breathe())
+    path = model.process.along(x)
+    z, end = path.sample(time(0.8), noise), path.sample(time(0.3), noise)
+    found = ndm_ct.samplers.NAMES[method](model).step(z, 0.8, 0.3, generator=1)
+    if method == "ddim":
+        torch.testing.assert_close(found, end)
+    else:
+        assert float(found.mean()) == pytest.approx(float(end.mean()), abs=4 * float(end.std()) / math.sqrt(4000))
+        assert float(found.std()) == pytest.approx(float(end.std()), rel=0.05)
+
+
+def test_a_volatility_in_another_basis_than_the_scale_is_stepped_right():
+    """Where S = 1 the steps tend to those of the model without a scale."""
+    scaling = transforms.LearnedScaling((3,), 2, transforms.DCT((3,)))
+    with torch.no_grad():
+        scaling.coefficients.add_(0.4 * torch.randn(3, 2))
+    options = {"transform": scaling, "schedule": SCHEDULE, "volatility": schedules.Matched(), "checks": False}
+    plain, one = (NDM(torch_tanh, (3,), noise_scale=r, **options) for r in (None, lambda x, t: torch.zeros_like(x)))
+    gaps = []
+    for steps in (40, 80):
+        drawn = [ndm_ct.sample(model, 50, method="ddpm", steps=steps, generator=1) for model in (plain, one)]
+        gaps.append(float((drawn[0] - drawn[1]).abs().mean()))
+    assert gaps[1] < 0.7 * gaps[0]
+
+
+def torch_tanh(z, t):
+    return torch.tanh(z)
 
 
 @pytest.mark.parametrize("method", ["ode", "sde", "ddim", "ddpm", "dpmpp_2m", "heun"])

@@ -164,10 +164,12 @@ def transition_along(
     process, transform = model.process, model.transform
     F_t, F_s = path.F(t), path.F(s)
     z = path.sample(t, eps)
-    F_hat_t, F_hat_s = model.frozen(z, t, s, **cond)
-    model_mean, std = process.posterior(z, F_hat_s, F_hat_t, s, t)
     if path.r is None:
-        mean, _ = process.posterior(z, F_s, F_t, s, t)
+        F_hat_t, F_hat_s = model.frozen(z, t, s, **cond)
+        mean, std = process.posterior(z, F_s, F_t, s, t)
+        model_mean, _ = process.posterior(z, F_hat_s, F_hat_t, s, t)
         return 0.5 * sum_event(transform.diagonal(1.0 / std, mean - model_mean) ** 2)
     mean, ratio = path.posterior(F_s, eps, s, t)
+    F_hat_t, F_hat_s = model.frozen(z, t, s, process.transition(s, t)[1], **cond)
+    model_mean, std = process.posterior(z, F_hat_s, F_hat_t, s, t)
     return 0.5 * sum_event(((mean - model_mean) / expand(std, z)) ** 2 + ratio - 1.0 - ratio.log())

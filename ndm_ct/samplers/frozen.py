@@ -214,10 +214,10 @@ def _cubic(u: float, y0: float, y1: float, d0: float, d1: float) -> float:
 class _Frozen(Sampler):
     """A step with the prediction frozen."""
 
-    def frozen(self, z: Tensor, t: Level, s: Level, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The model's F at t and s, for one evaluation."""
+    def frozen(self, z: Tensor, t: Level, s: Level, std: Factor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        r"""The model's F at t and s, for one evaluation; ``std`` is :math:`\tilde\sigma` of the step."""
         self.evaluations += 1
-        return self.model.frozen(z, t.time, s.time, **cond)
+        return self.model.frozen(z, t.time, s.time, std, **cond)
 
 
 class DDPM(_Frozen):
@@ -254,14 +254,14 @@ class DDPM(_Frozen):
         self._optimum = None if residuals is None else _Interpolant(model.schedule, residuals)
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
-        F_t, F_s = self.frozen(z, t, s, cond)
+        small = ancestral_std(t, s)
+        kappa, std = self.transition(t, s) if self.uses_volatility else (0.0, small)
+        F_t, F_s = self.frozen(z, t, s, std, cond)
         residual, noise = torch.add(z, F_t, alpha=-t.alpha), normal_like(z, generator)
         if self.uses_volatility:
-            kappa, std = self.transition(t, s)
             if self._optimum is not None:
                 std = _optimal(self._optimum(t), kappa, std, t, s)
             return self.plus(self.plus(s.alpha * F_s, kappa, residual), std, noise)
-        small = ancestral_std(t, s)
         mean = s.alpha * F_s + math.sqrt(s.sigma**2 - small**2) / t.sigma * residual
         if self.variance == "small" or s.t <= self._last_time:
             return mean + small * noise
@@ -293,8 +293,8 @@ class DDIM(_Frozen):
         self.eta = eta
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
-        F_t, F_s = self.frozen(z, t, s, cond)
         std = self.eta * ancestral_std(t, s)
+        F_t, F_s = self.frozen(z, t, s, std, cond)
         mean = s.alpha * F_s + math.sqrt(s.sigma**2 - std**2) / t.sigma * (z - t.alpha * F_t)
         return mean if std == 0.0 else mean + std * normal_like(z, generator)
 
