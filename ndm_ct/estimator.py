@@ -4,7 +4,9 @@ r"""A density estimator for tables, in the interface of scikit-learn.
     \log p(x) = \log p_{NDM}\Bigl(\frac{x - m}{s}\Bigr) - \sum_i \log s_i
 
 with mean m and standard deviation s of every column of the training rows, and the density :math:`p_{NDM}` of the
-probability flow of a diffusion. It is exact up to 32 columns and beyond that an unbiased estimate.
+probability flow of a diffusion. The model has the rows pass a map of their quantiles first (:mod:`ndm_ct.columns`),
+whose log-determinant is part of :math:`p_{NDM}`. The density is exact up to 32 columns and beyond that an unbiased
+estimate.
 
 References:
     Pedregosa et al., Scikit-learn: Machine Learning in Python, https://jmlr.org/papers/v12/pedregosa11a.html
@@ -16,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ndm_ct._core.checks import usable_device, validate_count
+from ndm_ct._core.checks import choose, usable_device, validate_count
 from ndm_ct._core.seeds import derive_seeds, make_generator
-from ndm_ct.columns import repeated_values
+from ndm_ct.columns import MARGINALS, Chain, fit_column_map, gamma_of, is_repeating, repeated_values
 from ndm_ct.divergence import EXACT_UP_TO
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.model import NDM
@@ -57,8 +59,11 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         flow: number of spline transforms of an invertible :math:`F(x, t) = h(x)` that is learned too (with the package
             zuko). 0 takes the identity for F. Which is better depends on the table: compare the bounds in
             ``validation_`` of two fits with the same ``random_state``.
-        gamma_min: :math:`\gamma(0)`. The density is that of standardised rows with noise of standard deviation
-            :math:`e^{\gamma_{min}/2}`.
+        marginals: "spline" takes every column through a smooth map of its quantiles to N(0, 1), and whitens the result.
+            Narrow peaks, heavy tails and scales cost no accuracy then. "linear" standardises the columns alone.
+        gamma_min: :math:`\gamma(0)`. The density is that of the mapped rows with noise of standard deviation
+            :math:`e^{\gamma_{min}/2}`. None chooses it from the rows, between -14 and -9: an eighth of the width of
+            the kernel that predicts each row best from the others.
         validation_fraction: share of the rows held out for early stopping. 0 trains all steps on all rows. So do tables
             of which fewer than ten rows would be held out.
         patience: number of validations without improvement (out of 20 in total) after which training stops early. None
@@ -71,6 +76,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         model_: the :class:`~ndm_ct.NDM` of standardised rows, trained in float32, kept in float64.
         mean_: m, shape ``(n_features,)``.
         scale_: s, shape ``(n_features,)``; 1 for constant columns.
+        gamma_min_: :math:`\gamma(0)`.
         n_steps_: optimiser steps done.
         validation_: rows of the training's validation, see :class:`~ndm_ct.FitResult`.
         n_features_in_: number of columns.
@@ -93,7 +99,8 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         batch_size: int = 1024,
         lr: float = 2e-3,
         flow: int = 0,
-        gamma_min: float = -9.0,
+        marginals: str = "spline",
+        gamma_min: float | None = None,
         validation_fraction: float = 0.1,
         patience: int | None = 4,
         random_state: Any = None,
@@ -107,6 +114,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.batch_size = batch_size
         self.lr = lr
         self.flow = flow
+        self.marginals = marginals
         self.gamma_min = gamma_min
         self.validation_fraction = validation_fraction
         self.patience = patience
@@ -129,6 +137,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(f"validation_fraction must be in [0, 1), got {self.validation_fraction!r}.")
+        choose("marginals", self.marginals, MARGINALS)
         rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         said = repeated_values(rows, getattr(self, "feature_names_in_", None), _CURE)
         if said:
@@ -148,8 +157,10 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         with torch.random.fork_rng([]):
             torch.manual_seed(derive_seeds(seed, "weights")[0])
             net = MLP(z.shape[1], width=self.width, depth=self.depth, dropout=self.dropout)
-            transform = self._transform(z.shape[1])
-        model = NDM(Preconditioned(net), (z.shape[1],), transform=transform, schedule=LinearLogSNR(self.gamma_min, 5.0))
+            transform = self._transform(z)
+        model = NDM(
+            Preconditioned(net), (z.shape[1],), transform=transform, schedule=LinearLogSNR(self.gamma_min_, 5.0)
+        )
         model.to(self._device())
         result = fit(
             model, z, steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed, progress=bool(self.verbose),
@@ -160,15 +171,28 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.n_steps_, self.validation_ = result.step, result.validation
         return self
 
-    def _transform(self, columns: int) -> Transform:
-        if not self.flow:
+    def _transform(self, z: Tensor) -> Transform:
+        """F, and the noise at t = 0 of what it makes of the standardised rows z."""
+        columns = z.shape[1]
+        parts: list[nn.Module] = []
+        if self.marginals == "spline":
+            column_map = fit_column_map(z.numpy(), is_repeating(z.numpy()))
+            z = column_map(z.double())[0]
+            parts.append(column_map.float())
+        self.gamma_min_ = gamma_of(z) if self.gamma_min is None else self.gamma_min
+        if self.flow:
+            parts.append(self._spline_flow(columns))
+        if not parts:
             return Identity()
+        return Flow(parts[0] if len(parts) == 1 else Chain(*parts))
+
+    def _spline_flow(self, columns: int) -> nn.Module:
         try:
             import zuko
         except ImportError as error:
             raise ImportError(f"flow={self.flow!r} needs zuko: pip install zuko, or take flow=0.") from error
         hidden = (max(8, self.width // 2),) * 2
-        return Flow(FromZuko(zuko.flows.NSF(columns, transforms=self.flow, hidden_features=hidden)))
+        return FromZuko(zuko.flows.NSF(columns, transforms=self.flow, hidden_features=hidden))
 
     def score_samples(self, X: Any, *, batch_size: int | None = None) -> np.ndarray:
         """Log-density of every row of X, in nats per row in the units of X, shape ``(n_samples,)``.

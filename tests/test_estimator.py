@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("sklearn", minversion="1.6")
 
+from scipy import stats
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -86,6 +87,45 @@ def test_training_stops_early_on_rows_held_out():
     assert whole.validation_ == ()
 
 
+LAWS = {
+    "student": stats.t(2.0),
+    "pareto": stats.pareto(1.5),
+    "lognormal": stats.lognorm(2.0),
+    "a peak": stats.norm(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", LAWS)
+def test_peaks_and_heavy_tails_are_scored_as_they_are(law):
+    """Within 0.05 nat of the exact mean; "a peak" has 1 % of its rows on a scale 10,000 times wider."""
+    generator = np.random.default_rng(0)
+
+    def draw(n):
+        x = LAWS[law].rvs(n, random_state=generator)
+        return x * np.where(generator.random(n) < 0.01, 1e4, 1.0) if law == "a peak" else x
+
+    density = NDMDensity(width=32, depth=2, steps=400, random_state=0).fit(draw(5000)[:, None])
+    fresh = draw(2000)
+    exact = LAWS[law].logpdf(fresh)
+    if law == "a peak":
+        exact = np.logaddexp(np.log(0.99) + exact, np.log(0.01) + stats.norm.logpdf(fresh, scale=1e4))
+    assert abs((density.score_samples(fresh[:, None]) - exact).mean()) < 0.05
+
+
+def test_noise_and_marginals_are_chosen_from_the_rows():
+    angle = np.random.default_rng(0).uniform(0.0, 6.28, 400)
+    curve = np.stack([np.cos(angle), np.sin(angle)], 1)
+    density = NDMDensity(width=8, steps=2, random_state=0).fit(curve)
+    assert density.gamma_min_ < -11.0
+    assert float(density.model_.schedule.gamma_min) == density.gamma_min_
+    assert NDMDensity(width=8, steps=2, gamma_min=-7.0).fit(curve).gamma_min_ == -7.0
+    linear = NDMDensity(width=8, steps=2, marginals="linear").fit(curve)
+    assert type(linear.model_.transform).__name__ == "Identity"
+    with pytest.raises(ValueError, match="marginals"):
+        NDMDensity(marginals="none").fit(curve)
+
+
 def test_the_same_seed_gives_the_same_density():
     x, _ = rows(200)
     one, two, other = (NDMDensity(width=8, steps=20, random_state=seed).fit(x) for seed in (0, 0, 1))
@@ -104,7 +144,7 @@ def test_constant_columns_do_not_break_it():
 
 def test_pipelines_searches_and_pickles_take_it():
     x, _ = rows(200)
-    pipeline = make_pipeline(StandardScaler(), NDMDensity(width=8, steps=20, random_state=0))
+    pipeline = make_pipeline(StandardScaler(), NDMDensity(width=8, steps=20, marginals="linear", random_state=0))
     search = GridSearchCV(pipeline, {"ndmdensity__lr": [1e-4, 1e-2]}, cv=2).fit(x)
     assert search.best_params_["ndmdensity__lr"] == 1e-2
     again = pickle.loads(pickle.dumps(search.best_estimator_))

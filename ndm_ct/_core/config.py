@@ -16,7 +16,7 @@ from ndm_ct._core.parallel import plain_class
 __all__ = ["Configurable", "Unconfigurable", "from_config", "to_config"]
 
 
-_PACKAGES = ("schedules", "transforms", "nn", "guidance", "presets", "adapters")
+_PACKAGES = ("schedules", "transforms", "nn", "guidance", "presets", "adapters", "columns")
 """Packages with subclasses of :class:`Configurable`; the test of the start-up holds this list."""
 
 

@@ -33,8 +33,9 @@ from ndm_ct.storage import PathLike, load
 
 __all__ = ["FORMAT", "Run", "fingerprint", "read_config", "run_of", "settings_of"]
 
-FORMAT = 2
-"""Format of new configurations. Trainings of format 1 hold out the last rows; now they are drawn."""
+FORMAT = 3
+"""Format of new configurations. Trainings of format 1 hold out the last rows; later they are drawn. Those of formats 1
+and 2 have no map of the columns."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         form, *_ = (config[name] for name in ("format", "mean", "scale", "levels", "columns", "event_shape"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
-    if form not in (1, FORMAT):
+    if form not in range(1, FORMAT + 1):
         raise ValueError(f"{path} has format {form!r}, this version reads format {FORMAT}; update the library.")
     return config
 

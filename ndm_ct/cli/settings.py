@@ -15,6 +15,7 @@ __all__ = ["Settings", "settings_from_file"]
 TRANSFORMS = ("identity", "separable", "neural", "scaling")
 SCHEDULES = ("linear", "learned")
 HEADS = ("x", "moments")
+MARGINALS = ("spline", "linear")
 PRECISIONS = ("full", "bf16-mixed")
 
 
@@ -34,12 +35,16 @@ class Settings:
         None, "the first line of a text table names the columns: yes, no (default: if it is words)"
     )
     levels: int | None = _setting(None, "values are integers 0 ... levels-1 (default: as many as images have)")
+    marginals: str = _setting(
+        "spline", f"columns of a table go through a map of their quantiles, or are only scaled: {', '.join(MARGINALS)}"
+    )
     transform: str = _setting("identity", f"F(x, t) of the forward process: {', '.join(TRANSFORMS)}")
     transform_width: int = _setting(8, "width of the network in F")
     head: str = _setting("x", f"what the network predicts: {', '.join(HEADS)}")
     schedule: str = _setting("linear", f"log-SNR over time: {', '.join(SCHEDULES)}")
     gamma_min: float | None = _setting(
-        None, "log of the noise-to-signal ratio at t = 0 (default: -9, for integers by the width of a bin)"
+        None,
+        "log of the noise-to-signal ratio at t = 0 (default: from the rows of a table, -14 to -9; by a bin's width)",
     )
     gamma_max: float = _setting(5.0, "log of the noise-to-signal ratio at t = 1")
     width: int | None = _setting(None, "width of the network (default: 128 for vectors, 16 for images)")
@@ -58,6 +63,7 @@ class Settings:
     def __post_init__(self) -> None:
         from ndm_ct._core.checks import choose, validate_count  # only here: --help loads no torch
 
+        choose("marginals", self.marginals, MARGINALS)
         choose("transform", self.transform, TRANSFORMS)
         choose("head", self.head, HEADS)
         choose("schedule", self.schedule, SCHEDULES)

@@ -22,7 +22,7 @@ from ndm_ct._core.versions import versions
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of
 from ndm_ct.cli.settings import Settings, settings_from_file
-from ndm_ct.columns import repeated_values
+from ndm_ct.columns import ColumnMap, fit_column_map, gamma_of, is_repeating, repeated_values
 from ndm_ct.files import Rows, blocks, read
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
@@ -34,6 +34,7 @@ from ndm_ct.training import FitResult, fit
 __all__ = ["build", "run_train", "split", "train"]
 
 _SCHEDULES = {"linear": LinearLogSNR, "learned": LearnedLogSNR}
+_ROWS_OF_A_MAP = 200_000
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -96,20 +97,23 @@ def _plot_training(result: FitResult, path: Path) -> None:
     write_atomically(path, picture.getvalue())
 
 
-def build(settings: Settings, event_shape: tuple[int, ...], levels: int | None) -> NDM:
+def build(
+    settings: Settings, event_shape: tuple[int, ...], levels: int | None, column_map: ColumnMap | None = None
+) -> NDM:
     """Build the untrained model. Its weights are drawn from the seed of the settings; torch's generator is left alone.
 
     Args:
         settings: of the training.
         event_shape: shape of one row. Three sizes mean images ``(C, H, W)`` and a U-Net, others a perceptron.
         levels: number of levels of integer data; None for real values. It sets the noise at t = 0.
+        column_map: the map of the columns of a table; None for none.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seeds(settings.seed, "weights")[0])
-        return _built(settings, event_shape, levels)
+        return _built(settings, event_shape, levels, column_map)
 
 
-def _built(settings: Settings, event_shape: tuple[int, ...], levels: int | None) -> NDM:
+def _built(settings: Settings, event_shape: tuple[int, ...], levels: int | None, column_map: ColumnMap | None) -> NDM:
     images = len(event_shape) == 3
     width = settings.width or (16 if images else 128)
 
@@ -128,6 +132,9 @@ def _built(settings: Settings, event_shape: tuple[int, ...], levels: int | None)
         transform = transforms.Neural(network(settings.transform_width, None))
     elif settings.transform == "scaling":
         transform = transforms.LearnedScaling(event_shape)
+    if column_map is not None:
+        inner = transforms.Flow(column_map.to(torch.get_default_dtype()))
+        transform = inner if settings.transform == "identity" else transforms.Composed(transform, inner)
     predictor = network(width, 2 if settings.head == "moments" else None)
     return NDM(
         Preconditioned(predictor, prediction=settings.head), event_shape, transform=transform,
@@ -178,12 +185,16 @@ def train(
     mean, scale = (None, None) if levels else _moments(rows, chosen, source)
     if _same_but_for_rounding((mean, scale), saved):  # a training goes on in the very units in which it began
         mean, scale = saved["mean"], saved["scale"]
+    column_map, gamma_min = None, settings.gamma_min
+    if mean is not None and len(event_shape) == 1 and form > 2:
+        column_map, gamma_min = _fit_columns(settings, rows, chosen, np.array(mean), np.array(scale))
+        gamma_min = saved.get("gamma_0", gamma_min)
     config = {
         "format": form, "settings": asdict(settings), "levels": levels, "mean": mean, "scale": scale,
         "columns": rows.columns, "event_shape": event_shape,
-    }  # fmt: skip
+    } | ({"gamma_0": gamma_min} if form > 2 else {})  # fmt: skip
     config = json.loads(json.dumps(config))
-    model = build(settings, event_shape, levels)
+    model = build(replace(settings, gamma_min=gamma_min), event_shape, levels, column_map)
     if device is not None:
         model.to(usable_device(device))
     run = run_of(model, config)
@@ -241,6 +252,17 @@ def _warn_of_repeats(rows: Rows) -> None:
     said = repeated_values(rows.values, rows.columns, cure)
     if said:
         print(f"warning: {said}", file=sys.stderr)
+
+
+def _fit_columns(
+    settings: Settings, rows: Rows, chosen: np.ndarray, mean: np.ndarray, scale: np.ndarray
+) -> tuple[ColumnMap | None, float]:
+    """The map of a table's columns, if the settings ask for it, and the noise at t = 0, from the rows to train on."""
+    some = chosen[:: -(-len(chosen) // _ROWS_OF_A_MAP)]
+    z = (np.asarray(rows.values[some], dtype=np.float64) - mean) / scale
+    column_map = fit_column_map(z, is_repeating(z)) if settings.marginals == "spline" else None
+    y = torch.from_numpy(z) if column_map is None else column_map(torch.from_numpy(z))[0]
+    return column_map, gamma_of(y) if settings.gamma_min is None else settings.gamma_min
 
 
 def _moments(rows: Rows, chosen: np.ndarray, source: str) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["repeated_values"]
+__all__ = ["is_repeating", "repeated_values"]
 
 _ROWS = 10_000
 """Rows of a table that are looked at."""
@@ -51,7 +51,7 @@ def repeated_values(values: np.ndarray, names: Sequence[str] | None, cure: str) 
         >>> print(repeated_values(rows, ["stars", "height"], "leave it out")[:66])
         values repeat in column 'stars' (5 distinct values, whole numbers)
     """
-    looked = np.asarray(values[:: -(-len(values) // _ROWS)] if len(values) else values)
+    looked = _looked_at(values)
     found = [(place, _repeats(looked[:, place])) for place in range(looked.shape[1])]
     named = [f"{names[place] if names else f'x{place}'!r} ({what})" for place, what in found if what]
     if not named:
@@ -61,6 +61,16 @@ def repeated_values(values: np.ndarray, names: Sequence[str] | None, cure: str) 
         f"values repeat in column{'s' * (len(named) > 1)} {', '.join(named[:_NAMED])}{others}, and repeated values "
         f"have no density: the likelihood of these depends on gamma_min more than on the data; {cure}."
     )
+
+
+def is_repeating(values: np.ndarray) -> np.ndarray:
+    """Which columns of ``(N, columns)`` :func:`repeated_values` names, a bool for each."""
+    looked = _looked_at(values)
+    return np.array([_repeats(column) is not None for column in looked.T], dtype=bool)
+
+
+def _looked_at(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values[:: -(-len(values) // _ROWS)] if len(values) else values)
 
 
 def _repeats(column: np.ndarray) -> _Repeats | None:

@@ -200,7 +200,7 @@ def test_settings_of_file_and_command_line(tmp_path):
     settings = runs.Run.load(tmp_path / "r").settings
     assert (settings.steps, settings.width, settings.transform, settings.head) == (3, 12, "separable", "moments")
     model = ndm_ct.load(tmp_path / "r" / "model.safetensors")
-    assert (type(model.transform).__name__, model.prediction) == ("Separable", "moments")
+    assert (type(model.transform.outer).__name__, model.prediction) == ("Separable", "moments")
     yaml = pytest.importorskip("yaml")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"steps": 4, "lr": 0.001}))
     assert settings_from_file(tmp_path / "c.yaml") == {"steps": 4, "lr": 0.001}

@@ -7,12 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from ndm_ct.cli import commands as cli
 from ndm_ct.cli import train
 from ndm_ct.cli.runs import Run
 from ndm_ct.cli.settings import Settings, settings_from_file
 from ndm_ct.files import Rows
+from ndm_ct.likelihood import loglik
+from ndm_ct.model import NDM
 
 ROWS = np.random.default_rng(0).normal(size=(40, 2)).round(4)
 TINY = ["--steps", "2", "--width", "8", "--depth", "1", "--quiet"]
@@ -151,3 +154,36 @@ def test_grey_pictures_are_scored_by_a_model_of_coloured_ones(here):
     for name in ("grey", "grey.npy"):
         assert cli.main(["loglik", "run", name, "--out", f"{name}.npz", "--quiet"]) == 0
     assert np.load("grey.npz")["log_p"] == np.load("grey.npy.npz")["log_p"]
+
+
+def test_runs_of_format_two_go_on_without_a_map(here, monkeypatch):
+    """As they were begun, and a model of a newer run maps its columns."""
+    monkeypatch.setattr(train, "FORMAT", 2)
+    assert cli.main(["train", "t.csv", "--out", "old", *TINY]) == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert cli.main(["train", "--out", "old", "--steps", "4", "--quiet"]) == 0
+    assert cli.main(["train", "t.csv", "--out", "new", *TINY]) == 0
+    assert cli.main(["train", "--out", "new", "--steps", "4", "--quiet"]) == 0
+    assert cli.main(["train", "t.csv", "--out", "linear", "--marginals", "linear", *TINY]) == 0
+    names = {name: type(Run.load(name).model.transform).__name__ for name in ("old", "new", "linear")}
+    assert names == {"old": "Identity", "new": "Flow", "linear": "Identity"}
+
+
+@pytest.mark.parametrize("transform", ["separable", "neural", "scaling"])
+def test_densities_hold_the_determinant_of_the_map(here, transform):
+    """The density of a run against one by hand: its latents', the map's determinant and the scale."""
+    np.savetxt("e.csv", np.exp(3.0 * np.loadtxt("t.csv", delimiter=",", skiprows=1)), delimiter=",", fmt="%.17g")
+    assert cli.main(["train", "e.csv", "--out", "run", "--transform", transform, *TINY]) == 0
+    assert cli.main(["loglik", "run", "e.csv", "--out", "s.npz", "--quiet"]) == 0
+    run = Run.load("run")
+    x = np.loadtxt("e.csv", delimiter=",")
+    z = torch.as_tensor((x - run.mean.numpy()) / run.scale.numpy()).float()
+    y, logdet = run.model.transform.to_latent(z)
+    assert float(logdet.std()) > 1.0
+    latent = NDM(
+        run.model.predictor, (2,), transform=run.model.transform.outer, schedule=run.model.schedule, checks=False
+    )
+    expected = loglik(latent, y).double() + logdet.double() - run.scale.log().sum()
+    np.testing.assert_allclose(np.load("s.npz")["log_p"], expected.detach().numpy(), atol=1e-3)
+    assert cli.main(["sample", "run", "-n", "5", "--out", "x.npz", "--quiet"]) == 0
