@@ -105,7 +105,7 @@ def test_peaks_and_heavy_tails_are_scored_as_they_are(law):
         x = LAWS[law].rvs(n, random_state=generator)
         return x * np.where(generator.random(n) < 0.01, 1e4, 1.0) if law == "a peak" else x
 
-    density = NDMDensity(width=32, depth=2, steps=400, random_state=0).fit(draw(5000)[:, None])
+    density = NDMDensity(width=32, depth=2, steps=1200, random_state=0).fit(draw(10_000)[:, None])
     fresh = draw(2000)
     exact = LAWS[law].logpdf(fresh)
     if law == "a peak":

@@ -181,20 +181,11 @@ def train(
     _describe(rows, Path(source).name, len(held_out))
     if not levels and rows.values.ndim == 2:
         _warn_of_repeats(rows)
+    config, column_map = _units(settings, rows, chosen, saved)
     event_shape = tuple(rows.values.shape[1:])
-    mean, scale = (None, None) if levels else _moments(rows, chosen, source)
-    if _same_but_for_rounding((mean, scale), saved):  # a training goes on in the very units in which it began
-        mean, scale = saved["mean"], saved["scale"]
-    column_map, gamma_min = None, settings.gamma_min
-    if mean is not None and len(event_shape) == 1 and form > 2:
-        column_map, gamma_min = _fit_columns(settings, rows, chosen, np.array(mean), np.array(scale))
-        gamma_min = saved.get("gamma_0", gamma_min)
-    config = {
-        "format": form, "settings": asdict(settings), "levels": levels, "mean": mean, "scale": scale,
-        "columns": rows.columns, "event_shape": event_shape,
-    } | ({"gamma_0": gamma_min} if form > 2 else {})  # fmt: skip
-    config = json.loads(json.dumps(config))
-    model = build(replace(settings, gamma_min=gamma_min), event_shape, levels, column_map)
+    model = build(
+        replace(settings, gamma_min=config.get("gamma_0", settings.gamma_min)), event_shape, levels, column_map
+    )
     if device is not None:
         model.to(usable_device(device))
     run = run_of(model, config)
@@ -214,6 +205,29 @@ def train(
             time_limit=time_limit, **options,
         )  # fmt: skip
     return run, result
+
+
+def _units(
+    settings: Settings, rows: Rows, chosen: np.ndarray, saved: dict[str, Any]
+) -> tuple[dict[str, Any], ColumnMap | None]:
+    """The configuration of a run, with the units of its rows, and the map of the columns of a table.
+
+    A training that goes on keeps the units and the noise in which it began, to the last digit.
+    """
+    form, event_shape = saved["format"], tuple(rows.values.shape[1:])
+    levels = settings.levels or rows.levels
+    mean, scale = (None, None) if levels else _moments(rows, chosen, str(settings.data))
+    if _same_but_for_rounding((mean, scale), saved):
+        mean, scale = saved["mean"], saved["scale"]
+    config = {
+        "format": form, "settings": asdict(settings), "levels": levels, "mean": mean, "scale": scale,
+        "columns": rows.columns, "event_shape": event_shape,
+    }  # fmt: skip
+    column_map = None
+    if mean is not None and len(event_shape) == 1 and form > 2:
+        column_map, gamma_min = _fit_columns(settings, rows, chosen, np.array(mean), np.array(scale))
+        config["gamma_0"] = saved.get("gamma_0", gamma_min)
+    return json.loads(json.dumps(config)), column_map
 
 
 def split(total: int, fraction: float, seed: int, *, drawn: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -236,7 +250,7 @@ def split(total: int, fraction: float, seed: int, *, drawn: bool = True) -> tupl
 
 
 def _describe(rows: Rows, source: str, held_out: int) -> None:
-    """Print what is trained on, and what was decided for the user."""
+    """Print what is trained on, what was decided for the user, and columns that have no density."""
     print(f"{source}: {len(rows.values)} rows of shape {tuple(rows.values.shape[1:])}", end="")
     print(f", of which {held_out}, drawn at random, are held out for validation" if held_out else "")
     for note in rows.notes:
