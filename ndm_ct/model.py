@@ -167,7 +167,7 @@ class NDM(PredictedProcess, Pretrained):
     def score(self, z: Tensor, t: float | Tensor, /, **cond: Any) -> Tensor:
         r"""The model's score :math:`(\alpha\hat F - z)/\sigma^2`; arguments, result and errors as of ``velocity``."""
         time, flow = self._flow_at(z, t, cond, self.score)
-        if self.t_noise > float(time.min()):
+        if self.t_noise > self.t_min and self.t_noise > float(time.min()):
             checks.validate_noise(f"the score at t={float(time.min()):g}", self.t_min, self.t_noise)
         score = flow.score(time, z, flow.prediction(time, z))
         validate_finite(score, time)
@@ -219,7 +219,7 @@ class NDM(PredictedProcess, Pretrained):
         validate_cond(cond, self.cond_names, caller)
         if isinstance(cond, Conditioning):
             return cond
-        rows = len(like) if isinstance(like, Tensor) and like.ndim > 0 else 0
+        rows = like.shape[0] if isinstance(like, Tensor) and like.ndim > 0 else 0
         given = Conditioning(cond, rows, _Probe(self, like))
         if rows > 0:
             self.initialise(like, given)

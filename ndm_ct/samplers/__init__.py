@@ -43,6 +43,7 @@ from functools import partial
 
 from ndm_ct.model import NDM
 from ndm_ct.samplers.base import Sampler
+from ndm_ct.samplers.deployed import FixedGrid
 from ndm_ct.samplers.exponential import DPMSolverPP, DPMSolverPPSDE, DPMSolverPPSingle
 from ndm_ct.samplers.frozen import DDIM, DDPM
 from ndm_ct.samplers.langevin import AnnealedLangevin, PredictorCorrector
@@ -62,6 +63,7 @@ __all__ = [
     "DPMSolverPP",
     "DPMSolverPPSDE",
     "DPMSolverPPSingle",
+    "FixedGrid",
     "PredictorCorrector",
     "RungeKutta",
     "Sampler",

@@ -205,7 +205,7 @@ class UniPC(Multistep):
 
     def _advance(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         _, D = self.predict(z, t, cond)
-        if self._last is not None and torch.equal(z, self._last[1]):
+        if self._last is not None and (torch.compiler.is_compiling() or torch.equal(z, self._last[1])):
             before, _, start, known = self._last
             z = self._update(before, start, t, known, (t, D))
         known = self._remember(t, D)
