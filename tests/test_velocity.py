@@ -205,6 +205,8 @@ def test_truncation_is_right_within_a_factor_or_unknown():
         at_zero = ndm_ct.loglik(adapters.from_velocity(net, (D,), t_min=0.0), data)
         true, said = found - at_zero, info.truncation
         torch.testing.assert_close(said, true, rtol=0.5, atol=1e-5)
+    _, info = ndm_ct.loglik(adapters.from_velocity(net, (D,)), data, trace="quadrature", generator=0, return_info=True)
+    torch.testing.assert_close(info.truncation, said, rtol=0.1, atol=1e-4)  # without the noise of the trace
 
 
 def test_a_saved_model_predicts_the_velocity_again(tmp_path):

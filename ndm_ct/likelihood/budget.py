@@ -114,7 +114,7 @@ def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> 
         nfe, vjps = found.nfe, found.vjps
         if path.error_wanted:
             with torch.no_grad():
-                truncation, calls, used = _truncation(path, x.detach(), value, generator)
+                truncation, calls, used = _truncation(path, x.detach(), found.stderr, value, generator)
                 mismatch = _prior_mismatch(path, x.detach(), generator)
             nfe, vjps = nfe + calls, vjps + used
 
@@ -160,7 +160,9 @@ def _prior_mismatch(path: Problem, x: Tensor, generator: Randomness) -> Tensor:
     return path.model.prior_divergence(path.model.process.along(data, **path.cond), data, generator)
 
 
-def _truncation(path: Problem, x: Tensor, value: Tensor, generator: Randomness) -> tuple[Tensor, Tensor, Tensor]:
+def _truncation(
+    path: Problem, x: Tensor, stderr: Tensor, value: Tensor, generator: Randomness
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""First-order change of the log-density at x from the noise and the scaling left at t_min.
 
     .. math::
@@ -181,6 +183,7 @@ def _truncation(path: Problem, x: Tensor, value: Tensor, generator: Randomness) 
     Args:
         path: the path that was solved.
         x: its data end, float64, ``(B, *E)``.
+        stderr: standard error of the value, ``(B,)``.
         value: :math:`\log p_{t_{min}}(x)`, float64, ``(B,)``.
         generator: source of probes.
 
@@ -203,7 +206,8 @@ def _truncation(path: Problem, x: Tensor, value: Tensor, generator: Randomness) 
     known = (resolved | (hidden.abs() >= 0.1 * rest.abs())) & _of_one_size(path, x, t)
     used = none + bound.vjps
     if model.prediction == "velocity":
-        change, calls, more = _change_from_zero(path, x, value, torch.where(known, hidden + rest, torch.nan))
+        exactly = value if bool((stderr == 0.0).all()) else None
+        change, calls, more = _change_from_zero(path, x, exactly, torch.where(known, hidden + rest, torch.nan))
         return change, 1 + spent + calls, used + more
     still = model.process.ordinary and model.prediction == "x" and model.t_min > 0.0
     factor = c.dalpha - c.alpha * c.dlog_sigma
@@ -227,26 +231,33 @@ def _of_one_size(path: Problem, x: Tensor, t: Tensor) -> Tensor:
     return torch.ones_like(t, dtype=torch.bool) if r is None else r(t).abs().flatten(1).amax(1) < 1e-3
 
 
-def _change_from_zero(path: Problem, x: Tensor, value: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _change_from_zero(path: Problem, x: Tensor, value: Tensor | None, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""The change of a velocity where it is NaN: :math:`\log p_{t_{min}}(x) - \log p_0(x)`, by a second solve.
+
+    By a third one too if ``value``, the exact :math:`\log p_{t_{min}}`, is None.
 
     It stays unknown in more dimensions than have their exact trace, and where z at t = 0 is not x.
 
     Returns:
-        The change, nats, ``(B,)``; evaluations and vector-Jacobian products of the second solve, ``(B,)``.
+        The change, nats, ``(B,)``; evaluations and vector-Jacobian products of these solves, ``(B,)``.
     """
     model, none = _at_sigma_zero(path.model), torch.zeros_like(change, dtype=torch.long)
-    rows = torch.nonzero(change.isnan() & value.isfinite()).flatten()
+    rows = torch.nonzero(change.isnan() & x.isfinite().flatten(1).all(1)).flatten()
     if model is None or event_size(model.event_shape) > EXACT_UP_TO or len(rows) == 0:
         return change, none, none
-    problem = replace(
-        path, model=model, start=x[rows].to(path.start.dtype), interval=(0.0, 1.0), cond=path.cond.take(rows),
-        differentiable=False, callback=None,
-    )  # fmt: skip
-    found = Exact().logdet(problem, None)
-    at_zero = problem.log_prior(found.solved) + found.value
-    calls, used = (none.index_put((rows,), each.to(none)) for each in (found.nfe, found.vjps))
-    return change.index_put((rows,), value[rows] - at_zero), calls, used
+    problems = [
+        replace(
+            path, model=each, start=x[rows].to(path.start.dtype), interval=(each.t_min, 1.0), cond=path.cond.take(rows),
+            method="ode" if path.method == "exponential" else path.method, differentiable=False, callback=None,
+        )
+        for each in (model, path.model)[: 1 if value is not None else 2]
+    ]  # fmt: skip
+    found = [Exact().logdet(problem, None) for problem in problems]
+    densities = [problem.log_prior(one.solved) + one.value for problem, one in zip(problems, found, strict=True)]
+    at_t_min = densities[1] if value is None else value[rows]
+    calls, used = torch.stack([one.nfe for one in found]).sum(0), torch.stack([one.vjps for one in found]).sum(0)
+    spent = [none.index_put((rows,), each.to(none)) for each in (calls, used)]
+    return change.index_put((rows,), at_t_min - densities[0]), spent[0], spent[1]
 
 
 def _at_sigma_zero(model: NDM) -> NDM | None:
