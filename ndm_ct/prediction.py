@@ -2,16 +2,16 @@ r"""The prediction: what a predictor returns and how the model uses it.
 
 The model's ``prediction`` says how the output becomes the pair :math:`(\hat F, \hat{\dot F})` that the dynamics need:
 
-=============  ====================================================================================================
-``"x"``        :math:`\hat x` is predicted; the pair is :math:`F(\hat x, t), \dot F(\hat x, t)` (the paper)
-``"eps"``      :math:`\hat x = (z - \sigma\hat\epsilon)/\alpha`; F must be the identity
-``"v"``        :math:`v = \alpha\epsilon - \sigma x`, :math:`\hat x = (\alpha z - \sigma\hat v)/(\alpha^2+\sigma^2)`;
-               F must be the identity (this is not the velocity :math:`\epsilon - x` of flow matching)
-``"velocity"`` the velocity of the flow itself, :math:`u = \alpha' x + \sigma' \epsilon`, in this library's direction of
-               time (flow matching's :math:`\epsilon - x`); F must be the identity. The flow takes it as it is, and
-               :math:`\hat x = (\sigma' z - \sigma\hat u)/(\alpha\sigma' - \sigma\alpha')`
-``"moments"``  the pair itself, estimates of :math:`E[F \mid z], E[\dot F \mid z]`; no transform is evaluated
-=============  ====================================================================================================
+==============  ====================================================================================================
+``"x"``         :math:`\hat x` is predicted; the pair is :math:`F(\hat x, t), \dot F(\hat x, t)` (the paper)
+``"eps"``       :math:`\hat x = (z - \sigma\hat\epsilon)/\alpha`; F must be the identity
+``"v"``         :math:`v = \alpha\epsilon - \sigma x`, :math:`\hat x = (\alpha z - \sigma\hat v)/(\alpha^2+\sigma^2)`;
+                F must be the identity (this is not the velocity :math:`\epsilon - x` of flow matching)
+``"velocity"``  the velocity of the flow itself, :math:`u = \alpha' x + \sigma' \epsilon`, in this library's direction
+                of time (flow matching's :math:`\epsilon - x`); F must be the identity. The flow takes it as it is, and
+                :math:`\hat x = (\sigma' z - \sigma\hat u)/(\alpha\sigma' - \sigma\alpha')`
+``"moments"``   the pair itself, estimates of :math:`E[F \mid z], E[\dot F \mid z]`; no transform is evaluated
+==============  ====================================================================================================
 
 With a scale of the noise the pair is :math:`(F_e, \dot F_e)` of :mod:`ndm_ct.process`, at :math:`\hat x` and z, and its
 means are what "moments" predicts.
