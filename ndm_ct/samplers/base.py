@@ -171,10 +171,6 @@ class Sampler:
         t, s = float(t), float(s)
         if not 0.0 <= s < t <= 1.0:
             raise ValueError(f"a step goes from t down to s, 0 <= s < t <= 1; got t={t!r}, s={s!r}.")
-        return self.advance(z, t, s, generator, cond)
-
-    def advance(self, z: Tensor, t: float, s: float, generator: Randomness, cond: dict[str, Any]) -> Tensor:
-        """The step without checks; arguments as of :meth:`step`."""
         return self._step(z, self.level(t), self.level(s), generator, cond)
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
