@@ -35,7 +35,7 @@ from ndm_ct.transforms import Flow, Identity, Transform
 try:
     from sklearn.base import BaseEstimator, DensityMixin
     from sklearn.utils import check_random_state
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError("ndm_ct.estimator needs scikit-learn 1.6 or later: pip install 'ndm-ct[demo]'.") from error
 
@@ -122,12 +122,14 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.device = device
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> "NDMDensity":
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "NDMDensity":
         """Train the density.
 
         Args:
             X: rows ``(n_samples, n_features)``, two or more.
             y: ignored; part of scikit-learn's interface.
+            sample_weight: weights of the rows, ``(n_samples,)``, at least 0; the density is that of rows repeated so
+                often. Rows of weight 0 are left out. None weighs rows equally.
 
         Columns whose values repeat have no density; a warning names them.
 
@@ -142,17 +144,17 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         said = repeated_values(rows, getattr(self, "feature_names_in_", None), _CURE)
         if said:
             warnings.warn(said, stacklevel=2)
+        weights = None
+        if sample_weight is not None:
+            weights = _check_sample_weight(sample_weight, rows, dtype=np.float64)
+            if (weights < 0.0).any() or (weights > 0.0).sum() < 2:
+                raise ValueError("sample_weight must be at least 0, and positive for two or more rows.")
+            rows, weights = rows[weights > 0.0], weights[weights > 0.0]
         random = check_random_state(self.random_state)
         self.mean_, spread = rows.mean(axis=0), rows.std(axis=0)
         self.scale_ = np.where(spread > 10.0 * np.finfo(np.float64).eps * np.abs(rows).max(axis=0), spread, 1.0)
         z = torch.from_numpy((rows - self.mean_) / self.scale_).float()
-        held_out = int(self.validation_fraction * len(z))
-        options: dict[str, Any] = {}
-        if held_out >= _LEAST_VALIDATION:
-            z = z[torch.from_numpy(random.permutation(len(z)))]
-            z, validation = z[held_out:], z[:held_out]
-            every = max(1, self.steps // 20)
-            options = {"validation": validation, "validate_every": every, "patience": self.patience}
+        z, options = self._hold_out(z, weights, random)
         seed = int(random.randint(2**31 - 1))
         with torch.random.fork_rng([]):
             torch.manual_seed(derive_seeds(seed, "weights")[0])
@@ -170,6 +172,24 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.model_ = model.eval().requires_grad_(False).double()
         self.n_steps_, self.validation_ = result.step, result.validation
         return self
+
+    def _hold_out(
+        self, z: Tensor, weights: np.ndarray | None, random: np.random.RandomState
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The rows to train on, and the options of the training that weigh them and hold the others out.
+
+        Rows that are held out are drawn again by their weights, because validation weighs rows equally.
+        """
+        held_out = int(self.validation_fraction * len(z))
+        if held_out < _LEAST_VALIDATION:
+            return z, {} if weights is None else {"sample_weight": weights}
+        order = random.permutation(len(z))
+        kept, others = order[held_out:], order[:held_out]
+        options: dict[str, Any] = {"validate_every": max(1, self.steps // 20), "patience": self.patience}
+        if weights is not None:
+            others = random.choice(others, held_out, p=weights[others] / weights[others].sum())
+            options["sample_weight"] = weights[kept]
+        return z[torch.from_numpy(kept)], options | {"validation": z[torch.from_numpy(others)]}
 
     def _transform(self, z: Tensor) -> Transform:
         """F, and the noise at t = 0 of what it makes of the standardised rows z."""
@@ -194,7 +214,9 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         hidden = (max(8, self.width // 2),) * 2
         return FromZuko(zuko.flows.NSF(columns, transforms=self.flow, hidden_features=hidden))
 
-    def score_samples(self, X: Any, *, batch_size: int | None = None) -> np.ndarray:
+    def score_samples(
+        self, X: Any, *, batch_size: int | None = None, return_std: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Log-density of every row of X, in nats per row in the units of X, shape ``(n_samples,)``.
 
         Beyond 32 columns it is an estimate. The row itself seeds its noise, so equal rows get equal numbers.
@@ -203,18 +225,25 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             X: rows ``(n_samples, n_features)``.
             batch_size: rows scored at a time. The densities do not depend on it, memory and speed do; None bounds the
                 memory.
+            return_std: also return the standard errors of the estimates, ``(n_samples,)``, nats; 0 up to 32 columns.
         """
         z = self._standardised(X)
         size = _ROWS_AT_ONCE if batch_size is None else validate_count("batch_size", batch_size)
-        log_p = [
-            likelihood.loglik(self.model_, part, batch_size=batch_size, generator=self._generators(part)).double().cpu()
-            for part in z.split(size)
-        ]
-        return torch.cat(log_p).numpy() - np.log(self.scale_).sum()
+        found: list[tuple[Tensor, ...]] = []
+        for part in z.split(size):
+            options: dict[str, Any] = {"batch_size": batch_size, "generator": self._generators(part)}
+            if return_std:
+                log_p, info = likelihood.loglik(self.model_, part, return_info=True, **options)
+                found.append((log_p, info.stderr))
+            else:
+                found.append((likelihood.loglik(self.model_, part, **options),))
+        scores, *std = (torch.cat(parts).double().cpu().numpy() for parts in zip(*found, strict=True))
+        scores = scores - np.log(self.scale_).sum()
+        return (scores, std[0]) if return_std else scores
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of :meth:`score_samples`, nats per row; y is ignored."""
-        return float(self.score_samples(X).mean())
+        return float(np.mean(self.score_samples(X)))
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
         """Draw rows, ``(n_samples, n_features)``, from the density that is scored.

@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("sklearn", minversion="1.6")
 
@@ -70,8 +71,6 @@ def test_samples_have_the_moments_of_the_rows(fitted):
 def test_the_model_inside_is_one_of_the_library(fitted):
     x, _ = rows(5)
     z = (x - fitted.mean_) / fitted.scale_
-    import torch
-
     log_p = ndm_ct.loglik(fitted.model_, torch.from_numpy(z)).double().numpy()
     np.testing.assert_allclose(log_p - np.log(fitted.scale_).sum(), fitted.score_samples(x), atol=1e-5)
 
@@ -159,6 +158,48 @@ def test_tables_of_pandas_keep_their_names():
     assert density.feature_names_in_.tolist() == ["a", "b", "c"]
     with pytest.raises(ValueError, match="feature names"):
         density.score_samples(table[["b", "a", "c"]])
+
+
+def test_weights_count_as_repetitions():
+    """Rows at 3 with weight 3 against rows at 0: a quarter of the samples are near 0, and zero weights are no rows."""
+    x = np.concatenate([np.zeros(400), np.full(400, 3.0), np.full(100, 50.0)]) + 0.3 * np.random.default_rng(0).normal(
+        size=900
+    )
+    weights = np.repeat([1.0, 3.0, 0.0], [400, 400, 100])
+    density = NDMDensity(width=32, depth=2, steps=300, random_state=0).fit(x[:, None], sample_weight=weights)
+    drawn = density.sample(1000, random_state=0)
+    assert abs((drawn < 1.5).mean() - 0.25) < 0.06
+    assert drawn.max() < 10.0
+    for wrong in (-weights, np.eye(900)[0]):
+        with pytest.raises(ValueError, match="sample_weight must be"):
+            density.fit(x[:, None], sample_weight=wrong)
+
+
+def test_held_out_rows_are_drawn_by_their_weights():
+    weights = np.where(np.arange(200) < 100, 0.0, 1.0) + 1e-9
+    z = torch.arange(200.0)[:, None]
+    kept, options = NDMDensity(validation_fraction=0.5)._hold_out(z, weights, np.random.RandomState(0))
+    assert float(options["validation"].min()) >= 100.0
+    np.testing.assert_array_equal(options["sample_weight"], weights[kept[:, 0].long().numpy()])
+
+
+def test_estimates_come_with_their_errors(fitted):
+    x = rows(4, seed=2)[0]
+    scores, errors = fitted.score_samples(x, return_std=True)
+    np.testing.assert_allclose(scores, fitted.score_samples(x), atol=1e-6)
+    np.testing.assert_array_equal(errors, 0.0)
+    wide = np.random.default_rng(0).normal(size=(60, 40))
+    density = NDMDensity(width=16, depth=1, steps=5, random_state=0).fit(wide)
+    assert (density.score_samples(wide[:3], return_std=True)[1] > 0.0).all()
+
+
+def test_numbers_of_numpy_are_numbers():
+    x = np.random.default_rng(0).normal(size=(120, 2))
+    options = {"width": 8, "depth": 1, "steps": 4, "batch_size": 32, "patience": 3, "random_state": 0}
+    density = NDMDensity(**{key: np.int64(value) for key, value in options.items()}, lr=np.float32(1e-3))
+    assert density.fit(x, sample_weight=[1] * 120).sample(np.int64(3)).shape == (3, 2)
+    search = GridSearchCV(density, {"width": np.array([4, 8]), "flow": np.arange(1)}, cv=2).fit(x)
+    assert pickle.loads(pickle.dumps(search)).best_estimator_.n_features_in_ == 2
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
