@@ -35,7 +35,9 @@ class _Repeats:
         values = f"{self.distinct} distinct value{'s' * (self.distinct != 1)}"
         if self.decimals is None:
             return values
-        return f"{values}, {'whole numbers' if self.decimals == 0 else f'{self.decimals} decimals'}"
+        return (
+            f"{values}, {f'{self.decimals} decimal' + 's' * (self.decimals > 1) if self.decimals else 'whole numbers'}"
+        )
 
 
 def repeated_values(values: np.ndarray, names: Sequence[str] | None, cure: str) -> str | None:

@@ -14,7 +14,7 @@ REPEATED = {
     "whole": (RNG.integers(0, 5, 200), "5 distinct values, whole numbers"),
     "large": (RNG.integers(0, 50, 200) * 1e12, "distinct values, whole numbers"),
     "negative": (RNG.poisson(9.0, 200) - 9.0, "whole numbers"),
-    "rounded": (RNG.normal(20, 1, 200).round(1), "1 decimals"),
+    "rounded": (RNG.normal(20, 1, 200).round(1), "1 decimal)"),
     "hundredths": (RNG.normal(20, 1, 200).round(2), "2 decimals"),
     "inches": (RNG.integers(0, 40, 200) / 16, "4 decimals"),
     "thirds": (RNG.integers(0, 40, 200) / 3, "40 distinct values)"),
