@@ -4,8 +4,6 @@ References:
     Bartosh, Vetrov and Naesseth, Neural Diffusion Models, https://arxiv.org/abs/2310.08337
 """
 
-import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from ndm_ct._core import checks
 from ndm_ct._core.checks import as_time, choose, expand, validate_shape
@@ -107,7 +104,6 @@ class NDM(PredictedProcess, Pretrained):
         self.has_custom_prior, self.checks = prior is not None, checks
         self.prior = prior if prior is not None else IsotropicNormal(event_shape, _prior_scale(schedule))
         self.checked: dict[str, Any] = {}  # by purpose, the model as it was when the checks were passed
-        self._lazy = any(map(is_lazy, self.parameters()))
         accepted = [self.predictor_names, transform.cond_names()]
         accepted += [] if self.noise_scale is None else [self.noise_scale.cond_names()]
         self.cond_names = frozenset().union(*(names for names, _ in accepted)), any(every for _, every in accepted)
@@ -225,22 +221,6 @@ class NDM(PredictedProcess, Pretrained):
             self.initialise(like, given)
         return given
 
-    def initialise(self, like: Tensor, cond: Conditioning) -> None:
-        """Give layers that are lazy still their shapes, by an evaluation outside of any derivative.
-
-        Args:
-            like: rows of the batch, for their number, dtype and device.
-            cond: their conditioning.
-        """
-        if not self._lazy:
-            return
-        rows = len(like) if cond else 1
-        z, t = like.new_zeros(rows, *self.event_shape), as_time(0.5, like.device).expand(rows)
-        with self.evaluating(), torch.no_grad():
-            self.process.along(z, **cond).at(t)
-            self._predict(z, t, cond)
-        self._lazy = False
-
     def to_latent(self, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> tuple[Tensor, Tensor | None]:
         r"""Where the path of data begins: y with :math:`F(x, t) = G(y, t)`, and :math:`\log p(x) - \log p(y)`.
 
@@ -291,20 +271,6 @@ class NDM(PredictedProcess, Pretrained):
         """
         device = device or self.device or torch.get_default_device()
         return sample_prior(self.prior, n, generator=generator, dtype=dtype, device=device)
-
-    def with_volatility(self, *, scale: float) -> "NDM":
-        r"""The model with the volatility :math:`\eta` multiplied by ``scale``, everything else shared.
-
-        Raises:
-            ValueError: scale is negative or not finite.
-        """
-        checks.validate_number("stochasticity", scale)
-        if not (math.isfinite(scale) and scale >= 0.0):
-            raise ValueError(f"stochasticity must be a finite number >= 0, got {scale!r}.")
-        other = copy.copy(self)
-        other._modules = dict(self._modules)
-        other.process = self.process.with_volatility(scale)
-        return other
 
     def extra_repr(self) -> str:
         return f"event_shape={self.event_shape}, prediction={self.prediction!r}, t_min={self.t_min:g}"

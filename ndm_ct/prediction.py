@@ -21,15 +21,28 @@ References:
     Salimans and Ho, Progressive Distillation (the v-prediction), https://arxiv.org/abs/2202.00512
 """
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ndm_ct._core.autodiff import Derivatives
-from ndm_ct._core.checks import as_tensor, as_time, bad_rows, expand, expand_time, first_parameter, some
+from ndm_ct._core.checks import (
+    as_tensor,
+    as_time,
+    bad_rows,
+    expand,
+    expand_time,
+    first_parameter,
+    some,
+    validate_number,
+)
+from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import accepted_by, keyword_names
 from ndm_ct._core.parallel import unwrapped
@@ -72,11 +85,15 @@ class PredictedProcess(nn.Module):
         prediction: what its output means, one of ``PREDICTIONS``.
     """
 
+    event_shape: tuple[int, ...]
+    """E, the shape of a state without the batch."""
+
     def __init__(self, process: ForwardProcess, predictor: Callable[..., Any], prediction: str) -> None:
         super().__init__()
         self.process, self.predictor, self.prediction = process, predictor, prediction
         self.predictor_names = keyword_names(predictor, 2)
         self.derivatives = Derivatives(self)
+        self._lazy = any(map(is_lazy, self.parameters()))
 
     @property
     def transform(self) -> Transform:
@@ -215,6 +232,36 @@ class PredictedProcess(nn.Module):
     def predict_velocity(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         r"""The output :math:`\hat u(z, t)` of a network that is the velocity; arguments as of :meth:`predict_x`."""
         return _validate_output(self._predict(z, t, cond), self.prediction, z)
+
+    def initialise(self, like: Tensor, cond: Conditioning) -> None:
+        """Give layers that are lazy still their shapes, by an evaluation outside of any derivative.
+
+        Args:
+            like: rows of the batch, for their number, dtype and device.
+            cond: their conditioning.
+        """
+        if not self._lazy:
+            return
+        rows = len(like) if cond else 1
+        z, t = like.new_zeros(rows, *self.event_shape), as_time(0.5, like.device).expand(rows)
+        with self.evaluating(), torch.no_grad():
+            self.process.along(z, **cond).at(t)
+            self._predict(z, t, cond)
+        self._lazy = False
+
+    def with_volatility(self, *, scale: float) -> Self:
+        r"""The model with the volatility :math:`\eta` multiplied by ``scale``, everything else shared.
+
+        Raises:
+            ValueError: scale is negative or not finite.
+        """
+        validate_number("stochasticity", scale)
+        if not (math.isfinite(scale) and scale >= 0.0):
+            raise ValueError(f"stochasticity must be a finite number >= 0, got {scale!r}.")
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.process = self.process.with_volatility(scale)
+        return other
 
     def _predict(self, z: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Any:
         # A copy, so that a predictor that works in place cannot change the state or the caller's data.
