@@ -97,6 +97,10 @@ class Path(Protocol):
     def coarser(self) -> "Path":
         """The same path with ten times the tolerances."""
 
+    @property
+    def excess(self) -> float:
+        """How many times the difference from the coarser path is larger than the error of this one; 1 to be careful."""
+
     def coordinate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Times t, and dt/du, of places u in [0, 1], which spread the trace evenly over the path."""
 

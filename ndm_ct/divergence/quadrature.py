@@ -135,7 +135,7 @@ class Quadrature(TraceEstimator):
             # The same nodes and probes along a coarser path: the difference is the solver's, the noise cancels.
             rough, rough_values = sweeps.first().along(path.coarser())
             change = (values - rough_values)[:, 0] * (1.0 if path.upwards else -1.0)
-            error = (path.log_prior(solved) - path.log_prior(rough) + change).abs()
+            error = (path.log_prior(solved) - path.log_prior(rough) + change).abs() / path.excess
             nfe, vjps = nfe + rough.nfe, vjps + self.nodes
         logdet = path.linear_logdet() + totals.mean
         return LogDet(

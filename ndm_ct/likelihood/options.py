@@ -23,7 +23,6 @@ from ndm_ct.divergence import Exact, Hutchinson, Quadrature, TraceEstimator, res
 from ndm_ct.likelihood.budget import LikelihoodInfo, measure
 from ndm_ct.likelihood.path import TOLERANCE, Differentiable, Problem
 from ndm_ct.model import NDM
-from ndm_ct.solvers import ADAPTIVE_METHODS
 
 __all__ = ["Trace"]
 
@@ -141,7 +140,7 @@ class Options:
         """
         if self.batch_size is not None:
             return self.batch_size
-        if self.differentiable or self.method in ADAPTIVE_METHODS:
+        if self.differentiable or self.method not in (None, "ode", "exponential"):
             return rows
         return max(1, _NUMBERS // (products * max(event_size(model.event_shape), _SMALLEST_EVENT)))
 

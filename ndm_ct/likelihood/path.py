@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.autodiff import Derivatives, tensors_behind
-from ndm_ct._core.checks import choose, expand
+from ndm_ct._core.checks import choose, expand, validate_positive
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct.divergence import BoundTrace
 from ndm_ct.divergence.interface import SolvedPath
@@ -69,6 +69,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         choose("method", self.method, METHODS)
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            validate_positive(name, value)
         choose("on_failure", self.on_failure, ("raise", "nan"))
         if not isinstance(self.differentiable, bool):
             choose("differentiable", self.differentiable, ("adjoint",))
@@ -108,6 +110,11 @@ class Problem:
     def coarser(self) -> "Problem":
         """The same path with ten times the tolerances."""
         return replace(self, rtol=10.0 * self.rtol, atol=10.0 * self.atol, callback=None)
+
+    @property
+    def excess(self) -> float:
+        """The ratio of errors of the coarser path and of this one, less one: for the multistep method at order three."""
+        return 10.0 ** (3.0 / exponential.ORDER) - 1.0 if self.method == "exponential" else 1.0
 
     def coordinate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Times t, and dt/du, of places u in [0, 1]."""

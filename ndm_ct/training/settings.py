@@ -65,7 +65,7 @@ class Settings:
             ("lr_final", self.lr_final is None or 0.0 <= self.lr_final <= 1.0, "a fraction of lr in [0, 1]"),
             ("ema", self._has_decays(), "in [0, 1), 0 for no average, or several different decays in (0, 1)"),
             ("seed", is_whole(self.seed) and self.seed >= 0, "an int of at least 0"),
-            ("cond_dropout", 0.0 <= self.cond_dropout < 1.0, "a probability in [0, 1)"),
+            ("cond_dropout", self.cond_dropout is not None and 0.0 <= self.cond_dropout < 1.0, "a probability in [0, 1)"),
         ):
             if not ok:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
@@ -76,9 +76,9 @@ class Settings:
         return self.ema if isinstance(self.ema, tuple) else (self.ema,) if self.ema else ()
 
     def _has_decays(self) -> bool:
-        for decay in self.decays:
-            validate_number("ema", decay)
         several = isinstance(self.ema, tuple)
+        for decay in self.ema if isinstance(self.ema, tuple) else (self.ema,):
+            validate_number("ema", decay)
         return (
             all(0.0 < decay < 1.0 for decay in self.decays)
             and len(set(self.decays)) == len(self.decays)

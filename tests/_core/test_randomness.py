@@ -17,6 +17,7 @@ import ndm_ct
 from ndm_ct import NDM, discrete, nn, objectives, process, reference, samplers, schedules, solvers
 from ndm_ct._core.seeds import derive_seeds, make_generator
 from ndm_ct.cli import selfcheck, settings, train
+from ndm_ct.data.containers import fixed_seeds
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.divergence import Hutchinson
 from ndm_ct.likelihood.bits import dequantised
@@ -27,7 +28,8 @@ from ndm_ct.prior import IsotropicNormal, prior_divergence, sample_prior
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.samplers import base as stepping
 from ndm_ct.samplers.grids import time_grid
-from ndm_ct.transforms import Composed, Encoder, Identity
+from ndm_ct.training import Samples
+from ndm_ct.transforms import Clusters, Composed, Encoder, Identity
 
 ARGUMENTS = {"generator", "seed", "random_state"}
 SHORT = schedules.LinearLogSNR(-6.0, 5.0)
@@ -124,12 +126,32 @@ def bins(dequantised=True):
 INTEGERS = {"quantisation": 8, **COARSE}
 
 
+def coin_chain():
+    return reference.Chain(torch.tensor([0.5, 0.5]), torch.full((2, 2), 0.5), 3, Quantisation(2))
+
+
+def under_fixed_seeds(seed):
+    with fixed_seeds(seed):
+        return torch.rand(3)
+
+
+def drawn_in_training(seed):
+    kept = []
+    samples = Samples(1, 2, to=lambda step, x: kept.append(x), seed=seed, method="ddpm", steps=2)
+    ndm_ct.fit(model(), X, steps=1, callbacks=[samples], progress=False)
+    return kept[-1]
+
+
 def checked(seed):
     with mock.patch.multiple(selfcheck, ROWS=8, SAMPLES=32):
         return torch.tensor([check.value for check in selfcheck.run(seed=seed)])
 
 
 FOLLOWS = {
+    "reference.Chain.sample_levels": lambda g: coin_chain().sample_levels(20, generator=g),
+    "transforms.Clusters.sample_label": lambda g: Clusters.of(X64, torch.arange(len(X64)) % 2).sample_label(
+        20, generator=g
+    ),
     "likelihood.bits_per_dim": lambda g: ndm_ct.bits_per_dim(model(), LEVELS, generator=g, **INTEGERS),
     "likelihood.dequantised": lambda g: dequantised(model(), Quantisation(8), LEVELS, "uniform", 1, g)[0],
     "samplers.estimate_residuals": lambda g: discrete.estimate_residuals(model(), X, times=3, generator=g).moments,
@@ -143,7 +165,9 @@ FOLLOWS = {
         ndm_ct.decode(model(), X, trace="hutchinson", generator=g, return_info=True, **COARSE)[1].logdet
     ),
     "model.NDM.to_latent": lambda g: latent().to_latent(X, generator=g)[0],
-    "model.NDM.prior_divergence": lambda g: unknown_prior().prior_divergence(Identity().along(X64), X64, g),
+    "model.NDM.prior_divergence": lambda g: unknown_prior().prior_divergence(
+        unknown_prior().process.along(X64), X64, g
+    ),
     "model.NDM.sample_prior": lambda g: model().sample_prior(3, generator=g, dtype=torch.float32, device="cpu"),
     "prior.prior_divergence": lambda g: prior_divergence(unknown_prior().prior, X64, torch.ones_like(X64), g),
     "prior.sample_prior": lambda g: sample_prior(
@@ -189,6 +213,11 @@ FOLLOWS = {
     "objectives.curvature": lambda g: curvature(model(), X, generator=g),
 }
 SEEDED = {
+    "auditing.audit": lambda seed: torch.tensor(
+        [ndm_ct.audit(lambda m, x, bins, g: x[:, 0], ["checkers"], seed=seed, progress=False).verdicts[0].bias]
+    ),
+    "data.fixed_seeds": under_fixed_seeds,
+    "training.Samples": drawn_in_training,
     "evaluation.evaluate": lambda seed: (
         ndm_ct.evaluate(model(), X, trace="hutchinson", seed=seed, progress=False, **COARSE).values
     ),
@@ -209,6 +238,8 @@ DRAWS_NOTHING = {
     "divergence.Exact.bind",  # its probes are the unit vectors
     "transforms.Transform.to_latent",  # y is x
     "transforms.Flow.to_latent",  # one to one
+    "transforms.Whitening.to_latent",
+    "transforms.Clusters.to_latent",
 }
 
 INSIDE = {  # of loglik, which passes them a generator or one per row; a seed ends there

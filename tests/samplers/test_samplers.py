@@ -1276,7 +1276,7 @@ UNBUILT = {
     "noise_scale": (lambda: EDM(MODEL, noise_scale=0.0), "noise_scale > 0"),
     "noise_range": (lambda: EDM(MODEL, noise_range=(2.0, 1.0)), "ordered noise_range"),
     "noise_range below zero": (lambda: EDM(MODEL, noise_range=(-1.0, 1.0)), "ordered noise_range"),
-    "churn of a moving F": (lambda: EDM(MOVING, churn=1.0), "does not move.*MovingScale; use churn=0, or method='sde'"),
+    "churn of a moving F": (lambda: EDM(MOVING, churn=1.0), "do not move.*MovingScale; use churn=0, or method='sde'"),
     "DPMSolverPP": (lambda: DPMSolverPP(MODEL, 4), "order of DPMSolverPP must be 1 to 3, got 4"),
     "a first order of True": (lambda: DPMSolverPP(MODEL, True), "must be 1 to 3"),
     "an order between two": (lambda: DPMSolverPP(MODEL, 2.0), "must be 1 to 3"),

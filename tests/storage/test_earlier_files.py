@@ -104,9 +104,9 @@ def test_a_training_that_was_stopped(tmp_path):
 
 
 def test_settings_that_differ_from_those_of_a_training_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"holds .* other settings: steps was 6, now 7"):
+    with pytest.raises(ValueError, match=r"holds .* other settings: batch_size was 8, now 9"):
         ndm_ct.fit(
-            plain(), rows(), steps=7, batch_size=8, run_dir=copied(tmp_path, "training"), checkpoint_every=2,
+            plain(), rows(), steps=6, batch_size=9, run_dir=copied(tmp_path, "training"), checkpoint_every=2,
             validation=rows(8), validate_every=2, patience=5, progress=False, warmup=0,
         )  # fmt: skip
 
