@@ -350,7 +350,9 @@ def dtype_of(data: Any) -> torch.dtype:
     """Dtype for a model without parameters: the dtype of real data, else torch's default."""
     if hasattr(data, "to_numpy"):
         data = data.to_numpy()
-    elif not isinstance(data, Tensor | np.ndarray | Sequence):
+    elif not isinstance(data, Tensor | np.ndarray | Sequence | Mapping) and (
+        _is_by_number(data) or hasattr(data, "__iter__")
+    ):
         with fixed_seeds(0):
             data = next((data[0] for _ in range(len(data))), None) if _is_by_number(data) else next(iter(data), None)
     if isinstance(data, Mapping):

@@ -113,7 +113,7 @@ class Problem:
 
     @property
     def excess(self) -> float:
-        """The ratio of errors of the coarser path and of this one, less one: for the multistep method at order three."""
+        """The coarser path's error over that of this one, less one: for the multistep method at order three."""
         return 10.0 ** (3.0 / exponential.ORDER) - 1.0 if self.method == "exponential" else 1.0
 
     def coordinate(self, u: Tensor) -> tuple[Tensor, Tensor]:

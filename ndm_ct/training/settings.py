@@ -65,7 +65,11 @@ class Settings:
             ("lr_final", self.lr_final is None or 0.0 <= self.lr_final <= 1.0, "a fraction of lr in [0, 1]"),
             ("ema", self._has_decays(), "in [0, 1), 0 for no average, or several different decays in (0, 1)"),
             ("seed", is_whole(self.seed) and self.seed >= 0, "an int of at least 0"),
-            ("cond_dropout", self.cond_dropout is not None and 0.0 <= self.cond_dropout < 1.0, "a probability in [0, 1)"),
+            (
+                "cond_dropout",
+                self.cond_dropout is not None and 0.0 <= self.cond_dropout < 1.0,
+                "a probability in [0, 1)",
+            ),
         ):
             if not ok:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
