@@ -132,7 +132,13 @@ def find_entry(app: Any, env: Any, node: Any, content: Any) -> Any:
     return env.get_domain("py").resolve_xref(env, node["refdoc"], app.builder, role, path, node, content)
 
 
+def leave_out(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out what scikit-learn adds to estimators, whose text points into its own guide."""
+    return True if name.startswith("set_") and name.endswith("_request") else None
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-skip-member", leave_out)
     app.connect("source-read", link_results)
     app.connect("missing-reference", find_entry)
     app.connect("autodoc-process-docstring", mend_docstring, priority=400)  # before napoleon
