@@ -606,7 +606,8 @@ def test_a_network_of_diffusers_scores_images(tmp_path):
         diffusers.UNet2DModel.from_pretrained(tmp_path / "unet"), diffusers.DDPMScheduler()
     )
     images = example.digits()[1][:3]
-    bits = ndm_ct.bits_per_dim(again, images, quantisation=17, generator=torch.Generator().manual_seed(2))
+    bins = ndm_ct.quantisation.Quantisation(17, edges=(-1.0, 1.0))
+    bits = ndm_ct.bits_per_dim(again, images, quantisation=bins, generator=torch.Generator().manual_seed(2))
     assert bits.tolist() == pytest.approx(report["rows"], rel=1e-5)
 
 
