@@ -23,7 +23,7 @@ from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of
 from ndm_ct.cli.settings import Settings, settings_from_file
 from ndm_ct.columns import ColumnMap, fit_column_map, gamma_of, is_repeating, repeated_values
-from ndm_ct.files import Rows, blocks, read
+from ndm_ct.files import Rows, blocks, let_go, read
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.schedules.base import Schedule
@@ -35,6 +35,7 @@ __all__ = ["build", "run_train", "split", "train"]
 
 _SCHEDULES = {"linear": LinearLogSNR, "learned": LearnedLogSNR}
 _ROWS_OF_A_MAP = 200_000
+_LEAST_ROWS_OF_A_MAP, _NUMBERS_OF_A_MAP = 1000, 2**18  # so that wide tables need little memory
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -263,18 +264,29 @@ def _warn_of_repeats(rows: Rows) -> None:
         "--levels N scores whole numbers 0 ... N-1 by their probability; to other columns add noise uniform over the "
         "width of a bin, or leave them out"
     )
-    said = repeated_values(rows.values, rows.columns, cure)
+    said = repeated_values(_spread(rows.values, np.arange(len(rows.values)), 10_000), rows.columns, cure)
     if said:
         print(f"warning: {said}", file=sys.stderr)
+
+
+def _spread(values: np.ndarray, chosen: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the chosen rows, evenly spaced; a mapped file leaves memory again, part by part."""
+    parts = []
+    for part in np.array_split(chosen[:: -(-len(chosen) // most)] if len(chosen) else chosen, 64):
+        parts.append(np.array(values[part]))
+        if isinstance(values, np.memmap):
+            let_go(values)
+    return np.concatenate(parts)
 
 
 def _fit_columns(
     settings: Settings, rows: Rows, chosen: np.ndarray, mean: np.ndarray, scale: np.ndarray
 ) -> tuple[ColumnMap | None, float]:
     """The map of a table's columns, if the settings ask for it, and the noise at t = 0, from the rows to train on."""
-    some = chosen[:: -(-len(chosen) // _ROWS_OF_A_MAP)]
-    z = (np.asarray(rows.values[some], dtype=np.float64) - mean) / scale
+    most = min(_ROWS_OF_A_MAP, max(_LEAST_ROWS_OF_A_MAP, _NUMBERS_OF_A_MAP // rows.values.shape[1]))
+    z = (_spread(rows.values, chosen, most).astype(np.float64) - mean) / scale
     column_map = fit_column_map(z, is_repeating(z)) if settings.marginals == "spline" else None
+    z = z[:: -(-len(z) // _LEAST_ROWS_OF_A_MAP)]
     y = torch.from_numpy(z) if column_map is None else column_map(torch.from_numpy(z))[0]
     return column_map, gamma_of(y) if settings.gamma_min is None else settings.gamma_min
 

@@ -120,7 +120,7 @@ def loglik(
         SolverError: the solve failed; the error carries t, dt and batch rows.
 
     Example:
-        >>> import ndm_ct
+        >>> import torch, ndm_ct
         >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
         >>> x = torch.zeros(1, 2, dtype=torch.float64)
         >>> float((ndm_ct.loglik(model, x) - model.log_prob(x)).abs()) < 1e-3

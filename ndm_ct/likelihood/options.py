@@ -66,14 +66,11 @@ class Options:
                     f"{name} has no effect without a log-determinant; pass return_info=True or drop {name}."
                 )
         self._verify(model, start, interval, cond, "flow")
-        source = by_row(generator, start.device) if not model.transform.bijective else partial(rows_of, generator)
-        ends = self._by_parts(
-            lambda *part: self._transport_part(model, interval, *part),
-            start,
-            cond,
-            source,
-            self._size(model, len(start), products=1),
-        )
+        size = self._size(model, len(start), products=1)
+        # An Encoder draws noise: a single generator then has to be told apart by row, once the batch is split.
+        split = len(start) > size and not model.transform.bijective
+        source = by_row(generator, start.device) if split else partial(rows_of, generator)
+        ends = self._by_parts(lambda *part: self._transport_part(model, interval, *part), start, cond, source, size)
         return torch.cat(ends) if len(ends) > 1 else ends[0]
 
     def _transport_part(
