@@ -65,7 +65,10 @@ def rows_of(generator: Randomness, rows: Tensor) -> Randomness:
     """The randomness of some rows of the batch, given by their numbers."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
-    return Rows(generator[row] for row in rows.tolist())
+    places = rows.tolist()
+    if places == list(range(len(generator))):
+        return generator
+    return Rows(generator[place] for place in places)
 
 
 def by_row(generator: Randomness, device: torch.device | str) -> Callable[[Tensor], Randomness]:
