@@ -323,14 +323,10 @@ def _checkers() -> Law:
         Chain(torch.full((4,), 0.25), (1.0 - colour.double()) / 2.0, 2, bins, schedule=LinearLogSNR(*_SCHEDULE))
     )
 
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        k = model.sample_levels(n, generator=generator)
-        place = torch.rand(k.shape, generator=generator, dtype=torch.float64) - 0.5
-        return bins.centres(k, torch.float64) + 2.0 * bins.half_width * place
-
     return Law(
-        model=model, draw=draw, truth=lambda x: model.log_probability(bins.nearest(x)) - 2.0 * math.log(0.5),
-        bins=None, about="checkers, uniform on eight squares, d = 2",
+        model=model, draw=lambda n, g: model.marginals.draw(n, None, g),
+        truth=lambda x: model.log_probability(bins.nearest(x)) - 2.0 * math.log(0.5), bins=None,
+        about="checkers, uniform on eight squares, d = 2",
     )  # fmt: skip
 
 

@@ -15,16 +15,14 @@ References:
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import as_time, validate_data, validate_time
+from ndm_ct._core.checks import as_time
 from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like, uniform
-from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation
-from ndm_ct.reference.mixtures import _numbers
+from ndm_ct.reference.mixtures import Exact, ExactPredictor, MarginalPrior, numbers
 from ndm_ct.schedules.base import Schedule
 from ndm_ct.schedules.fixed import LinearLogSNR
 
@@ -62,7 +60,18 @@ class _ChainMarginals:
         densities = self._forward((k[:, :, None] == self.levels).double())[1]
         return torch.where(densities > _TINY, densities.log(), -math.inf).sum(1)
 
-    def draw(self, n: int, generator: GeneratorLike) -> Tensor:
+    def draw(self, n: int, t: Tensor | None, generator: GeneratorLike) -> Tensor:
+        """n draws of z_t (t of shape ``(1,)``), or of x where t is None; float64."""
+        source = as_randomness(generator, n, self.start.device, "draw")
+        x = self.centres[self.draw_levels(n, source)]
+        if self.filled:
+            x = x + 2.0 * self.bins.half_width * (uniform(x.shape, source, x.dtype, x.device) - 0.5)
+        if t is None:
+            return x
+        c = self.schedule(t)
+        return c.alpha * x + c.sigma * normal_like(x, source)
+
+    def draw_levels(self, n: int, generator: GeneratorLike) -> Tensor:
         """n draws of the levels, int64, ``(n, d)``."""
         device = self.start.device
         u = uniform((n, self.length), as_randomness(generator, n, device, "draw"), torch.float64, device)
@@ -120,17 +129,7 @@ class _ChainMarginals:
         return mass / (2.0 * h), torch.maximum(torch.minimum(mean, self.centres + h), self.centres - h)
 
 
-class _ExactChain:
-    r""":math:`\hat x = E[x \mid z_t]`, an object so that copies of a model copy it."""
-
-    def __init__(self, marginals: _ChainMarginals) -> None:
-        self.marginals = marginals
-
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        return self.marginals.posterior_mean(z, t)
-
-
-class Chain(NDM):
+class Chain(Exact):
     r"""An NDM whose predictor is the exact posterior mean of levels along a hidden Markov chain.
 
     Args:
@@ -168,7 +167,7 @@ class Chain(NDM):
         schedule: Schedule | None = None,
         t_min: float | None = None,
     ) -> None:
-        start, transition = _numbers("start", start), _numbers("transition", transition)
+        start, transition = numbers("start", start), numbers("transition", transition)
         H = start.numel()
         if start.shape != (H,) or transition.shape != (H, H):
             raise ValueError(
@@ -185,22 +184,9 @@ class Chain(NDM):
         schedule = LinearLogSNR() if schedule is None else schedule
         marginals = _ChainMarginals(start, transition, shown.long(), length, bins, filled, schedule)
         super().__init__(
-            _ExactChain(marginals), (length,), schedule=schedule, prior=_ChainPrior(marginals), t_min=t_min
+            ExactPredictor(marginals), (length,), schedule=schedule, prior=MarginalPrior(marginals), t_min=t_min
         )
         self.marginals, self.bins, self.filled = marginals, bins, filled
-
-    def log_prob(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
-        r""":math:`\log p_t(z)` in nats.
-
-        Args:
-            z: shape ``(B, d)``.
-            t: time in [t_min, 1], ``()`` or ``(B,)``; None is t_min.
-
-        Returns:
-            Shape ``(B,)``.
-        """
-        validate_data(z, self.event_shape, name="z", dtype=None, device=None)
-        return self.marginals.log_prob(z, validate_time(self.t_min if t is None else t, self.t_min, z))
 
     def log_probability(self, k: Tensor) -> Tensor:
         r""":math:`\log P(k)` in nats, of integers.
@@ -221,22 +207,4 @@ class Chain(NDM):
             n: number of draws.
             generator: a seed, a generator, or one per draw; None is torch's global generator.
         """
-        return self.marginals.draw(n, generator)
-
-
-class _ChainPrior:
-    r"""The exact :math:`p_1` as a prior."""
-
-    def __init__(self, marginals: _ChainMarginals) -> None:
-        self.marginals = marginals
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self.marginals.log_prob(z, as_time([1.0], z.device))
-
-    def sample(self, n: int, *, generator: GeneratorLike = None, dtype: Any = None, device: Any = None) -> Tensor:
-        own = self.marginals
-        source = as_randomness(generator, n, own.start.device, "sample")
-        c, x = own.schedule(as_time([1.0])), own.centres[own.draw(n, source)]
-        if own.filled:
-            x = x + 2.0 * own.bins.half_width * (uniform(x.shape, source, x.dtype, x.device) - 0.5)
-        return (c.alpha * x + c.sigma * normal_like(x, source)).to(dtype=dtype, device=device)
+        return self.marginals.draw_levels(n, generator)

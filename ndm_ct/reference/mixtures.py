@@ -13,7 +13,7 @@ precision before trusting a network.
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -128,20 +128,30 @@ def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
     return torch.einsum("bkij,bkj->bki", matrices, vectors)
 
 
-class _ExactPredictor:
+class Marginals(Protocol):
+    """What an exact model knows of its marginals: see :class:`_Marginals`."""
+
+    def log_prob(self, z: Tensor, t: Tensor) -> Tensor: ...
+
+    def posterior_mean(self, z: Tensor, t: Tensor) -> Tensor: ...
+
+    def draw(self, n: int, t: Tensor | None, generator: GeneratorLike) -> Tensor: ...
+
+
+class ExactPredictor:
     r""":math:`\hat x = E[x \mid z_t]`, an object so that copies of a model copy it."""
 
-    def __init__(self, marginals: _Marginals) -> None:
+    def __init__(self, marginals: Marginals) -> None:
         self.marginals = marginals
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
         return self.marginals.posterior_mean(z, t)
 
 
-class _MarginalPrior:
+class MarginalPrior:
     r"""The exact :math:`p_1` as a prior."""
 
-    def __init__(self, marginals: _Marginals) -> None:
+    def __init__(self, marginals: Marginals) -> None:
         self.marginals = marginals
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -158,8 +168,10 @@ class _MarginalPrior:
         return self.marginals.draw(n, as_time([1.0]), generator).to(dtype=dtype, device=device)
 
 
-class _GaussianPrior(_MarginalPrior):
+class _GaussianPrior(MarginalPrior):
     r"""The exact :math:`p_1` of a single Gaussian, which knows its divergence from another."""
+
+    marginals: _Marginals
 
     def kl_from_normal(self, mean: Tensor, std: Tensor) -> Tensor:
         (own_mean,), (factor,) = (part[0] for part in self.marginals.components(as_time([1.0], mean.device))[:2])
@@ -172,7 +184,7 @@ class _GaussianPrior(_MarginalPrior):
         return (0.5 * (quadratic + trace + log_det)).to(mean.dtype)
 
 
-def _numbers(argument: str, value: Any) -> Tensor:
+def numbers(argument: str, value: Any) -> Tensor:
     """Finite numbers in float64."""
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64)
@@ -185,7 +197,26 @@ def _numbers(argument: str, value: Any) -> Tensor:
     return tensor
 
 
-class GaussianMixture(NDM):
+class Exact(NDM):
+    """An NDM whose predictor is the exact posterior mean, so that its marginals are known."""
+
+    marginals: Any
+
+    def log_prob(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
+        r""":math:`\log p_t(z)` in nats.
+
+        Args:
+            z: shape ``(B, *E)``.
+            t: time in [t_min, 1], ``()`` or ``(B,)``; None is t_min.
+
+        Returns:
+            Shape ``(B,)``.
+        """
+        validate_data(z, self.event_shape, name="z", dtype=None, device=None)
+        return self.marginals.log_prob(z, validate_time(self.t_min if t is None else t, self.t_min, z))
+
+
+class GaussianMixture(Exact):
     r"""An NDM whose predictor is the exact posterior mean of Gaussian-mixture data.
 
     Args:
@@ -222,7 +253,7 @@ class GaussianMixture(NDM):
         volatility: Volatility = 1.0,
         t_min: float | None = None,
     ) -> None:
-        weights, means, covs = _numbers("weights", weights), _numbers("means", means), _numbers("covs", covs)
+        weights, means, covs = numbers("weights", weights), numbers("means", means), numbers("covs", covs)
         if means.ndim == 0:
             raise ValueError(f"means has shape {tuple(means.shape)}, expected (K, *event), one row per component.")
         event_shape = tuple(means.shape[1:])
@@ -244,28 +275,15 @@ class GaussianMixture(NDM):
         schedule = LinearLogSNR() if schedule is None else schedule
         marginals = _Marginals(weights, means.reshape(k, d), covs, event_shape, schedule, transform)
         super().__init__(
-            _ExactPredictor(marginals),
+            ExactPredictor(marginals),
             event_shape,
             transform=transform,
             schedule=schedule,
             volatility=volatility,
-            prior=_GaussianPrior(marginals) if k == 1 else _MarginalPrior(marginals),
+            prior=_GaussianPrior(marginals) if k == 1 else MarginalPrior(marginals),
             t_min=t_min,
         )
         self.marginals = marginals
-
-    def log_prob(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
-        r""":math:`\log p_t(z)` in nats.
-
-        Args:
-            z: shape ``(B, *E)``.
-            t: time in [t_min, 1], ``()`` or ``(B,)``; None is t_min.
-
-        Returns:
-            Shape ``(B,)``.
-        """
-        validate_data(z, self.event_shape, name="z", dtype=None, device=None)
-        return self.marginals.log_prob(z, validate_time(self.t_min if t is None else t, self.t_min, z))
 
     def sample_data(self, n: int, *, generator: GeneratorLike = None) -> Tensor:
         """Draw x from the mixture itself, float64, shape ``(n, *E)``.
@@ -299,7 +317,7 @@ class Gaussian(GaussianMixture):
         volatility: Volatility = 1.0,
         t_min: float | None = None,
     ) -> None:
-        mean, cov = _numbers("mean", mean), _numbers("cov", cov)
+        mean, cov = numbers("mean", mean), numbers("cov", cov)
         super().__init__(
             torch.ones(1), mean[None], cov[None], schedule=schedule, transform=transform, volatility=volatility,
             t_min=t_min,
