@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ndm_ct._core.checks import choose, usable_device, validate_count
 from ndm_ct._core.seeds import derive_seeds, make_generator
-from ndm_ct.columns import MARGINALS, Chain, fit_column_map, gamma_of, is_repeating, repeated_values
+from ndm_ct.columns import MARGINALS, InTurn, fit_table, repeated_values
 from ndm_ct.divergence import EXACT_UP_TO
 from ndm_ct.likelihood import api as likelihood
 from ndm_ct.model import NDM
@@ -192,19 +192,14 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return z[torch.from_numpy(kept)], options | {"validation": z[torch.from_numpy(others)]}
 
     def _transform(self, z: Tensor) -> Transform:
-        """F, and the noise at t = 0 of what it makes of the standardised rows z."""
-        columns = z.shape[1]
-        parts: list[nn.Module] = []
-        if self.marginals == "spline":
-            column_map = fit_column_map(z.numpy(), is_repeating(z.numpy()))
-            z = column_map(z.double())[0]
-            parts.append(column_map.float())
-        self.gamma_min_ = gamma_of(z) if self.gamma_min is None else self.gamma_min
+        """The transform F for standardised rows z. It sets the noise at t = 0, which depends on F(z)."""
+        column_map, self.gamma_min_ = fit_table(z.numpy(), self.marginals, self.gamma_min)
+        parts: list[nn.Module] = [] if column_map is None else [column_map.float()]
         if self.flow:
-            parts.append(self._spline_flow(columns))
+            parts.append(self._spline_flow(z.shape[1]))
         if not parts:
             return Identity()
-        return Flow(parts[0] if len(parts) == 1 else Chain(*parts))
+        return Flow(parts[0] if len(parts) == 1 else InTurn(*parts))
 
     def _spline_flow(self, columns: int) -> nn.Module:
         try:

@@ -22,8 +22,8 @@ from ndm_ct._core.versions import versions
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of
 from ndm_ct.cli.settings import Settings, settings_from_file
-from ndm_ct.columns import ColumnMap, fit_column_map, gamma_of, is_repeating, repeated_values
-from ndm_ct.files import Rows, blocks, let_go, read
+from ndm_ct.columns import ROWS_LOOKED_AT, ColumnMap, fit_table, repeated_values
+from ndm_ct.files import Rows, blocks, read
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.schedules.base import Schedule
@@ -264,19 +264,16 @@ def _warn_of_repeats(rows: Rows) -> None:
         "--levels N scores whole numbers 0 ... N-1 by their probability; to other columns add noise uniform over the "
         "width of a bin, or leave them out"
     )
-    said = repeated_values(_spread(rows.values, np.arange(len(rows.values)), 10_000), rows.columns, cure)
+    said = repeated_values(_spread(rows.values, np.arange(len(rows.values)), ROWS_LOOKED_AT), rows.columns, cure)
     if said:
         print(f"warning: {said}", file=sys.stderr)
 
 
 def _spread(values: np.ndarray, chosen: np.ndarray, most: int) -> np.ndarray:
     """At most so many of the chosen rows, evenly spaced; a mapped file leaves memory again, part by part."""
-    parts = []
-    for part in np.array_split(chosen[:: -(-len(chosen) // most)] if len(chosen) else chosen, 64):
-        parts.append(np.array(values[part]))
-        if isinstance(values, np.memmap):
-            let_go(values)
-    return np.concatenate(parts)
+    some = chosen[:: -(-len(chosen) // most)] if len(chosen) else chosen
+    # In many parts, because every row brings its neighbours in the file into memory.
+    return np.concatenate([np.array(rows) for part in np.array_split(some, 64) for _, rows in blocks(values, part)])
 
 
 def _fit_columns(
@@ -285,10 +282,7 @@ def _fit_columns(
     """The map of a table's columns, if the settings ask for it, and the noise at t = 0, from the rows to train on."""
     most = min(_ROWS_OF_A_MAP, max(_LEAST_ROWS_OF_A_MAP, _NUMBERS_OF_A_MAP // rows.values.shape[1]))
     z = (_spread(rows.values, chosen, most).astype(np.float64) - mean) / scale
-    column_map = fit_column_map(z, is_repeating(z)) if settings.marginals == "spline" else None
-    z = z[:: -(-len(z) // _LEAST_ROWS_OF_A_MAP)]
-    y = torch.from_numpy(z) if column_map is None else column_map(torch.from_numpy(z))[0]
-    return column_map, gamma_of(y) if settings.gamma_min is None else settings.gamma_min
+    return fit_table(z, settings.marginals, settings.gamma_min)
 
 
 def _moments(rows: Rows, chosen: np.ndarray, source: str) -> tuple[Any, Any]:

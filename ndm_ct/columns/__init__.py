@@ -1,10 +1,31 @@
 """Columns of tables: what their values are, and the map that takes their scales, peaks and tails away."""
 
-from ndm_ct.columns.marginals import Chain, ColumnMap, fit_column_map
-from ndm_ct.columns.noise import gamma_of
-from ndm_ct.columns.repeats import is_repeating, repeated_values
+import numpy as np
+import torch
 
-__all__ = ["MARGINALS", "Chain", "ColumnMap", "fit_column_map", "gamma_of", "is_repeating", "repeated_values"]
+from ndm_ct.columns.marginals import ColumnMap, InTurn, fit_column_map
+from ndm_ct.columns.noise import compared, gamma_of
+from ndm_ct.columns.repeats import ROWS_LOOKED_AT, is_repeating, repeated_values
+
+__all__ = [
+    "MARGINALS", "ROWS_LOOKED_AT", "ColumnMap", "InTurn", "fit_column_map", "fit_table", "gamma_of", "is_repeating",
+    "repeated_values",
+]  # fmt: skip
 
 MARGINALS = ("spline", "linear")
 """What a table's columns go through before the model: a map of their quantiles, or a change of unit alone."""
+
+
+def fit_table(rows: np.ndarray, marginals: str, gamma_min: float | None) -> tuple[ColumnMap | None, float]:
+    """The map of a table's columns, and the noise at t = 0 of the mapped rows.
+
+    Args:
+        rows: standardised rows ``(N, d)``.
+        marginals: a name of ``MARGINALS``; there is no map for "linear".
+        gamma_min: the noise, if it is given; None chooses it from the rows.
+    """
+    column_map = fit_column_map(rows, is_repeating(rows)) if marginals == "spline" else None
+    if gamma_min is not None:
+        return column_map, gamma_min
+    y = compared(torch.from_numpy(rows)).double()
+    return column_map, gamma_of(y if column_map is None else column_map(y)[0])

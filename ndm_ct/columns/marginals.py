@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from ndm_ct._core.config import Configurable
 
-__all__ = ["Chain", "ColumnMap", "fit_column_map"]
+__all__ = ["ColumnMap", "InTurn", "fit_column_map"]
 
 _ROWS_IN_BIN = 20
 """Rows beyond the last knot on either side, and about as many in the outermost bin."""
@@ -137,7 +137,7 @@ class ColumnMap(nn.Module, Configurable):
         return self.x, self.y.expand(self.columns, -1), self.log_slope.exp()
 
 
-class Chain(nn.Module):
+class InTurn(nn.Module):
     """Two invertible maps, one after the other, for :class:`~ndm_ct.transforms.Flow`.
 
     Args:

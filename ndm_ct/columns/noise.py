@@ -17,11 +17,16 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["gamma_of"]
+__all__ = ["compared", "gamma_of"]
 
 _ROWS = 1500
 _PART = 8.0
 _LEAST, _MOST = -14.0, -9.0
+
+
+def compared(y: Tensor) -> Tensor:
+    """The rows of ``y`` that :func:`gamma_of` looks at."""
+    return y[:: -(-len(y) // _ROWS)]
 
 
 def gamma_of(y: Tensor) -> float:
@@ -36,7 +41,7 @@ def gamma_of(y: Tensor) -> float:
         >>> gamma_of(y), gamma_of(torch.cat([y, 1e-2 * y]))
         (-9.0, -12.75)
     """
-    y = y[:: -(-len(y) // _ROWS)].double()
+    y = compared(y).double()
     squares = torch.cdist(y, y).square()
     squares[squares < 1e-20] = math.inf
     best, found = -math.inf, _MOST

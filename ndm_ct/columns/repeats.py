@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["is_repeating", "repeated_values"]
+__all__ = ["ROWS_LOOKED_AT", "is_repeating", "repeated_values"]
 
-_ROWS = 10_000
-"""Rows of a table that are looked at."""
+ROWS_LOOKED_AT = 10_000
+"""Most rows of a table that are looked at."""
 
 _SHARE = 0.05
 """Share of the rows that have to have the value of another row for a column to be named."""
@@ -72,7 +72,7 @@ def is_repeating(values: np.ndarray) -> np.ndarray:
 
 
 def _looked_at(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values[:: -(-len(values) // _ROWS)] if len(values) else values)
+    return np.asarray(values[:: -(-len(values) // ROWS_LOOKED_AT)] if len(values) else values)
 
 
 def _repeats(column: np.ndarray) -> _Repeats | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ndm_ct
-from ndm_ct.columns import Chain, ColumnMap, fit_column_map, gamma_of
+from ndm_ct.columns import ColumnMap, InTurn, fit_column_map, gamma_of
 
 RNG = np.random.default_rng(0)
 
@@ -128,9 +128,9 @@ def test_a_model_of_mapped_rows_has_their_density(tmp_path):
 def test_maps_follow_each_other():
     first, then = (fit_column_map(standardised(LAWS[law](500))) for law in ("student", "two peaks"))
     x = torch.linspace(-2.0, 2.0, 7, dtype=torch.float64)[:, None]
-    y, logdet = Chain(first, then)(x)
+    y, logdet = InTurn(first, then)(x)
     torch.testing.assert_close(logdet, first(x)[1] + then(first(x)[0])[1])
-    torch.testing.assert_close(Chain(first, then).inverse(y), x)
+    torch.testing.assert_close(InTurn(first, then).inverse(y), x)
 
 
 def test_an_unfitted_map_is_the_identity():
