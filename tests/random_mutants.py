@@ -160,7 +160,7 @@ class Record:
     """Which lines every test of the core runs, and how long it takes.
 
     Args:
-        folder: where the record is kept; it is made if there is none.
+        folder: where the record is kept. A missing record is made.
     """
 
     def __init__(self, folder: Path) -> None:

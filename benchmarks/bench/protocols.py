@@ -34,9 +34,7 @@ def spread(x: Tensor, bins: Bins, generator: torch.Generator) -> tuple[Tensor, f
     """Real values, and what turns their log-density into a log-probability: integers get uniform noise in the bins."""
     if bins is None:
         return x, 0.0
-    u = torch.rand(x.shape, dtype=torch.float64, generator=generator) - 0.5
-    width = 2.0 * bins.half_width
-    return bins.centres(x, torch.float64) + width * u, x[0].numel() * math.log(width)
+    return bins.uniform(x, torch.float64, generator), x[0].numel() * bins.uniform_offset
 
 
 def of_peer(name: str, tol: float) -> Protocol:

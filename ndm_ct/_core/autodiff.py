@@ -49,7 +49,7 @@ class Derivatives:
     """Products with the Jacobian of one network, in the first way that can pass it.
 
     Args:
-        network: the module whose parameters get no gradient in the way "backward"; None: there are none.
+        network: the module whose parameters are kept from gradients by the way "backward". None keeps none.
     """
 
     def __init__(self, network: nn.Module | None = None) -> None:
@@ -58,15 +58,16 @@ class Derivatives:
     def vjps(
         self, function: Function, z: Tensor, covectors: Tensor, use: Use, *, chunk: int | None = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Value of ``function``, ``(K, ...)`` what ``use`` makes of each covector and product, and the by-product.
+        r"""Products :math:`w^\top J` of the Jacobian with covectors.
 
+        Returned are the value of ``function``; what ``use`` keeps of each product, ``(K, ...)``; and the by-product.
         With gradients enabled all three keep their graph.
 
         Args:
             function: the function.
             z: where it is evaluated, ``(B, *E)``.
             covectors: w, ``(K, B, *E)``.
-            use: what is kept of w and :math:`w^\\top J`.
+            use: what is kept of w and :math:`w^\top J`.
             chunk: covectors at a time; None is all. 1 is one by one, without vmap.
 
         Raises:

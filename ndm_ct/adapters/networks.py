@@ -266,7 +266,7 @@ def from_velocity(
             about 0.001; bounds, scores and the reverse SDE need it. 0 is where flow_matching, torchcfm, zuko and sbi
             take theirs.
         transform: a :class:`~ndm_ct.transforms.Flow` or :class:`~ndm_ct.transforms.Encoder` from data to the states
-            that the network knows; None is none.
+            that the network knows. None takes data as states.
 
     Raises:
         ValueError: ``data_at`` is neither 0 nor 1, or ``sign`` neither 1 nor -1.

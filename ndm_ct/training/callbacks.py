@@ -174,7 +174,25 @@ class CSV(Callback):
                 csv.DictWriter(file, self.columns).writerow(row)
 
 
-class TensorBoard(Callback):
+class _Scalars(Callback):
+    """Hands the numbers of steps and validations to :meth:`log`, by names that both have in common."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Write numbers of a step; called in every process."""
+        raise NotImplementedError
+
+    def step(self, training: Running, row: Row, /) -> None:
+        self._add("training", row)
+
+    def validation(self, training: Running, row: Row, /) -> None:
+        self._add("validation", row)
+
+    def _add(self, kind: str, row: Row) -> None:
+        numbers = {name: value for name, value in row.items() if name != "step" and value is not None}
+        self.log({f"{kind}/{name.removeprefix('validation_')}": each for name, each in numbers.items()}, row["step"])
+
+
+class TensorBoard(_Scalars):
     """Scalars for TensorBoard: ``tensorboard --logdir FOLDER``.
 
     Args:
@@ -198,23 +216,17 @@ class TensorBoard(Callback):
         folder = _folder(self.folder, training, "tensorboard")
         self.writer = SummaryWriter(str(folder), purge_step=training.step + 1)
 
-    def step(self, training: Running, row: Row, /) -> None:
-        self._add("training", row)
-
-    def validation(self, training: Running, row: Row, /) -> None:
-        self._add("validation", row)
-
     def end(self, training: Running, result: Any, /) -> None:
         if self.writer is not None:
             self.writer.close()
 
-    def _add(self, kind: str, row: Row) -> None:
+    def log(self, values: dict[str, float], step: int) -> None:
         if self.writer is not None:
-            for name, value in _numbers(row):
-                self.writer.add_scalar(f"{kind}/{name.removeprefix('validation_')}", value, row["step"])
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
 
-class WandB(Callback):
+class WandB(_Scalars):
     """Scalars for Weights & Biases, and the options of the training as the run's configuration.
 
     Args:
@@ -237,20 +249,13 @@ class WandB(Callback):
             raise ImportError('WandB needs the package wandb: pip install "ndm-ct[logging]".') from error
         self.run = wandb.init(**{"config": dict(training.options)} | self.options)
 
-    def step(self, training: Running, row: Row, /) -> None:
-        self._add("training", row)
-
-    def validation(self, training: Running, row: Row, /) -> None:
-        self._add("validation", row)
-
     def end(self, training: Running, result: Any, /) -> None:
         if self.run is not None:
             self.run.finish()
 
-    def _add(self, kind: str, row: Row) -> None:
+    def log(self, values: dict[str, float], step: int) -> None:
         if self.run is not None:
-            values = {f"{kind}/{name.removeprefix('validation_')}": value for name, value in _numbers(row)}
-            self.run.log(values, step=row["step"])
+            self.run.log(values, step=step)
 
 
 class Samples(Callback):
@@ -298,7 +303,3 @@ def _folder(given: PathLike | None, training: Running, name: str) -> Path:
     folder = Path(given) if given is not None else Path(training.path or "") / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _numbers(row: Row) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in row.items() if name != "step" and value is not None]

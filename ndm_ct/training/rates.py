@@ -71,10 +71,10 @@ class Rates:
 
     def set(self, step: int) -> float:
         """Set the rates of a step, counted from 0; returns that of the first group."""
-        groups, settings = self.optimizer.param_groups, self.settings
+        groups = self.optimizer.param_groups
         if self.scheduler is None:
             for group, base in zip(groups, self.base, strict=True):
-                group["lr"] = base * settings.factor_at(step) if settings.lr is None else settings.lr_at(step)
+                group["lr"] = self.settings.lr_at(step, base)
         return float(groups[0]["lr"])
 
     def advance(self, steps: int = 1) -> None:

@@ -89,19 +89,12 @@ class Settings:
             and (not several or bool(self.decays))
         )
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step ``step``, counted from 0."""
-        return self._scaled(1.0 if self.lr is None else self.lr, step)
-
-    def factor_at(self, step: int) -> float:
-        """What the rates of a user's optimiser are multiplied by in step ``step``, counted from 0."""
-        return self._scaled(1.0, step)
-
-    def _scaled(self, rate: float, step: int) -> float:
+    def lr_at(self, step: int, base: float) -> float:
+        """Learning rate of step ``step``, counted from 0, of parameters whose optimiser has the rate ``base``."""
         warmup, final = self.warmup or 0, 1.0 if self.lr_final is None else self.lr_final
         ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
         progress = max(0.0, (step - warmup) / max(1, self.steps - warmup))
-        return rate * ramp * (final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return base * ramp * (final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     def validate_model(self, model: Any) -> None:
         """Check that the settings have an effect on the model.

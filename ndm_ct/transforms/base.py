@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.autodiff import Derivatives
-from ndm_ct._core.checks import expand
+from ndm_ct._core.checks import expand, expand_time
 from ndm_ct._core.config import Configurable
 from ndm_ct._core.errors import PredictorError
+from ndm_ct._core.keywords import accepted_by, keyword_names
 from ndm_ct._core.noise import GeneratorLike
+from ndm_ct._core.parallel import unwrapped
+from ndm_ct._core.precision import run_network
 
-__all__ = ["Composed", "Evaluated", "Identity", "Network", "Path", "Transform", "jvp_in_time"]
+__all__ = ["Composed", "Evaluated", "Identity", "Network", "NetworkInTime", "Path", "Transform", "jvp_in_time"]
 
 
 class Network(Protocol):
@@ -166,6 +169,34 @@ class Transform(nn.Module, Configurable):
     def from_basis(self, y: Tensor) -> Tensor:
         """The inverse of ``to_basis``."""
         return y
+
+
+class NetworkInTime(nn.Module):
+    """A network of data and time as a part of a transform, or of the scale of the noise.
+
+    Args:
+        net: ``net(x, t, **cond) -> (B, *E)`` with t of shape ``(B,)``.
+    """
+
+    derivatives: Derivatives
+
+    def __init__(self, net: Network) -> None:
+        super().__init__()
+        self.net = unwrapped(net)
+        self._accepted = keyword_names(self.net, 2)
+
+    def cond_names(self) -> tuple[frozenset[str], bool]:
+        """Names of the conditions that the network takes, and whether it takes any other."""
+        return self._accepted
+
+    def _net(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+        return self._at(x, expand_time(t, x), cond)
+
+    def _net_with_derivative(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return jvp_in_time(lambda time: self._at(x, time, cond), expand_time(t, x), self.derivatives)
+
+    def _at(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+        return run_network(self.net, x, t, **accepted_by(self._accepted, cond))
 
 
 def jvp_in_time(

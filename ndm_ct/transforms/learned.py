@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import expand, expand_time, validate_count
+from ndm_ct._core.checks import expand, validate_count
 from ndm_ct._core.config import Configurable
 from ndm_ct._core.keywords import accepted_by, keyword_names
 from ndm_ct._core.parallel import unwrapped
 from ndm_ct._core.precision import run_network
-from ndm_ct.transforms.base import Network, Path, Transform, jvp_in_time
+from ndm_ct.transforms.base import Network, NetworkInTime, Path, Transform
 
 __all__ = ["DataEncoder", "Neural", "PolynomialBasis", "Separable"]
 
 
-class Neural(Transform):
+class Neural(NetworkInTime, Transform):
     r""":math:`F(x, t) = (1 - t) x + t \bar F(x, t)` with :math:`\bar F = x + \mathrm{net}(x, t)`.
 
     That is :math:`F = x + t\,\mathrm{net}(x, t)` and
@@ -41,24 +41,13 @@ class Neural(Transform):
 
     starts_at_data = True
 
-    def __init__(self, net: Network) -> None:
-        super().__init__()
-        self.net = unwrapped(net)
-        self._accepted = keyword_names(self.net, 2)
-
-    def cond_names(self) -> tuple[frozenset[str], bool]:
-        return self._accepted
-
     def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        return x + expand(t, x) * self._net(x, expand_time(t, x), cond)
+        return x + expand(t, x) * self._net(x, t, cond)
 
     def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
-        net, dnet = jvp_in_time(lambda time: self._net(x, time, cond), expand_time(t, x), self.derivatives)
+        net, dnet = self._net_with_derivative(x, t, cond)
         time = expand(t, x)
         return x + time * net, net + time * dnet
-
-    def _net(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        return run_network(self.net, x, t, **accepted_by(self._accepted, cond))
 
 
 class PolynomialBasis(Configurable):
@@ -137,7 +126,7 @@ def _mix(weights: Tensor, features: Tensor) -> Tensor:
     return torch.einsum("bk,bk...->b...", weights, features)
 
 
-class DataEncoder(Transform):
+class DataEncoder(NetworkInTime, Transform):
     r"""DiffEnc's encoder, :math:`F(x, t) = \alpha_t^2 x + \sigma_t^2 y(x, t)`.
 
     The schedule of the model has to be ``LinearLogSNR(gamma_min, gamma_max)``. At t = 0 F differs from x by
@@ -153,19 +142,15 @@ class DataEncoder(Transform):
     """
 
     def __init__(self, net: Network, gamma_min: float = -13.3, gamma_max: float = 5.0) -> None:
-        super().__init__()
-        self.net, self.gamma_min, self.gamma_max = unwrapped(net), gamma_min, gamma_max
-        self._accepted = keyword_names(self.net, 2)
-
-    def cond_names(self) -> tuple[frozenset[str], bool]:
-        return self._accepted
+        super().__init__(net)
+        self.gamma_min, self.gamma_max = gamma_min, gamma_max
 
     def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         share = expand(self._shares(t)[0], x)
-        return x + share * (self._net(x, expand_time(t, x), cond) - x)
+        return x + share * (self._net(x, t, cond) - x)
 
     def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
-        net, dnet = jvp_in_time(lambda time: self._net(x, time, cond), expand_time(t, x), self.derivatives)
+        net, dnet = self._net_with_derivative(x, t, cond)
         share, rate = (expand(each, x) for each in self._shares(t))
         return x + share * (net - x), rate * (net - x) + share * dnet
 
@@ -174,6 +159,3 @@ class DataEncoder(Transform):
         span = self.gamma_max - self.gamma_min
         share = torch.sigmoid(self.gamma_min + span * t)
         return share, span * share * (1.0 - share)
-
-    def _net(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        return run_network(self.net, x, t, **accepted_by(self._accepted, cond))

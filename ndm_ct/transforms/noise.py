@@ -22,7 +22,7 @@ from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import accepted_by, keyword_names
 from ndm_ct._core.parallel import unwrapped
 from ndm_ct._core.precision import run_network
-from ndm_ct.transforms.base import Evaluated, Network, Path, jvp_in_time
+from ndm_ct.transforms.base import Evaluated, Network, NetworkInTime, Path, jvp_in_time
 
 __all__ = ["GivenScale", "NeuralScale", "NoiseScale", "as_noise_scale"]
 
@@ -91,7 +91,7 @@ class GivenScale(NoiseScale):
         return _validated(run_network(function, x, t, **accepted_by(self._accepted, cond)), x)
 
 
-class NeuralScale(NoiseScale):
+class NeuralScale(NetworkInTime, NoiseScale):
     r""":math:`r(x, t) = t (1 - t)\,\mathrm{net}(x, t)`: the noise of an ordinary diffusion at both ends.
 
     A network that returns zero gives S = 1. The derivative is exact, by forward mode.
@@ -109,24 +109,16 @@ class NeuralScale(NoiseScale):
         Bartosh, Vetrov and Naesseth, Neural Flow Diffusion Models, https://arxiv.org/abs/2404.12940
     """
 
-    def __init__(self, net: Network) -> None:
-        super().__init__()
-        self.net = unwrapped(net)
-        self._accepted = keyword_names(self.net, 2)
-
-    def cond_names(self) -> tuple[frozenset[str], bool]:
-        return self._accepted
-
     def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        return expand(t * (1.0 - t), x) * self._net(x, expand_time(t, x), cond)
+        return expand(t * (1.0 - t), x) * self._net(x, t, cond)
 
     def with_derivative(self, x: Tensor, t: Tensor, /, **cond: Any) -> tuple[Tensor, Tensor]:
-        net, dnet = jvp_in_time(lambda time: self._net(x, time, cond), expand_time(t, x), self.derivatives)
+        net, dnet = self._net_with_derivative(x, t, cond)
         bump = expand(t * (1.0 - t), x)
         return bump * net, expand(1.0 - 2.0 * t, x) * net + bump * dnet
 
-    def _net(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        return _validated(run_network(self.net, x, t, **accepted_by(self._accepted, cond)), x)
+    def _at(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+        return _validated(super()._at(x, t, cond), x)
 
 
 def as_noise_scale(scale: Any) -> NoiseScale | None:

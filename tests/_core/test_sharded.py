@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from stopping import StopAt  # noqa: F401 (for the processes)
 from test_parallel import assert_done, model, rows, together, train
 
 import ndm_ct
@@ -19,17 +20,6 @@ def sharded(made, size=size):
     fully_shard(made.predictor, mesh=init_device_mesh("cpu", (size,)))
     return made
 """
-
-
-class StopAt:
-    """A callback that stops a training after a step."""
-
-    def __init__(self, last):
-        self.last = last
-
-    def step(self, training, row):
-        if row["step"] == self.last:
-            training.stop()
 
 
 def run(tmp_path, code):

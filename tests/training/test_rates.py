@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_training import StopAt, mixture, quick, same, toy
+from stopping import StopAt
+from test_training import mixture, quick, same, toy
 
 import ndm_ct
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from oracles import setting
 from paths import TESTS
+from stopping import StopAt
 
 import ndm_ct
 from ndm_ct import schedules, transforms
@@ -61,17 +62,6 @@ def mixture(n, seed=0):
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
-
-
-class StopAt:
-    """A callback that stops a training after a step."""
-
-    def __init__(self, last):
-        self.last = last
-
-    def step(self, training, row):
-        if row["step"] == self.last:
-            training.stop()
 
 
 def quick(model, data=None, **options):
