@@ -89,8 +89,8 @@ def loglik(
             four units of rounding of the network, 5e-7 in float32, are raised to them.
         atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
         method: "ode", where each row has steps of its own; "exponential", for "quadrature", which takes one grid for
-            all rows and half the evaluations, and "ode" for rows that the grid does not suit; or a torchdiffeq method
-            such as "dopri5", with one step size for the batch, the only ones with which a row depends on the others.
+            all rows with one evaluation per step, and "ode" for rows that the grid does not suit; or a torchdiffeq
+            method such as "dopri5", with one step size for the batch, so that a row depends on the others.
             None is "exponential" for "quadrature" without ``differentiable``, else "ode".
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
             (only with "ode").

@@ -1,4 +1,4 @@
-r"""A path of the probability flow by exponential multistep, at about half the evaluations of adaptive steps.
+r"""A path of the probability flow by exponential multistep, with one network evaluation per step.
 
 In :math:`w = z/\sigma` and :math:`\varphi = \alpha/\sigma` the linear part of the flow disappears,
 
