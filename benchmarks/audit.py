@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 import ndm_ct
 from ndm_ct.auditing import LAWS
 
+TICKS = (-1.0, -0.1, 0.0, 0.1, 1.0)
+
 
 def plot(found: dict[str, list[dict[str, Any]]], laws: list[str]) -> Figure:
     """Error of the published number in bits per dimension, and the scatter of one value, a panel per law."""
@@ -35,10 +37,12 @@ def plot(found: dict[str, list[dict[str, Any]]], laws: list[str]) -> Figure:
             axis.errorbar(own["bits"], place, xerr=own["scatter"] / unit, fmt="o", color=colour, capsize=3, ms=5)
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.set_xscale("symlog", linthresh=0.01)
+        axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
         axis.set(title=law, xlabel="error, bits per dimension")
         axis.grid(alpha=0.3)
     panels[0].set_yticks(range(len(found)), list(found))
     panels[0].invert_yaxis()
+    figure.suptitle("mean error (red: beyond chance) and scatter of one value (bars)", fontsize=10)
     return figure
 
 

@@ -93,7 +93,7 @@ def loglik(
             method such as "dopri5", with one step size for the batch, so that a row depends on the others.
             None is "exponential" for "quadrature" without ``differentiable``, else "ode".
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
-            (only with "ode").
+            (with "ode" and "exponential").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature"). At the default tolerance either is accurate to about 1e-3 of its own
@@ -187,7 +187,7 @@ def encode(
             ``return_info`` with "quadrature"; or a torchdiffeq method such as "dopri5", with one step size for the
             batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
-            (only with "ode").
+            (with "ode" and "exponential").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
@@ -269,7 +269,7 @@ def decode(
             ``return_info`` with "quadrature"; or a torchdiffeq method such as "dopri5", with one step size for the
             batch.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
-            (only with "ode").
+            (with "ode" and "exponential").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
             them from a second solve backwards, in memory that does not grow with the number of steps (torchdiffeq
             methods only, not with "quadrature").
