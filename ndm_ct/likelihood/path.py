@@ -113,8 +113,12 @@ class Problem:
 
     @property
     def excess(self) -> float:
-        """The coarser path's error over that of this one, less one: for the multistep method at order three."""
-        return 10.0 ** (3.0 / exponential.ORDER) - 1.0 if self.method == "exponential" else 1.0
+        """The coarser path's error over that of this one, less one.
+
+        The multistep method's error falls by the fourth power of the step on average and by less in single rows. Taken
+        as the second power, the estimate is less than a third of the error in under five rows of a hundred.
+        """
+        return 10.0 ** (2.0 / exponential.ORDER) - 1.0 if self.method == "exponential" else 1.0
 
     def coordinate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Times t, and dt/du, of places u in [0, 1]."""
