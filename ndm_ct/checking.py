@@ -2,7 +2,9 @@ r"""Checks of what the mathematics assumes about networks, transforms and schedu
 
 ======================================  ===============================================================================
 the network, in eval mode               gives the same answer twice; gives a row the same answer alone as in a batch;
-                                        has the derivative in z that autograd reports
+                                        has the derivative in z that autograd reports; is finite at both ends; takes
+                                        any time, not whole numbers alone; has the scale of what it estimates
+                                        (adapted networks)
 the schedule                            :math:`\alpha', \sigma'` are the derivatives of :math:`\alpha, \sigma`
 the transform                           :math:`\dot F` is the derivative of F; :math:`F(x, 0) = x`; shapes and dtypes
 ======================================  ===============================================================================
@@ -51,11 +53,13 @@ def check(model: NDM, x: Tensor, /, **cond: Any) -> None:
         cond: their conditioning.
 
     Raises:
-        PredictorError: the network is random in eval mode, mixes the rows of a batch, or hides a derivative.
+        PredictorError: the network is random in eval mode, mixes the rows of a batch, hides a derivative, or is NaN
+            or infinite at an end of the time interval.
         ValueError: the transform or the schedule has a wrong derivative, or F(x, 0) is not x.
 
     Warns:
-        UserWarning: the bound has no gradient in some parameters, which are named.
+        UserWarning: the bound has no gradient in some parameters, which are named; the network rounds its times to
+            whole numbers; or its output has a scale that no denoiser of these data has.
 
     Example:
         >>> import ndm_ct
@@ -102,7 +106,7 @@ def verify(
     if len(start) == 0 or not (model.checks or even_if_off) or seen.equals(model.checked.get(purpose)):
         return
     with model.evaluating(), torch.no_grad(), _own_noise(start):
-        wrong, suspicious = _examined(model, start, cond, purpose, latent)
+        wrong, suspicious = _examined(model, start, cond, purpose, latent, even_if_off)
     if wrong:
         raise type(wrong[0])(" Also: ".join(str(each) for each in wrong))
     for each in suspicious:
@@ -157,9 +161,9 @@ def _two_rows(rows: int, device: torch.device) -> Tensor:
 
 
 def _examined(
-    model: NDM, start: Tensor, cond: Conditioning, purpose: Purpose, latent: bool
+    model: NDM, start: Tensor, cond: Conditioning, purpose: Purpose, latent: bool, asked: bool
 ) -> tuple[list[Exception], list[Exception]]:
-    """What is wrong, and what is only suspicious, for a purpose."""
+    """What is wrong, and what is only suspicious, for a purpose; if asked, also what the work would meet itself."""
     index = _two_rows(len(start), start.device)
     try:
         given = cond.take(index)
@@ -173,10 +177,16 @@ def _examined(
         *_of_noise_scale(model, y, t, given),
     ]  # fmt: skip
     network = _of_network(model, t, z, cond, index, derivative=purpose in ("likelihood", "fit"))
+    trained = asked or model.adapted
+    ends, doubtful = _of_output(model, t, y[:1], cond.take(index[:1].expand(8)), scaled=trained and not latent)
+    if asked:
+        network = network or ends
+    elif model.adapted:
+        doubtful = [*ends, *doubtful]
     if purpose in ("likelihood", "flow"):
-        return [*wrong, *network], []
+        return [*wrong, *network], doubtful
     starts = [each for each in wrong if purpose == "fit" and isinstance(each, _OtherStart)]
-    return [each for each in wrong if each not in starts], [*starts, *network]
+    return [each for each in wrong if each not in starts], [*starts, *network, *doubtful]
 
 
 def _states(model: NDM, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,6 +299,75 @@ def _of_derivative(
 
 def _percent(change: Tensor, size: Tensor) -> str:
     return f"{100.0 * float((change / size.clamp(min=1e-30)).max()):.2g} %"
+
+
+_INSTANT = 2.0**-15
+"""A change of the time, or relative of the state, that a float32 network sees."""
+
+_SCALE = 30.0
+"""How much larger than what it estimates an output may be."""
+
+
+def _of_output(
+    model: NDM, t: Tensor, y: Tensor, cond: Conditioning, *, scaled: bool
+) -> tuple[list[Exception], list[Exception]]:
+    """What is wrong and what is doubtful in the output for one row: at both ends, and at other times at one state."""
+    times = torch.cat([t.new_tensor([model.t_min, 1.0]), t, t + _INSTANT, t.new_tensor([1.0]), t[:1]])
+    c, noise = model.schedule(times), _normal("output", y)
+    z = append_axes(c.alpha, y).to(y) * y + append_axes(c.sigma, y).to(y) * noise
+    z = torch.cat([z[:2], z[2:3].expand(5, *y.shape[1:]), (1.0 + _INSTANT) * z[2:3]])
+    try:
+        output = model.moments(z, times, **cond)[0] if model.prediction == "moments" else model.output(z, times, **cond)
+    except Exception:
+        return [], []
+    bad = ~torch.isfinite(output[:2]).reshape(2, -1).all(1)
+    if bool(bad.any()):
+        return [
+            PredictorError(
+                f"the predictor returned NaN or inf at t={float(times[:2][bad][0]):.6g}, an end of the time interval, "
+                f"where sigma={float(c.sigma[:2][bad][0]):.3g}; look for a division or logarithm of t, 1 - t or sigma "
+                "in it, or use the schedule and t_min that it was trained with."
+            )
+        ], []
+    scale = _of_scale(model, y, noise, times[2:3], output[2:3]) if scaled else []
+    return [], [*_of_times(model, times[2:], *output[2:].split((2, 2, 1, 1))), *scale]
+
+
+def _of_times(
+    model: NDM, times: Tensor, output: Tensor, later: Tensor, last: Tensor, nudged: Tensor
+) -> list[Exception]:
+    """Whether the output at a state is the same an instant later, though not at all times and not at a state nearby."""
+    still = torch.equal(output, later) and not torch.equal(output[:1], nudged)
+    moves = not (torch.equal(output[:1], output[1:]) and torch.equal(output[:1], last))
+    coarse = resolution(model, output.dtype) > torch.finfo(torch.float32).eps
+    if coarse or not (still and moves) or getattr(model.predictor, "nearest", False):
+        return []
+    return [
+        PredictorError(
+            f"the predictor rounds its times to whole numbers: its output is the same at t={float(times[0]):.6g} and "
+            f"{_INSTANT:.1g} later, though not at every t. If it counts the steps of a table, use adapters.from_eps or "
+            "from_v with nearest=True; if its times end at 1000, use from_velocity with time_scale=1000."
+        )
+    ]
+
+
+def _of_scale(model: NDM, y: Tensor, noise: Tensor, t: Tensor, output: Tensor) -> list[Exception]:
+    """Whether the output has the size of what it estimates, where noise is as large as the data."""
+    c = model.schedule(t)
+    alpha, sigma, dalpha, dsigma = (append_axes(each, y).to(y) for each in (c.alpha, c.sigma, c.dalpha, c.dsigma))
+    targets = {"x": y, "eps": noise, "v": alpha * noise - sigma * y, "velocity": dalpha * y + dsigma * noise}
+    if model.prediction not in targets or not bool(y.any()):
+        return []
+    ratio = float(_norm(output) / _norm(targets[model.prediction]))
+    if ratio <= _SCALE and (ratio >= 1.0 / _SCALE or ratio == 0.0 or not model.adapted):
+        return []
+    return [
+        PredictorError(
+            f"the predictor's output is {ratio:.2g} times as large as what prediction={model.prediction!r} estimates "
+            f"for these data at t={float(t):.3g}, as that of no denoiser is. See whether the data are in the units "
+            "that it was trained in (0 to 255, 0 to 1, -1 to 1), and whether it predicts x, the noise or a velocity."
+        )
+    ]
 
 
 # --- the schedule and the transform ---------------------------------------------------------------------------------

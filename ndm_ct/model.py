@@ -124,7 +124,7 @@ class NDM(PredictedProcess, Pretrained):
         moments, derivatives = partial(self.moments, **cond), self.derivatives
         if self.prediction != "velocity":
             return ProbabilityFlow(self.process, moments, dtype, self.t_min, derivatives)
-        network = partial(self.predict_velocity, **cond)
+        network = partial(self.output, **cond)
         return NetworkFlow(self.process, moments, network, dtype, self.t_min, self.t_noise, derivatives)
 
     def reverse_sde(self, dtype: torch.dtype | None = None, /, **cond: Any) -> ReverseSDE:

@@ -229,8 +229,10 @@ class PredictedProcess(nn.Module):
             return denoised(z, output, c)
         return (alpha * z - sigma * output) / (alpha**2 + sigma**2)
 
-    def predict_velocity(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
-        r"""The output :math:`\hat u(z, t)` of a network that is the velocity; arguments as of :meth:`predict_x`."""
+    def output(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        r"""What the predictor returns, one tensor, such as the velocity :math:`\hat u(z, t)`; arguments as of
+        :meth:`predict_x`.
+        """
         return _validate_output(self._predict(z, t, cond), self.prediction, z)
 
     def initialise(self, like: Tensor, cond: Conditioning) -> None:

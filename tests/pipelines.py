@@ -15,9 +15,10 @@ def clock(source, timestep, steps=1000):
     """The network's time at a timestep of the scheduler, and the sign of its answer, in the source of a pipeline."""
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     functions = [each for node in classes for each in node.body if getattr(each, "name", "") == "__call__"]
-    (function,) = functions
-    loop = next(node for node in ast.walk(function) if isinstance(node, ast.For) and _names_t(node.target))
-    statements = list(_flat(loop.body))
+    function = next(each for each in functions if any(_call(node) is not None for node in _flat(each.body, loops=True)))
+    loops = (node.body for node in ast.walk(function) if isinstance(node, ast.For) and _names_t(node.target))
+    # A block of a modular pipeline is the body of a loop itself.
+    statements = list(_flat(next(loops, function.body), loops=True))
     at = next(k for k, statement in enumerate(statements) if _call(statement) is not None)
     names = _environment(timestep, steps)
     for statement in statements[:at]:
@@ -28,17 +29,17 @@ def clock(source, timestep, steps=1000):
 
 
 def _names_t(target):
-    return any(isinstance(node, ast.Name) and node.id == "t" for node in ast.walk(target))
+    return any(isinstance(node, ast.Name) and node.id in ("t", "t_sched") for node in ast.walk(target))
 
 
-def _flat(body):
-    """Statements in order, those of blocks too; of an if without else that of classifier-free guidance is left out."""
+def _flat(body, loops=False):
+    """Statements in order, those of blocks too, and of loops if asked for."""
     for statement in body:
-        if isinstance(statement, ast.With):
-            yield from _flat(statement.body)
+        if isinstance(statement, ast.With) or (loops and isinstance(statement, ast.For)):
+            yield from _flat(statement.body, loops)
         elif isinstance(statement, ast.If):
-            yield from _flat(statement.body)
-            yield from _flat(statement.orelse)
+            yield from _flat(statement.body, loops)
+            yield from _flat(statement.orelse, loops)
         else:
             yield statement
 
@@ -84,7 +85,7 @@ def _environment(timestep, steps):
     owner.do_classifier_free_guidance, owner.interrupt = False, False
     batch, prompt = torch.zeros(1, 1, 1, 1), types.SimpleNamespace(dtype=torch.float32, device="cpu")
     here = {
-        "torch": torch, "self": owner, "t": torch.tensor(float(timestep)), "i": 0, "batch_size": 1,
+        "torch": torch, "self": owner, "t": torch.tensor(float(timestep)), "t_sched": timestep, "i": 0, "batch_size": 1,
         "device": torch.device("cpu"), "timesteps": torch.tensor([float(timestep)]), "num_train_timesteps": steps,
         "dtype": torch.float32, "transformer_dtype": torch.float32, "prompt_embeds": prompt,
     }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ndm_ct
-from ndm_ct import NDM, PredictorError, schedules, transforms
+from ndm_ct import NDM, PredictorError, adapters, schedules, transforms
 from ndm_ct.schedules import Coefficients
 
 SCHEDULE = schedules.LinearLogSNR(-4.0, 3.0)
@@ -390,3 +390,56 @@ def test_networks_without_a_derivative_in_time_are_refused_with_the_cure():
         ndm_ct.fit(model(ndm_ct.nn.MLP(3, width=8), transform=transforms.Neural(features)), X, steps=1)
     with pytest.raises(ValueError, match=r"type list, expected a tensor.*torch\.stack"):
         ndm_ct.elbo(model(ndm_ct.nn.MLP(3, width=8), transform=transforms.Separable(lambda x: [x, x])), X)
+
+
+class Steps(nn.Module):
+    """A network that looks up a vector for every whole number."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.vectors = nn.Linear(3, 3), nn.Embedding(1001, 3)
+
+    def forward(self, z, t):
+        return 0.3 * self.layer(z) + 0.1 * self.vectors(t.long())
+
+
+TABLE = torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000), 0)
+
+
+def test_whole_numbers_handed_fractions_are_named():
+    made = adapters.from_eps(Steps(), (3,), alphas_cumprod=TABLE)
+    for built in (model(Steps()), adapters.from_velocity(Steps(), (3,), time_scale=1000.0), made):
+        with pytest.warns(UserWarning, match=r"rounds its times to whole numbers.*nearest=True"):
+            ndm_ct.check(built, X)
+    with pytest.warns(UserWarning, match="rounds its times"):  # at first use too
+        ndm_ct.sample(made, 1, method="ddim", steps=1)
+    ndm_ct.check(adapters.from_eps(Steps(), (3,), alphas_cumprod=TABLE, nearest=True), X)
+
+
+@pytest.mark.parametrize(("factor", "end"), [(lambda t: torch.log(1.0 - t), "1"), (lambda t: 1.0 / t, "0")])
+def test_an_output_that_is_not_finite_at_an_end_is_refused(factor, end):
+    built = adapters.from_velocity(lambda z, t: z * factor(t)[:, None], (3,), data_at=0, t_min=0.0)
+    message = f"NaN or inf at t={end}, an end of the time interval"
+    with pytest.raises(PredictorError, match=message):
+        ndm_ct.check(built, X)
+    with pytest.warns(UserWarning, match=message), pytest.raises(ndm_ct.SolverError):
+        ndm_ct.loglik(built, X)
+
+
+def denoiser(factor):
+    return lambda z, sigma: factor * z / (1.0 + sigma[:, None] ** 2)
+
+
+def test_an_output_that_has_the_scale_of_no_denoiser_is_named():
+    right = adapters.from_denoiser(denoiser(1.0), (3,))
+    ndm_ct.check(right, X)
+    ndm_ct.loglik(right, torch.zeros(1, 3))
+    for factor, unit in ((128.0, 1.0), (1.0, 128.0)):
+        with pytest.warns(UserWarning, match="times as large as what prediction='x' estimates.*in the units"):
+            ndm_ct.loglik(adapters.from_denoiser(denoiser(factor), (3,)), unit * X, rtol=0.1, atol=0.1)
+    for make in (adapters.from_eps, adapters.from_v):
+        with pytest.warns(UserWarning, match="times as large as what"):
+            ndm_ct.check(make(lambda z, k: 60.0 * z, (3,), alphas_cumprod=TABLE), X)
+        ndm_ct.check(make(lambda z, k: 0.9 * z, (3,), alphas_cumprod=TABLE), X)
+    ndm_ct.check(model(lambda z, t: 1e-3 * z), X)  # not trained yet

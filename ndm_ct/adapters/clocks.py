@@ -2,10 +2,10 @@ r"""The clocks of diffusers' networks for flow matching: in what unit and from w
 
 With :math:`z = (1 - t) x + t\epsilon` a scheduler of flow matching counts :math:`k = 1000 t`, and steps along
 :math:`dz/dt = \epsilon - x`. The networks differ, and their pipelines convert. A network is called with :math:`s\tau`,
-:math:`\tau = t` or :math:`1 - t`, and its answer is taken with a sign:
+:math:`\tau = t` or :math:`1 - t`, a few with an offset o, and its answer is taken with a sign:
 
 .. math::
-    \frac{dz}{dt} = \pm\,\mathrm{net}(z, s\tau) .
+    \frac{dz}{dt} = \pm\,\mathrm{net}(z, s\tau + o) .
 
 A scheduler with ``invert_sigmas`` counts from noise to data, which exchanges both ends and the sign.
 """
@@ -26,15 +26,18 @@ class Clock:
         data_at: :math:`\tau` at data, 0 or 1.
         scale: s; None is the largest timestep of the scheduler.
         sign: of :math:`dz/dt`.
+        offset: o.
     """
 
     data_at: int = 0
     scale: float | None = None
     sign: int = 1
+    offset: float = 0.0
 
 
 _SCHEDULER, _ONE = Clock(), Clock(scale=1.0)
 _NEGATIVE, _NEGATIVE_ONE, _REVERSED = Clock(sign=-1), Clock(scale=1.0, sign=-1), Clock(1, 1.0, -1)
+_FROM_ZERO = Clock(offset=-1.0)
 
 _CLOCKS = {
     _SCHEDULER: """UNet1D UNet2D UNet2DCondition UNet3DCondition DiTTransformer2D Transformer2D PixArtTransformer2D
@@ -44,12 +47,14 @@ _CLOCKS = {
         WanAnimateTransformer3D SkyReelsV2Transformer3D ChronoEditTransformer3D HunyuanVideoTransformer3D
         HunyuanVideo15Transformer3D HunyuanVideoFramepackTransformer3D MochiTransformer3D EasyAnimateTransformer3D
         Kandinsky5Transformer3D Kandinsky6Transformer3D Kandinsky6SRTransformer3D MotifVideoTransformer3D
-        StableAudio3DiT""",
+        StableAudio3DiT HeliosTransformer3D MiniMaxMusic3Transformer1D""",
     _ONE: """FluxTransformer2D Flux2Transformer2D ChromaTransformer2D AuraFlowTransformer2D BriaFibo2Transformer2D
         Krea2Transformer2D QwenImageTransformer2D QwenImage21Transformer2D LongCatImageTransformer2D
-        LongCatAudioDiTTransformer OvisImageTransformer2D PRXTransformer2D""",
+        LongCatAudioDiTTransformer OvisImageTransformer2D PRXTransformer2D AceStepTransformer1D
+        Flux3Transformer2D""",
     _NEGATIVE: "HiDreamImageTransformer2D",
     _NEGATIVE_ONE: "NucleusMoEImageTransformer2D",
+    _FROM_ZERO: "GlmImageTransformer2D",
     _REVERSED: "LuminaNextDiT2D Lumina2Transformer2D ZImageTransformer2D Ideogram4Transformer2D",
 }
 CLOCKS = {name: clock for clock, names in _CLOCKS.items() for name in names.split()}

@@ -80,16 +80,19 @@ class Called(nn.Module):
     Args:
         net: with ``timestep=``, ``timesteps=`` or ``t=`` among its arguments; returns an object with ``sample``,
             ``(B, C, *)``, or with 2C channels, of which the second half is a learned variance. A network that takes
-            lists of images and of captions (Z-Image) gets them row by row.
+            lists of images and of captions (Z-Image) gets them row by row. One that embeds the end of a step too,
+            ``timestep_r=``, gets the same time: the velocity of an instant.
+        offset: added to the time.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, offset: float = 0.0) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.offset = net, offset
         names = inspect.signature(net.forward).parameters
         self.time = next((name for name in ("timestep", "timesteps", "t") if name in names), "timestep")
         self.lists, self.embeds_guidance = "cap_feats" in names, "guidance" in names
-        self.others = frozenset(list(names)[1:]) - {self.time, "return_dict", "kwargs"}
+        self.times = (self.time, *(("timestep_r",) if "timestep_r" in names else ()))
+        self.others = frozenset(list(names)[1:]) - {*self.times, "return_dict", "kwargs"}
 
     def cond_names(self) -> tuple[frozenset[str], bool]:
         """What the network takes besides state and time, and whether it takes anything else."""
@@ -107,7 +110,8 @@ class Called(nn.Module):
         if self.lists:
             inputs = list(inputs.unsqueeze(2).unbind())
             cond = {name: list(each.unbind()) if isinstance(each, Tensor) else each for name, each in cond.items()}
-        output = self.net(inputs, **{self.time: timestep}, **cond)
+        timestep = timestep + self.offset if self.offset else timestep
+        output = self.net(inputs, **dict.fromkeys(self.times, timestep), **cond)
         sample = output[0] if isinstance(output, tuple) else output.sample
         if self.lists:
             sample = torch.stack(list(sample)).squeeze(2)
@@ -183,7 +187,7 @@ def from_diffusers(
             raise ValueError(f"nearest=True rounds indices of a table, but {name} is of flow matching; drop it.")
         clock = clock_of(net, scheduler, clock)
         return from_velocity(
-            Called(net), event, data_at=clock.data_at, time_scale=clock.scale or 1.0, sign=clock.sign,
+            Called(net, clock.offset), event, data_at=clock.data_at, time_scale=clock.scale or 1.0, sign=clock.sign,
             transform=transform,
         )  # fmt: skip
     if clock is not None:

@@ -119,7 +119,7 @@ class Regression:
         (F, dF), z = here.pair(here.residual(eps)), here.state(eps)
         if self.target == model.prediction == "velocity":
             velocity = expand(c.dalpha, x) * x + expand(c.dsigma, x) * eps
-            error = velocity - model.predict_velocity(z, t, **cond)
+            error = velocity - model.output(z, t, **cond)
         else:
             F_hat, dF_hat = model.moments(z, t, **cond)
             error = self._error(c, F - F_hat, dF - dF_hat)

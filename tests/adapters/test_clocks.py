@@ -18,6 +18,7 @@ from ndm_ct.adapters.clocks import CLOCKS
 diffusers = pytest.importorskip("diffusers")
 FOLDER = Path(diffusers.__file__).parent
 SOURCES = {path: path.read_text() for path in sorted((FOLDER / "pipelines").rglob("pipeline_*.py"))}
+BLOCKS = {path: path.read_text() for path in sorted((FOLDER / "modular_pipelines").rglob("denoise.py"))}
 VARIANTS = re.compile(
     "inpaint|img2img|controlnet|i2v|image2|video2|fill|control|redux|kontext|prior|omni|forcing|dfr|edit"
 )
@@ -47,18 +48,29 @@ def users():
         for annotation in re.findall(r"\b(?:transformer|unet)\w*: ?([^=\n]*)", source):
             for name in set(re.findall(r"\w+", annotation)) & set(ALL):
                 found.setdefault(name, {})[path] = None
+    for path, source in BLOCKS.items():
+        for name in set(re.findall(r'ComponentSpec\("transformer", (\w+)\)', source)) & set(ALL) - set(found):
+            found[name] = {path: None}
     return found
 
 
 USERS = users()
+UNITS = {"AceStepTransformer1DModel": 1, "MiniMaxMusic3Transformer1DModel": 1}
+"""``num_train_timesteps`` of schedulers that do not count to 1000."""
+
+
+def scheduler_of(name, **options):
+    return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=UNITS.get(name, 1000), **options)
 
 
 @functools.cache
 def pipeline_clock(name):
     """Time and sign at timestep 300 in the plainest pipeline of flow matching that takes a class."""
     plain = [path for path in USERS[name] if not VARIANTS.search(path.name)] or list(USERS[name])
-    flow = [path for path in plain if "FlowMatch" in SOURCES[path]] or plain
-    return clock(SOURCES[min(flow, key=lambda path: len(path.name))], 300.0)
+    sources = SOURCES | BLOCKS
+    flow = [path for path in plain if "FlowMatch" in sources[path]] or plain
+    source = sources[min(flow, key=lambda path: len(path.name))]
+    return clock(source, 300.0 if UNITS.get(name, 1000) == 1000 else 0.3)
 
 
 def full(name):
@@ -93,8 +105,7 @@ def stub(name):
 def test_the_network_is_called_as_by_its_pipeline(name, inverted):
     """At the scheduler's timestep 300, which is t = 0.3, or 0.7 where the scheduler counts from noise to data."""
     time, sign = pipeline_clock(full(name))
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=inverted)
-    model = adapters.from_diffusers(stub(full(name)), scheduler, (4,))
+    model = adapters.from_diffusers(stub(full(name)), scheduler_of(full(name), invert_sigmas=inverted), (4,))
     expected = (-sign if inverted else sign) * (SAMPLE + time)
     torch.testing.assert_close(model.velocity(SAMPLE, 0.7 if inverted else 0.3), expected, rtol=1e-5, atol=1e-5)
 
@@ -458,6 +469,89 @@ NETS = {
             "guidance_scale": torch.ones(2) * 6,
         },
     ),
+    "AceStepTransformer1DModel": (
+        lambda d: d.AceStepTransformer1DModel(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            in_channels=8,
+            audio_acoustic_hidden_dim=4,
+            sliding_window=4,
+        ),
+        (6, 4),
+        lambda: {"encoder_hidden_states": torch.randn(2, 3, 16), "context_latents": torch.randn(2, 6, 4)},
+    ),
+    "GlmImageTransformer2DModel": (
+        lambda d: d.GlmImageTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=8,
+            time_embed_dim=16,
+            condition_dim=8,
+            prior_vq_quantizer_codebook_size=10,
+        ),
+        (4, 8, 8),
+        lambda: {
+            "encoder_hidden_states": torch.randn(2, 3, 8),
+            "prior_token_id": torch.arange(32).reshape(2, 16) % 10,
+            "prior_token_drop": torch.zeros(2, 16, dtype=torch.bool),
+            "target_size": torch.full((2, 2), 8.0),
+            "crop_coords": torch.zeros(2, 2),
+        },
+    ),
+    "HeliosTransformer3DModel": (
+        lambda d: d.HeliosTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=8,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=1,
+            rope_dim=(4, 4, 4),
+            has_multi_term_memory_patch=False,
+        ),
+        (4, 2, 8, 8),
+        lambda: {"encoder_hidden_states": torch.randn(2, 3, 8)},
+    ),
+    "MiniMaxMusic3Transformer1DModel": (
+        lambda d: d.MiniMaxMusic3Transformer1DModel(
+            in_channels=4,
+            condition_dim=8,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            ff_inner_dim=16,
+            rotary_dim=4,
+            fourier_embedding_dim=8,
+        ),
+        (4, 6),
+        lambda: {"encoder_hidden_states": torch.randn(2, 6, 8)},
+    ),
+    "Flux3Transformer2DModel": (
+        lambda d: d.Flux3Transformer2DModel(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            axes_dims_rope=(4, 4, 4, 4),
+        ),
+        (6, 4),
+        lambda: {
+            "encoder_hidden_states": torch.randn(2, 3, 8),
+            "txt_ids": torch.zeros(3, 4),
+            "img_ids": torch.randn(6, 4),
+        },
+    ),
 }
 
 
@@ -474,9 +568,8 @@ def test_small_networks_have_the_velocity_of_their_pipeline(name):
         if parameter.is_floating_point():
             parameter.data += 0.05 * torch.randn_like(parameter)
     cond, z = conditions(), torch.randn(2, *event)
-    inverted = name.startswith("Mochi")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=inverted)
-    model = adapters.from_diffusers(net, scheduler, event)
+    inverted = name.startswith(("Mochi", "MiniMaxMusic3"))
+    model = adapters.from_diffusers(net, scheduler_of(name, invert_sigmas=inverted), event)
     given = {
         key: ndm_ct.shared(value) if isinstance(value, torch.Tensor) and len(value) != 2 else value
         for key, value in cond.items()
@@ -492,7 +585,8 @@ def test_small_networks_have_the_velocity_of_their_pipeline(name):
             cond = {each: list(value) for each, value in cond.items()}
             expected = torch.stack(net(list(z[:, :, None]), **{key: times}, **cond).sample).squeeze(2)
         else:
-            expected = net(z, **{key: times}, **cond).sample
+            keys = [key, *({"timestep_r"} & set(names))]
+            expected = net(z, **dict.fromkeys(keys, times), **cond).sample
     torch.testing.assert_close(found, (-sign if inverted else sign) * expected, rtol=1e-5, atol=1e-5)
 
 
