@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         transforms,
     )  # fmt: skip
     from ndm_ct._core.conditioning import shared
+    from ndm_ct._core.config import register
     from ndm_ct._core.errors import CheckpointError, PredictorError, SolverError
     from ndm_ct.auditing import Audit, audit
     from ndm_ct.checking import check
@@ -76,6 +77,7 @@ __all__ = [
     "presets",
     "quantisation",
     "reference",
+    "register",
     "sample",
     "samplers",
     "save",
@@ -87,6 +89,7 @@ __all__ = [
 
 _HOMES = {
     "_core.conditioning": ("shared",),
+    "_core.config": ("register",),
     "_core.errors": ("CheckpointError", "PredictorError", "SolverError"),
     "auditing": ("Audit", "audit"),
     "checking": ("check",),

@@ -152,9 +152,9 @@ class FlowTime(Wrapper):
             raise ValueError(f"sign must be 1, -1 or None (the sign that goes with data_at), got {sign!r}.")
         self.data_at, self.time_scale, self.time_first, self.sign = data_at, time_scale, time_first, sign
 
-    def config(self) -> dict[str, Any]:
+    def config(self, own: list[Any] | None = None) -> dict[str, Any]:
         """As of every configurable object; a sign that goes with ``data_at`` is not mentioned, as files never did."""
-        return {name: value for name, value in super().config().items() if name != "sign" or value is not None}
+        return {name: value for name, value in super().config(own).items() if name != "sign" or value is not None}
 
     def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         """dz/dt at state z ``(B, *E)`` and time t ``(B,)``."""

@@ -221,10 +221,10 @@ class Network(nn.Module, Configurable):
         names, anything = keyword_names(self.forward, 2)
         return names & frozenset(self.null), anything
 
-    def config(self) -> dict[str, Any]:
+    def config(self, own: list[Any] | None = None) -> dict[str, Any]:
         """As of every configurable object; arguments at their defaults that earlier files lack are not mentioned."""
         defaults = {name: each.default for name, each in inspect.signature(type(self)).parameters.items()}
-        config = super().config()
+        config = super().config(own)
         return {k: value for k, value in config.items() if k not in self._unmentioned or value != defaults[k]}
 
     def _set_embeddings(self, width: int, time: bool, classes: int | None, context: int | None) -> int | None:

@@ -28,7 +28,7 @@ Function = Callable[[Tensor], Any]
 class _Given(Schedule):
     """A schedule of functions that no file describes."""
 
-    def config(self) -> dict[str, Any]:
+    def config(self, own: list[Any] | None = None) -> dict[str, Any]:
         raise Unconfigurable(f"{type(self).__name__} holds functions of its user.")
 
 

@@ -1,13 +1,16 @@
 """Models on disk: one safetensors file each, replaced atomically, read without executing anything.
 
-A model's description names classes of this library and their constructor arguments. Only these classes are ever
-rebuilt. Anything else is marked ``"external"`` and has to be passed to :func:`load`.
+A model's description names classes, of this library or registered by :func:`ndm_ct.register`, and their constructor
+arguments. Only these classes are ever rebuilt. Anything else is marked ``"external"`` and has to be passed to
+:func:`load`. What is external may have no weights that would tell it from another, so the file holds a few values of
+the schedule, the volatility and the prior, and those passed have to agree.
 """
 
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ndm_ct._core.config import Unconfigurable, from_config, to_config
+from ndm_ct._core.checks import event_size
+from ndm_ct._core.config import EXTERNAL, Configurable, from_config, to_config
 from ndm_ct._core.errors import CheckpointError
 from ndm_ct._core.parallel import Group, is_sharded, plain_class, whole
 from ndm_ct.model import NDM
 from ndm_ct.process import ForwardProcess
 from ndm_ct.samplers.frozen import Residuals
+from ndm_ct.schedules import Schedule
 from ndm_ct.storage.atomic import PathLike
 from ndm_ct.storage.tensors import compare_tensors, read, write
 from ndm_ct.transforms import Transform
@@ -28,12 +33,17 @@ from ndm_ct.transforms.noise import as_noise_scale
 
 __all__ = ["describe", "load", "load_residuals", "own_classes", "save"]
 
-EXTERNAL = "external"
 RESIDUALS = "residuals"
 """Name of the tensor that holds residuals, beside those of the model."""
-_PREFIXES = (
-    ("predictor.", "predictor"), ("process.transform.", "transform"), ("process.noise_scale.", "noise_scale"),
-)  # fmt: skip
+_PREFIXES = {
+    "predictor": "predictor.", "transform": "process.transform.", "schedule": "process.schedule.",
+    "volatility": "process.volatility.", "noise_scale": "process.noise_scale.", "prior": "prior.",
+}  # fmt: skip
+"""Where the tensors of a part are, by its name."""
+_OPTIONAL = ("noise_scale", "prior")
+"""Parts that a description leaves out where a model has none of its own."""
+_AGREEMENT = 1e-5
+"""Relative difference of marks that rounding explains, on another device or by another version of torch."""
 _MOST_OBJECTS = 1000
 _OPERATION = 2**14
 """Bytes that an operation counts for while a model is made, because modules take memory and time too."""
@@ -42,9 +52,10 @@ _OPERATION = 2**14
 def save(model: NDM, path: PathLike, *, residuals: Residuals | None = None) -> None:
     """Write a model, its weights and its configuration, to one file.
 
-    The file is replaced as a whole: a process that is killed leaves the old file or the new one. A predictor,
-    transform or noise scale of your own classes is saved as weights only; pass it to :func:`load` again. A model
-    wrapped by FSDP2 has to be saved in all processes; the first one writes the whole weights.
+    The file is replaced as a whole: a process that is killed leaves the old file or the new one. Parts of your own
+    classes are saved as weights only; pass them to :func:`load` again, or decorate the classes by
+    :func:`ndm_ct.register`. A model wrapped by FSDP2 has to be saved in all processes; the first one writes the whole
+    weights.
 
     Args:
         model: the model.
@@ -53,7 +64,6 @@ def save(model: NDM, path: PathLike, *, residuals: Residuals | None = None) -> N
             aside and ``discrete.load_residuals`` reads them.
 
     Raises:
-        ValueError: the prior, schedule or volatility cannot be described in the file. Nothing is written.
         TypeError: the model's state holds something that is not a tensor. Nothing is written.
         OSError: the file cannot be written. An existing file is unchanged.
 
@@ -71,30 +81,58 @@ def save(model: NDM, path: PathLike, *, residuals: Residuals | None = None) -> N
         return
     if residuals is not None:
         tensors[RESIDUALS] = torch.cat([residuals.times[None], residuals.moments, residuals.stderr])
-    write(path, tensors, {"kind": "model", "model": describe(model)})
+    description = describe(model)
+    marks = {name: values for name, values in _marks(model).items() if _is_external(description.get(name))}
+    write(path, tensors, {"kind": "model", "model": description | ({"marks": marks} if marks else {})})
 
 
-def load(path: PathLike, *, predictor: Any = None, transform: Transform | None = None, noise_scale: Any = None) -> NDM:
+def load(
+    path: PathLike,
+    *,
+    predictor: Any = None,
+    transform: Transform | None = None,
+    schedule: Schedule | None = None,
+    volatility: Any = None,
+    noise_scale: Any = None,
+    prior: Any = None,
+) -> NDM:
     """Read a model that :func:`save` wrote. It is in eval mode, with the saved weights bit by bit.
 
     Args:
         path: the file.
         predictor: the network, if it is of a class of your own: build it as it was and pass it here. Its weights are
-            replaced by those of the file.
-        transform: the transform, if it is of a class of your own.
+            replaced by those of the file. For a network that an adapter or ``nn.Preconditioned`` wrapped, pass the
+            network alone.
+        transform: the transform, if it is of a class of your own, or the network in it.
+        schedule: the schedule, if it is of a class of your own or made of functions.
+        volatility: the volatility, if it is a function or of a class of your own.
         noise_scale: the scale of the noise, if it is a function or of a class of your own.
+        prior: the prior, if the model was given one.
 
     Raises:
         CheckpointError: the file is not a model of this library, is damaged, names unknown classes, or its tensors do
             not fit. Neither the file nor a module passed in has changed.
-        ValueError: a predictor, transform or noise scale is missing, or was passed although the file describes its own.
+        ValueError: a part is missing, was passed although the file describes its own, or is a schedule, volatility or
+            prior with other values than the one that was saved.
         FileNotFoundError: there is no such file.
         TypeError: ``path`` is neither a string nor a path.
+
+    Example:
+        >>> import tempfile, torch, ndm_ct
+        >>> def net(z, t):
+        ...     return 0.5 * z
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ndm_ct.save(ndm_ct.NDM(net, event_shape=(2,)), f"{folder}/model.safetensors")
+        ...     ndm_ct.load(f"{folder}/model.safetensors", predictor=net).event_shape
+        (2,)
     """
     description, tensors = read(path, "model")
     try:
         _residuals_of(tensors)
-        given = {"predictor": predictor, "transform": transform, "noise_scale": as_noise_scale(noise_scale)}
+        given = {
+            "predictor": predictor, "transform": transform, "schedule": schedule, "volatility": volatility,
+            "noise_scale": as_noise_scale(noise_scale), "prior": prior,
+        }  # fmt: skip
         return _rebuild(description["model"], tensors, given)
     except KeyError as error:
         raise CheckpointError(f"{path}: the description lacks the entry {error}.") from error
@@ -149,41 +187,63 @@ def _residuals_of(tensors: dict[str, Tensor]) -> Residuals | None:
 
 
 def describe(model: NDM) -> dict[str, Any]:
-    """Describe a model without its weights, JSON-serialisable.
-
-    Raises:
-        ValueError: the prior, schedule or volatility cannot be described.
-    """
-    if model.has_custom_prior:
-        raise ValueError(
-            f"a model with the custom prior {type(model.prior).__name__} cannot be saved: the file has no place "
-            "for it. Save model.state_dict() with torch.save, and build the model with its prior before loading it."
-        )
-    parts: dict[str, Any] = {}
-    for name, value in (("schedule", model.schedule), ("volatility", model.process.volatility)):
-        try:
-            parts[name] = to_config(value)
-        except Unconfigurable as error:
-            raise ValueError(
-                f"the {name} cannot be saved: {error} Use one of this library's, or save model.state_dict() with "
-                "torch.save and build the model before loading it."
-            ) from error
-    own = {"transform": model.transform, "predictor": model.predictor}
+    """Describe a model without its weights, JSON-serialisable."""
+    own = {
+        "transform": model.transform, "predictor": model.predictor, "schedule": model.schedule,
+        "volatility": model.process.volatility,
+    }  # fmt: skip
     own |= {} if model.noise_scale is None else {"noise_scale": model.noise_scale}
-    for name, part in own.items():
-        try:
-            parts[name] = to_config(part)
-        except Unconfigurable:
-            parts[name] = EXTERNAL
+    own |= {"prior": model.prior} if model.has_custom_prior else {}
+    parts = {name: _describe_part(part) for name, part in own.items()}
     return (
         parts
-        | {
-            "event_shape": list(model.event_shape),
-            "prediction": model.prediction,
-            "t_min": model.t_min,
-        }
+        | {"event_shape": list(model.event_shape), "prediction": model.prediction, "t_min": model.t_min}
         | ({"adapted": True} if model.adapted else {})
     )
+
+
+def _describe_part(part: Any) -> Any:
+    """The configuration of a part; of a wrapper around one object that cannot be described, with a gap for it."""
+    own: list[Any] = []
+    config = to_config(part, own)
+    return EXTERNAL if len(own) > 1 or any(each is part for each in own) else config
+
+
+def _is_external(config: Any) -> bool:
+    """Whether a part, or the object inside it, has to be passed."""
+    return config == EXTERNAL or json.dumps({"type": EXTERNAL}) in json.dumps(config)
+
+
+def _marks(model: NDM) -> dict[str, list[float]]:
+    """Values by which a schedule, a volatility and a prior are told from others."""
+    times = torch.linspace(0.15, 0.95, 5, dtype=torch.float64, device=model.device)
+    z = torch.linspace(-1.5, 1.5, event_size(model.event_shape), device=model.device).reshape(1, *model.event_shape)
+    marks: dict[str, Callable[[], Tensor]] = {
+        "schedule": lambda: torch.cat([model.schedule.gamma(times), model.schedule(times).alpha]),
+        "volatility": lambda: model.process.eta(times).double().reshape(len(times), -1).sum(1),
+        "prior": lambda: model.log_prior(z.to(model.dtype or z.dtype)),
+    }
+    found = {}
+    with model.evaluating(), torch.no_grad():
+        for name, values in marks.items():
+            found[name] = [float(value) for value in values().double().reshape(-1)]
+    return found
+
+
+def _validate_marks(model: NDM, marks: Mapping[str, list[float]]) -> None:
+    """Raise ValueError if a schedule, volatility or prior that was passed is not the one that was saved."""
+    found = _marks(model) if marks else {}
+    for name, saved in marks.items():
+        pairs = zip(saved, found[name], strict=True)
+        if not all(math.isclose(a, b, rel_tol=_AGREEMENT, abs_tol=_AGREEMENT) for a, b in pairs):
+            raise ValueError(
+                f"{name} is not the one that was saved: it has the values {_numbers(found[name])} where the saved one "
+                f"had {_numbers(saved)}; build it as it was."
+            )
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values[:5])
 
 
 def own_classes(model: NDM) -> dict[str, str]:
@@ -214,12 +274,12 @@ def _source(cls: type[nn.Module]) -> str:
 def _rebuild(config: Any, tensors: dict[str, Tensor], given: dict[str, Any]) -> NDM:
     if not isinstance(config, dict):
         raise CheckpointError(f"the model's description is a {type(config).__name__}, expected an object.")
-    config = {"noise_scale": None} | config  # files of models without a scale of the noise do not name it
-    for name, value in given.items():
-        _validate_given(name, value, config[name])
+    config = dict.fromkeys(_OPTIONAL) | config
     objects = json.dumps(config).count("{")
     if objects > _MOST_OBJECTS:
         raise CheckpointError(f"the description has {objects} objects, a model at most {_MOST_OBJECTS}.")
+    for name, value in given.items():
+        _validate_given(name, value, config[name])
     with _describing(), _Budget(tensors), torch.device("meta"):  # names and shapes without memory
         skeleton = _skeleton(_parts(config, given))
     _compare(skeleton, tensors, config)
@@ -233,6 +293,7 @@ def _rebuild(config: Any, tensors: dict[str, Tensor], given: dict[str, Any]) -> 
             schedule=parts["schedule"],
             volatility=parts["volatility"],
             noise_scale=parts["noise_scale"],
+            prior=parts["prior"],
             prediction=config["prediction"],
             t_min=config["t_min"],
         )
@@ -240,6 +301,7 @@ def _rebuild(config: Any, tensors: dict[str, Tensor], given: dict[str, Any]) -> 
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)
+    _validate_marks(model, config.get("marks", {}))
     return model.eval()
 
 
@@ -274,19 +336,26 @@ class _Budget(TorchDispatchMode):
 
 
 def _validate_given(name: str, value: Any, config: Any) -> None:
-    if config == EXTERNAL and value is None:
+    if _is_external(config) and value is None:
         raise ValueError(
             f"the file holds only the weights of its {name}, which is not made of this library's classes; build it and "
             f"pass load(path, {name}=...)."
         )
-    if config != EXTERNAL and value is not None:
+    if not _is_external(config) and value is not None:
         kind = config.get("type") if isinstance(config, dict) else config
         raise ValueError(f"{name} was given, but the file describes its own ({kind}); leave {name} out.")
 
 
 def _parts(config: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("predictor", "transform", "schedule", "volatility", "noise_scale")
-    return {name: given[name] if config[name] == EXTERNAL else from_config(config[name]) for name in names}
+    return {name: _part(config[name], given[name]) for name in _PREFIXES}
+
+
+def _part(config: Any, given: Any) -> Any:
+    """A part from its description and what was passed: the part itself, or the object inside it."""
+    whole = config == EXTERNAL or (
+        _is_external(config) and type(given).__name__ == config["type"] and isinstance(given, Configurable)
+    )
+    return given if whole else from_config(config, given)
 
 
 def _skeleton(parts: dict[str, Any]) -> nn.Module:
@@ -295,12 +364,13 @@ def _skeleton(parts: dict[str, Any]) -> nn.Module:
     skeleton.process = ForwardProcess(
         parts["transform"], parts["schedule"], parts["volatility"], noise_scale=parts["noise_scale"]
     )
-    if isinstance(parts["predictor"], nn.Module):
-        skeleton.predictor = parts["predictor"]
+    for name in ("predictor", "prior"):
+        if isinstance(parts[name], nn.Module):
+            setattr(skeleton, name, parts[name])
     return skeleton
 
 
 def _compare(skeleton: nn.Module, tensors: Mapping[str, Tensor], config: dict[str, Any]) -> None:
-    external = tuple(prefix for prefix, part in _PREFIXES if config[part] == EXTERNAL)
+    external = tuple(prefix for part, prefix in _PREFIXES.items() if _is_external(config[part]))
     # A network of this library takes the file's precision; one passed in keeps its own.
     compare_tensors(skeleton.state_dict(), tensors, lambda name: not name.startswith(external))

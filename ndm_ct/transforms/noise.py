@@ -71,7 +71,7 @@ class GivenScale(NoiseScale):
         self._accepted = keyword_names(self.function, 2)
         self._analytic: Callable[..., Any] | None = getattr(self.function, "with_derivative", None)
 
-    def config(self) -> dict[str, Any]:
+    def config(self, own: list[Any] | None = None) -> dict[str, Any]:
         raise Unconfigurable(f"{type(self.function).__name__} is not a class of this package.")
 
     def cond_names(self) -> tuple[frozenset[str], bool]:

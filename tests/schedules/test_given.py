@@ -116,9 +116,3 @@ def test_a_module_is_trained_with_the_model():
 def test_functions_that_are_no_schedule_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-def test_a_file_cannot_hold_the_functions(tmp_path):
-    model = ndm_ct.NDM(ndm_ct.nn.MLP(2, width=8), (2,), schedule=PAIRS["straight"][0]())
-    with pytest.raises(ValueError, match=r"the schedule cannot be saved: FromFunctions holds functions.*state_dict"):
-        ndm_ct.save(model, tmp_path / "model.safetensors")

@@ -177,26 +177,6 @@ def test_a_plain_function_is_external_and_has_no_weights(tmp_path):
     assert ndm_ct.loglik(loaded, mixture(2)).isfinite().all()
 
 
-def test_what_cannot_be_saved_is_refused_before_writing(tmp_path):
-    class Ramp(torch.nn.Module):
-        def forward(self, t):
-            return 1.0 + t
-
-    class OwnSchedule(schedules.LinearLogSNR):
-        pass
-
-    for options, word in (
-        ({"prior": torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1)}, "prior"),
-        ({"volatility": Ramp()}, "volatility"),
-        ({"schedule": OwnSchedule()}, "schedule"),
-    ):
-        with pytest.raises(ValueError, match=word):
-            save(toy(**options), tmp_path / "m")
-        with pytest.raises(ValueError, match=word):
-            quick(toy(**options), run_dir=tmp_path / "run")
-    assert not (tmp_path / "m").exists()
-
-
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
 def test_a_failing_save_keeps_the_old_file(tmp_path, monkeypatch, failing):
     path = tmp_path / "m.safetensors"
