@@ -212,19 +212,23 @@ def _by_autograd(
     graph = torch.is_grad_enabled()
     with _recording(z) as leaf:
         value, byproduct = function(leaf)
-        kept = []
-        for part in covectors.split(chunk):
-            several = len(part) > 1
-            product = _gradient(value, leaf, part if several else part[0], graph, several)
-            kept.append(torch.func.vmap(use)(part, product) if several else use(part[0], product)[None])
-    return _detached(graph, value, torch.cat(kept), byproduct)
+
+        def used(covector: Tensor) -> Tensor:
+            return use(covector, _gradient(value, leaf, covector, graph))
+
+        kept = (
+            torch.stack([used(covector) for covector in covectors])
+            if min(chunk, len(covectors)) == 1
+            else torch.func.vmap(used, chunk_size=chunk)(covectors)
+        )
+    return _detached(graph, value, kept, byproduct)
 
 
-def _gradient(value: Tensor, leaf: Tensor, covector: Tensor, graph: bool, several: bool) -> Tensor:
+def _gradient(value: Tensor, leaf: Tensor, covector: Tensor, graph: bool) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(covector)
     (product,) = torch.autograd.grad(
-        value, leaf, covector, retain_graph=True, create_graph=graph, is_grads_batched=several, materialize_grads=True
+        value, leaf, covector, retain_graph=True, create_graph=graph, materialize_grads=True
     )
     return product
 

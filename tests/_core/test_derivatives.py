@@ -289,6 +289,21 @@ def test_all_ways_find_the_same_products(chunk):
         torch.testing.assert_close(result, found[0])
 
 
+def test_a_batch_of_products_costs_no_more_than_torch_func():
+    """A convolution is differentiated once for all products, where the backward of each would be one by one."""
+    net = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.SiLU(), nn.Conv1d(4, 1, 3, padding=1))
+    z, w, calls = torch.randn(2, 1, 6), torch.randn(8, 2, 1, 6), []
+    for way in WAYS[:2]:
+        derivatives = Derivatives(net)
+        derivatives.way = way
+        with torch.profiler.profile() as seen, torch.no_grad():
+            derivatives.vjps(lambda z: (net(z), z), z, w, lambda _, product: product, chunk=None)
+        counts = {event.key: event.count for event in seen.key_averages()}
+        calls.append(counts["aten::convolution_backward"])
+        assert derivatives.way == way
+    assert calls[1] <= calls[0]
+
+
 def test_the_way_is_found_once():
     calls = 0
 
