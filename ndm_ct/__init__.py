@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ndm_ct.likelihood.budget import LikelihoodInfo
     from ndm_ct.model import NDM
     from ndm_ct.objectives.bound import ElboInfo, elbo, loss
+    from ndm_ct.reweighting import Reweighted, reweight
     from ndm_ct.samplers.sample import SampleInfo, sample
     from ndm_ct.storage.models import load, save
     from ndm_ct.training.fit import FitResult, fit
@@ -52,6 +53,7 @@ __all__ = [
     "FitResult",
     "LikelihoodInfo",
     "PredictorError",
+    "Reweighted",
     "SampleInfo",
     "SolverError",
     "adapters",
@@ -78,6 +80,7 @@ __all__ = [
     "quantisation",
     "reference",
     "register",
+    "reweight",
     "sample",
     "samplers",
     "save",
@@ -101,6 +104,7 @@ _HOMES = {
     "likelihood.budget": ("LikelihoodInfo",),
     "model": ("NDM",),
     "objectives.bound": ("ElboInfo", "elbo", "loss"),
+    "reweighting": ("Reweighted", "reweight"),
     "samplers.sample": ("SampleInfo", "sample"),
     "storage.models": ("load", "save"),
     "training.fit": ("FitResult", "fit"),

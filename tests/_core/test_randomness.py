@@ -154,6 +154,10 @@ FOLLOWS = {
     ),
     "likelihood.bits_per_dim": lambda g: ndm_ct.bits_per_dim(model(), LEVELS, generator=g, **INTEGERS),
     "likelihood.dequantised": lambda g: dequantised(model(), Quantisation(8), LEVELS, "uniform", 1, g)[0],
+    "reweighting.reweight": lambda g: ndm_ct.reweight(model(), lambda x: x[:, 0], 4, generator=g, **COARSE).log_weights,
+    "reweighting.Reweighted.resample": lambda g: ndm_ct.reweight(
+        model(), lambda x: x[:, 0], 4, generator=0, **COARSE
+    ).resample(20, generator=g),
     "samplers.estimate_residuals": lambda g: discrete.estimate_residuals(model(), X, times=3, generator=g).moments,
     "distributions.distribution": lambda g: ndm_ct.distribution(model(), generator=g, **COARSE).sample((3,)),
     "divergence.Hutchinson.bind": lambda g: Hutchinson(16).bind(X, g)(lambda z: z**2 + z.flip(1), X)[1],
