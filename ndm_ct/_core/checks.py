@@ -103,8 +103,8 @@ def bad_rows(y: Tensor) -> tuple[int, ...]:
     return tuple(torch.nonzero(~finite.reshape(y.shape[0], -1).all(1)).flatten().tolist())
 
 
-def some(rows: Iterable[int], limit: int = 8) -> str:
-    """Row numbers for a message, at most ``limit`` of them."""
+def some(rows: Iterable[Any], limit: int = 8) -> str:
+    """Row numbers, or names, for a message, at most ``limit`` of them."""
     rows = list(rows)
     return str(rows) if len(rows) <= limit else f"{rows[:limit]} and {len(rows) - limit} more"
 

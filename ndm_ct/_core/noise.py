@@ -47,7 +47,15 @@ def drawn(shape: tuple[int, ...], generator: Randomness, draw: Draw) -> Tensor:
 
 
 def normal_like(z: Tensor, generator: Randomness) -> Tensor:
-    """Standard normal numbers of the shape, dtype and device of ``z`` ``(B, ...)``."""
+    """Standard normal numbers of the shape, dtype and device of ``z``.
+
+    Args:
+        z: states, shape ``(B, ...)``.
+        generator: the source of all rows, a sequence with one for each row, or None for torch's global generator.
+
+    Returns:
+        Shape of ``z``; with one generator per row, a row does not depend on the others.
+    """
     return drawn(z.shape, generator, lambda shape, g: torch.randn(shape, dtype=z.dtype, device=z.device, generator=g))
 
 

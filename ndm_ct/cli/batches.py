@@ -1,4 +1,4 @@
-"""What commands that score or draw rows share: the run, batches of rows, and one generator per row."""
+"""What commands that score or draw rows share: batches of rows, and one generator per row."""
 
 import argparse
 import sys
@@ -10,28 +10,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm_ct._core.checks import usable_device, validate_count
+from ndm_ct._core.checks import validate_count
 from ndm_ct._core.seeds import make_generator
-from ndm_ct.cli.runs import Run, fingerprint
+from ndm_ct.cli.parser import UsageError
+from ndm_ct.cli.runs import Run
 from ndm_ct.files import read
 from ndm_ct.storage import finished_batches
 
-__all__ = ["batches_of", "finished_columns", "generators_of", "load_run", "rows_of"]
+__all__ = ["batches_of", "conditions", "finished_columns", "generators_of", "rows_of", "written_conditions"]
 
 NOISE = "seed, command and row are hashed together"
 """How the noise of a row is derived. Finished batches keep it, so that batches of another derivation are refused."""
 
 
-def load_run(options: argparse.Namespace) -> Run:
-    """The run that is named, its model on the device that is."""
-    run = Run.load(options.model)
-    run.model.to(usable_device(options.device))
-    return run
-
-
 def rows_of(options: argparse.Namespace, run: Run) -> Any:
     """The rows of the file that is named, as the model takes them; what the reader decided goes to stderr."""
     rows = read(options.data, options.array, options.header)
+    rows = run.matched(rows, str(options.data))
     for note in rows.notes:
         print(f"{options.data}: {note}", file=sys.stderr)
     return run.of(rows, str(options.data))
@@ -49,20 +44,51 @@ def generators_of(options: argparse.Namespace, rows: slice) -> list[torch.Genera
     return [make_generator(*words, row, device=options.device) for row in range(rows.start, rows.stop)]
 
 
+def conditions(options: argparse.Namespace, total: int, run: Run) -> dict[str, Any]:
+    """The conditions ``--cond NAME=NUMBER``, the same for all rows: integers are labels, others real."""
+    found: dict[str, Any] = {}
+    for name, word in _given(options).items():
+        try:
+            number: float = int(word) if word.lstrip("+-").isdecimal() else float(word)
+        except ValueError as error:
+            raise UsageError(f"--cond {name}={word}: expected a number, such as label=3.") from error
+        dtype = torch.long if isinstance(number, int) else run.model.dtype
+        found[name] = torch.full((total,), number, dtype=dtype, device=run.model.device)
+    return found
+
+
+def written_conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """The conditions as a setting of finished batches; empty if there are none."""
+    return {"cond": dict(sorted(_given(options).items()))} if options.cond else {}
+
+
+def _given(options: argparse.Namespace) -> dict[str, str]:
+    words = [word.partition("=") for word in options.cond or []]
+    wrong = [name for name, sign, _ in words if not sign or not name.isidentifier()]
+    if wrong:
+        raise UsageError(f"--cond {wrong[0]}: expected NAME=NUMBER, such as label=3.")
+    return {name: value for name, _, value in words}
+
+
 @contextmanager
 def finished_columns(
-    options: argparse.Namespace, total: int, settings: dict[str, Any], make: Callable[[slice], dict[str, Tensor]]
-) -> Iterator[dict[str, Tensor]]:
+    options: argparse.Namespace,
+    run: Run,
+    total: int,
+    settings: dict[str, Any],
+    make: Callable[[slice], dict[str, Tensor]],
+) -> Iterator[dict[str, Tensor]]:  # fmt: skip
     """Columns of all rows; finished batches are kept beside the output until the block has written it.
 
     Args:
         options: of the command.
+        run: the model.
         total: number of rows.
         settings: what determines the rows, beside model, batches, seed and device.
         make: the columns of a batch.
     """
     shared = {
-        "command": options.command, "model": fingerprint(options.model), "batch_size": options.batch_size,
+        "command": options.command, "model": run.identity, "batch_size": options.batch_size,
         "seed": options.seed, "noise": NOISE, "device": torch.device(options.device).type,
     }  # fmt: skip
     found = []

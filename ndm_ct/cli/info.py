@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ndm_ct.cli.models import find_model, is_model
 from ndm_ct.cli.runs import Run, settings_of
 from ndm_ct.cli.settings import Settings
 from ndm_ct.files import read
@@ -16,11 +17,13 @@ __all__ = ["run_info"]
 
 
 def run_info(options: argparse.Namespace) -> int:
-    if (options.path / "config.json").exists():
-        for name, value in _of_run(options.path).items():
+    path = Path(options.path)
+    if is_model(options.path):
+        found = _of_run(path) if path.is_dir() else _of_model(find_model(options.path, {}))
+        for name, value in found.items():
             print(f"{name + ':':14} {value}")
         return 0
-    rows = read(options.path, options.array, options.header)
+    rows = read(path, options.array, options.header)
     values = rows.values
     print(f"rows:          {len(values)}\nshape:         {tuple(values.shape[1:])}\ndtype:         {values.dtype}")
     if rows.columns or values.ndim == 2:
@@ -49,9 +52,12 @@ def _of_run(folder: Path) -> dict[str, Any]:
     found["training"] = f"step {last[0]['step']} of {settings.steps}" if last else "not begun"
     if not (folder / "model.safetensors").exists():
         return found | {"model": f"none yet; go on with: ndm-ct train --out {folder}"}
-    run = Run.load(folder)
+    return found | _of_model(Run.load(folder))
+
+
+def _of_model(run: Run) -> dict[str, Any]:
     model = run.model
-    return found | {
+    return {
         "model": f"predictor {type(model.predictor).__name__}, head {model.prediction}, events {model.event_shape}",
         "forward": f"F {type(model.transform).__name__}, schedule {type(model.schedule).__name__}",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, of these in F "

@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(command)
     _add_loglik(command)
     _add_evaluate(command)
+    _add_compare(command)
     _add_sample(command)
     _add_info(command)
     _add_selfcheck(command)
@@ -57,8 +58,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+MODEL = "folder of a finished 'ndm-ct train', file of ndm_ct.save, or module:function that returns an NDM"
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="RUN", help="folder of a finished 'ndm-ct train'")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    _add_cond(parser)
+
+
+def _add_cond(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cond", action="append", metavar="NAME=NUMBER", help="a condition of all rows, such as label=3; repeatable"
+    )
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    """Where a model of one's own has the levels of integer data."""
+    parser.add_argument("--levels", type=int, help="rows are integers 0 ... LEVELS-1; for models of your own")
+    parser.add_argument(
+        "--centres", type=_pair, metavar="LO,HI", help="where the first and the last level lie: --centres=-1,1"
+    )
+    parser.add_argument("--edges", type=_pair, metavar="LO,HI", help="instead: the outer edges of their bins")
+    parser.add_argument(
+        "--dequantisation", choices=("uniform", "process"),
+        help="noise in the bins: uniform if the model was trained with it, process if on centres (default: uniform)",
+    )  # fmt: skip
+
+
+def _pair(word: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, word.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected two numbers, as -1,1, got {word!r}") from error
+    return low, high
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +115,19 @@ def _seed(word: str) -> int:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help=_help_of("data"))
     _add_reading(parser)
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that score many rows for one number."""
+    parser.add_argument("--bound", choices=("ode", "elbo"), default="ode", help="flow or ELBO (default: %(default)s)")
+    parser.add_argument("--samples", type=int, help="times and noises per row of the ELBO (default: 64)")
+    parser.add_argument("--stderr", type=float, help="standard error of the mean to stop at, nats")
+    parser.add_argument("--max-rows", type=int, help="rows to score at most")
+    _add_places(parser)
+    _add_batch_size(parser, "solved")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop after so long")
+    _add_seed(parser)
+    _add_common(parser)
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +169,7 @@ def _add_loglik(command: Command) -> None:
     _add_data(parser)
     parser.add_argument("--out", type=Path, required=True, help="file to write: .csv, .tsv, .parquet, .npz")
     parser.add_argument("--stderr", type=float, help="standard error to reach for every row, nats")
+    _add_places(parser)
     _add_batch_size(parser, "solved")
     _add_seed(parser)
     _add_common(parser)
@@ -138,14 +184,22 @@ def _add_evaluate(command: Command) -> None:
     _add_model(parser)
     _add_data(parser)
     parser.add_argument("--out", type=Path, help="folder for the rows scored and evaluation.json")
-    parser.add_argument("--bound", choices=("ode", "elbo"), default="ode", help="flow or ELBO (default: %(default)s)")
-    parser.add_argument("--samples", type=int, help="times and noises per row of the ELBO (default: 64)")
-    parser.add_argument("--stderr", type=float, help="standard error of the mean to stop at, nats")
-    parser.add_argument("--max-rows", type=int, help="rows to score at most")
-    _add_batch_size(parser, "solved")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop after so long")
-    _add_seed(parser)
-    _add_common(parser)
+    _add_scoring(parser)
+
+
+def _add_compare(command: Command) -> None:
+    parser = command(
+        "compare", "comparing:run_compare", "which of two models is better on the rows of a file",
+        "Both score the same rows in the same order. The difference of the mean negative log-likelihoods is in the\n"
+        "units of the data, with the standard error of the paired differences. With --out the scores of both, the\n"
+        "result and a picture are kept there, and a comparison that was stopped goes on.",
+    )  # fmt: skip
+    for name in "ab":
+        parser.add_argument(f"model_{name}", metavar=f"MODEL_{name.upper()}", help=MODEL)
+    _add_cond(parser)
+    _add_data(parser)
+    parser.add_argument("--out", type=Path, help="folder for the rows scored, comparison.json and comparison.png")
+    _add_scoring(parser)
 
 
 def _add_sample(command: Command) -> None:
@@ -167,6 +221,11 @@ def _add_sample(command: Command) -> None:
         help="a sampler: ode, sde, unipc, dpmpp_2m, ddpm, ...; a wrong name is answered by all (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, help="steps on a grid; without it ode, sde and others choose their own")
+    parser.add_argument("--nfe", type=int, help="instead of --steps: network evaluations per row")
+    parser.add_argument("--grid", help="where the steps are: uniform, logsnr, karras, ... (default: uniform)")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; needs --cond")
+    parser.add_argument("--denoise", action="store_true", help="end with an estimate of x in place of the noisy state")
+    _add_places(parser)
     _add_batch_size(parser, "drawn")
     _add_seed(parser)
     _add_common(parser)
@@ -177,7 +236,7 @@ def _add_info(command: Command) -> None:
         "info", "info:run_info", "say what a run or a file of data holds",
         "Of a run: its settings, model, size and how far the training got. Of data: shape, columns, values.",
     )  # fmt: skip
-    parser.add_argument("path", type=Path, help="folder of a run, or rows in any format that train reads")
+    parser.add_argument("path", help="a model, or rows in any format that train reads")
     _add_reading(parser)
 
 

@@ -16,14 +16,15 @@ makes the model, with the data the training.
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ndm_ct._core.checks import some
 from ndm_ct.cli.settings import Settings
 from ndm_ct.data.sources import Standardised
 from ndm_ct.files import Rows
@@ -45,10 +46,12 @@ class Run:
     Args:
         model: the model of standardised rows, or of levels.
         settings: the settings of its training.
-        mean: m, shape ``(*E)`` or one number; None for levels.
-        scale: s, of the same shape; None for levels.
+        mean: m, shape ``(*E)`` or one number; None for levels, and for a model in the units of the data.
+        scale: s, of the same shape; None likewise.
         bins: the bins of integer data; None for real values.
         columns: names of the columns of a table; None if it has none.
+        dequantisation: noise in the bins of integer data.
+        identity: hash of all that scores and samples depend on.
     """
 
     model: NDM
@@ -57,6 +60,8 @@ class Run:
     scale: Tensor | None
     bins: Quantisation | None
     columns: tuple[str, ...] | None
+    dequantisation: str = "process"
+    identity: str = ""
 
     @staticmethod
     def load(folder: PathLike) -> "Run":
@@ -73,7 +78,7 @@ class Run:
             raise FileNotFoundError(
                 f"{str(folder)!r} holds a training that has not finished; go on with: ndm-ct train --out {folder}"
             )
-        return run_of(load(folder / "model.safetensors"), config)
+        return replace(run_of(load(folder / "model.safetensors"), config), identity=fingerprint(folder))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,6 +91,30 @@ class Run:
         if self.scale is None:
             return 0.0
         return float(self.scale.log().expand(self.model.event_shape).sum())
+
+    def matched(self, rows: Rows, source: str) -> Rows:
+        """The columns of a table that the model knows, by name and in its order, with a note on what that changed.
+
+        Args:
+            rows: what was read.
+            source: where from, for messages.
+
+        Raises:
+            ValueError: a column that the model needs is missing.
+        """
+        needed, found = self.columns, rows.columns
+        if not needed or not found or needed == found:
+            return rows
+        missing = [name for name in needed if name not in found]
+        if missing:
+            raise ValueError(
+                f"{source} has the columns {', '.join(found)}, the model was trained on {', '.join(needed)}; "
+                f"{some(missing)} {'is' if len(missing) == 1 else 'are'} missing."
+            )
+        others = [name for name in found if name not in needed]
+        note = f"left out: {some(others)}" if others else "columns are taken in the model's order"
+        values = rows.values[:, [found.index(name) for name in needed]]
+        return replace(rows, values=values, columns=needed, notes=(*rows.notes, note))
 
     def of(self, rows: Rows, source: str, chosen: np.ndarray | None = None) -> Any:
         """Rows as the model takes them, standardised or levels.
@@ -105,28 +134,26 @@ class Run:
             raise ValueError(
                 f"{source} holds rows of shape {tuple(values.shape[1:])}, the model has {self.model.event_shape}."
             )
-        if self.columns and rows.columns and rows.columns != self.columns:
-            raise ValueError(
-                f"{source} has the columns {', '.join(rows.columns)}, the model was trained on "
-                f"{', '.join(self.columns)}."
-            )
         if self.bins is not None:
             return _levels(values if chosen is None else values[chosen], self.bins.levels, source).to(self.model.device)
         if rows.levels:
             raise ValueError(f"{source} holds integer levels of images, the model was trained on real values.")
-        assert self.mean is not None
-        assert self.scale is not None
-        dtype = cast(torch.dtype, self.model.dtype)
-        lazy = Standardised(values, self.mean, self.scale, dtype, self.model.device, chosen)
+        dtype = self.model.dtype or torch.get_default_dtype()
+        lazy = Standardised(values, *self._units, dtype, self.model.device, chosen)
         return lazy if isinstance(values, np.memmap) else lazy[:]
 
     def units(self, z: Tensor) -> Tensor:
         """Samples of the model in the units of the rows; levels as uint8, or int64 above 256 of them."""
         if self.bins is not None:
             return self.bins.nearest(z).to(torch.uint8 if self.bins.levels <= 256 else torch.int64)
-        assert self.mean is not None
-        assert self.scale is not None
-        return z.double() * self.scale + self.mean
+        mean, scale = self._units
+        return z.double() * scale + mean
+
+    @property
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """m and s; zero and one for a model in the units of the data."""
+        one = torch.ones((), dtype=torch.float64)
+        return (0.0 * one if self.mean is None else self.mean), (one if self.scale is None else self.scale)
 
 
 def _levels(given: Any, levels: int, source: str) -> Tensor:

@@ -2,14 +2,16 @@
 
 import argparse
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ndm_ct.cli.batches import batches_of, finished_columns, generators_of, load_run, rows_of
+from ndm_ct.cli.batches import batches_of, conditions, finished_columns, generators_of, rows_of, written_conditions
+from ndm_ct.cli.comparing import evaluate_run
+from ndm_ct.cli.models import load_run
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import Run
-from ndm_ct.evaluation import evaluate
 from ndm_ct.files import TABLES, write_table
 from ndm_ct.likelihood.api import loglik
 from ndm_ct.likelihood.bits import bits_per_dim
@@ -25,12 +27,15 @@ def run_loglik(options: argparse.Namespace) -> int:
     if run.bins is not None and options.stderr is not None:
         raise UsageError("--stderr is for real values; integers are scored through noise in their bins.")
     values = rows_of(options, run)
+    given = conditions(options, len(values), run)
 
     def make(rows: slice) -> dict[str, Tensor]:
-        return _scores(run, values[rows], options.stderr, generators_of(options, rows))
+        cond = {name: value[rows] for name, value in given.items()}
+        return _scores(run, values[rows], options.stderr, generators_of(options, rows), cond)
 
     data = hash_values(values[rows] for rows in batches_of(options, len(values)))
-    with finished_columns(options, len(values), {"data": data, "stderr": options.stderr}, make) as columns:
+    settings = {"data": data, "stderr": options.stderr} | written_conditions(options)
+    with finished_columns(options, run, len(values), settings, make) as columns:
         write_table(options.out, {"row": torch.arange(len(values))} | columns)
     good = columns["log_p"][columns["log_p"].isfinite()]
     failed = len(values) - len(good)
@@ -41,13 +46,23 @@ def run_loglik(options: argparse.Namespace) -> int:
     return 0
 
 
-def _scores(run: Run, x: Tensor, stderr: float | None, generators: list[torch.Generator]) -> dict[str, Tensor]:
+def _scores(
+    run: Run, x: Tensor, stderr: float | None, generators: list[torch.Generator], cond: dict[str, Any]
+) -> dict[str, Tensor]:
     """Columns of a batch, float64 on the CPU."""
     if run.bins is None:
-        log_p, info = loglik(run.model, x, stderr=stderr, on_failure="nan", generator=generators, return_info=True)
+        log_p, info = loglik(
+            run.model, x, stderr=stderr, on_failure="nan", generator=generators, return_info=True, **cond
+        )
         return {"log_p": log_p.double().cpu() - run.log_scale, "stderr": info.stderr.double().cpu()}
     bits, levels = bits_per_dim(
-        run.model, x, quantisation=run.bins, dequantisation="process", generator=generators, return_info=True
+        run.model,
+        x,
+        quantisation=run.bins,
+        dequantisation=run.dequantisation,
+        generator=generators,
+        return_info=True,
+        **cond,
     )
     per_bit = x[0].numel() * math.log(2.0)
     return {
@@ -59,19 +74,10 @@ def _scores(run: Run, x: Tensor, stderr: float | None, generators: list[torch.Ge
 
 def run_evaluate(options: argparse.Namespace) -> int:
     run = load_run(options)
-    elbo = options.bound == "elbo"
-    if options.samples is not None and not elbo:
+    if options.samples is not None and options.bound != "elbo":
         raise UsageError("--samples is for --bound elbo.")
-    samples = 64 if options.samples is None else options.samples
-    centred = run.bins is not None and not elbo
-    result = evaluate(
-        run.model, rows_of(options, run), quantisation=run.bins,
-        dequantisation="process" if centred else "uniform", bound=options.bound,
-        samples=samples if elbo else None, stderr=options.stderr, batch_size=options.batch_size,
-        max_rows=options.max_rows, on_failure="raise" if elbo else "nan", seed=options.seed, run_dir=options.out,
-        progress=not options.quiet, time_limit=options.time_limit,
-    )  # fmt: skip
-    if run.bins is None:
+    result = evaluate_run(options, run, options.out)
+    if run.mean is not None:
         print(f"NLL {result.nll + run.log_scale:.6g} ± {result.stderr:.2g} nats per row, in the units of the data")
-    print(result if run.bins is not None else f"standardised: {result}")
+    print(f"standardised: {result}" if run.mean is not None else result)
     return 0 if result.finished else 130

@@ -41,6 +41,7 @@ the grid has.
 from collections.abc import Callable
 from functools import partial
 
+from ndm_ct._core.noise import normal_like
 from ndm_ct.model import NDM
 from ndm_ct.samplers.base import Sampler
 from ndm_ct.samplers.deployed import FixedGrid
@@ -68,6 +69,7 @@ __all__ = [
     "RungeKutta",
     "Sampler",
     "UniPC",
+    "normal_like",
 ]
 
 NAMES: dict[str, Callable[[NDM], Sampler]] = {

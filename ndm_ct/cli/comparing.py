@@ -1,0 +1,122 @@
+r"""``ndm-ct compare``: which of two models is better on the rows of a file, by paired differences.
+
+Each model scores the rows in its own units, standardised or mapped as it was trained, with the same seed, so that both
+meet the same rows in the same order. The difference of a row, in the units of the data, is
+
+.. math::
+    d_i = \bigl(\ell^a_i + \textstyle\sum_j \log s^a_j\bigr) - \bigl(\ell^b_i + \sum_j \log s^b_j\bigr) .
+"""
+
+import argparse
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ndm_ct.cli.batches import conditions, rows_of
+from ndm_ct.cli.models import load_run
+from ndm_ct.cli.runs import Run
+from ndm_ct.evaluation import Evaluation, evaluate
+from ndm_ct.evaluation.results import figures, mean
+from ndm_ct.storage import write_atomically
+
+__all__ = ["evaluate_run", "run_compare"]
+
+
+def evaluate_run(options: argparse.Namespace, run: Run, folder: Path | None) -> Evaluation:
+    """The mean negative log-likelihood of the file that is named, in the units of the model.
+
+    Args:
+        options: of the command.
+        run: the model.
+        folder: where scores are kept; None for nowhere.
+    """
+    rows, elbo = rows_of(options, run), options.bound == "elbo"
+    return evaluate(
+        run.model, rows, quantisation=run.bins, cond=conditions(options, len(rows), run),
+        dequantisation=run.dequantisation if run.bins is not None and not elbo else "uniform",
+        bound=options.bound, samples=(64 if options.samples is None else options.samples) if elbo else None,
+        stderr=options.stderr, batch_size=options.batch_size, max_rows=options.max_rows,
+        on_failure="raise" if elbo else "nan", seed=options.seed, run_dir=folder, progress=not options.quiet,
+        time_limit=options.time_limit,
+    )  # fmt: skip
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    runs = [load_run(options, name) for name in (options.model_a, options.model_b)]
+    kinds = [run.bins is not None for run in runs]
+    if kinds[0] != kinds[1]:
+        raise ValueError("one model is of integers and the other of reals: a probability and a density do not compare.")
+    folders = [None if options.out is None else options.out / name for name in "ab"]
+    results = [evaluate_run(options, run, folder) for run, folder in zip(runs, folders, strict=True)]
+    both = _paired(runs, results)
+    if len(both) == 0:
+        raise ValueError("no row was scored by both models; give more time, or see which rows fail: ndm-ct loglik.")
+    finished = all(result.finished for result in results)
+    found = _compared(options, both, math.prod(runs[0].model.data_shape) if kinds[0] else None)
+    print(_sentence(options, found))
+    if options.out is not None:
+        write_atomically(options.out / "comparison.json", json.dumps(found | {"finished": finished}, indent=2).encode())
+        _plot(both, found, options.out / "comparison.png")
+    return 0 if finished else 130
+
+
+def _paired(runs: list[Run], results: list[Evaluation]) -> Tensor:
+    """Negative log-likelihoods of both models, ``(rows, 2)``, nats, of the rows that both have scored."""
+    columns = []
+    for run, result in zip(runs, results, strict=True):
+        shift = run.log_scale
+        columns.append(dict(zip(result.indices.tolist(), (result.values + shift).tolist(), strict=True)))
+    shared = [index for index in columns[0] if index in columns[1]]
+    return torch.tensor([[column[index] for column in columns] for index in shared], dtype=torch.float64).reshape(-1, 2)
+
+
+def _compared(options: argparse.Namespace, both: Tensor, dims: int | None) -> dict[str, Any]:
+    (a, error_a), (b, error_b), (d, error) = (mean(values) for values in (*both.T, both[:, 0] - both[:, 1]))
+    found = {
+        "model_a": str(options.model_a), "model_b": str(options.model_b), "data": str(options.data),
+        "bound": options.bound, "seed": options.seed, "rows": len(both), "difference": d, "stderr": error, "nll_a": a,
+        "stderr_a": error_a, "nll_b": b, "stderr_b": error_b,
+    }  # fmt: skip
+    per_bit = None if dims is None else dims * math.log(2.0)
+    return found | ({} if per_bit is None else {"bits_per_dim": d / per_bit, "bits_stderr": error / per_bit})
+
+
+def _sentence(options: argparse.Namespace, found: dict[str, Any]) -> str:
+    d, error = found["difference"], found["stderr"]
+    line = f"NLL a - b = {figures(d, error)} nats per row"
+    if "bits_per_dim" in found:
+        line += f" ({figures(found['bits_per_dim'], found['bits_stderr'])} bits/dim)"
+    line += f"; a {figures(found['nll_a'], found['stderr_a'])}, b {figures(found['nll_b'], found['stderr_b'])}"
+    line += f"; {found['rows']} rows\n"
+    if not abs(d) > 2.0 * error:
+        return line + "the rows do not tell the two apart: the difference is within two standard errors"
+    better = options.model_a if d < 0.0 else options.model_b
+    return line + f"{better} is better, by {abs(d) / error:.2g} standard errors"
+
+
+def _plot(both: Tensor, found: dict[str, Any], path: Path) -> None:
+    """The differences of single rows, and their mean with twice its error."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    d = (both[:, 0] - both[:, 1]).numpy()
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(
+        d, bins=min(60, max(5, round(math.sqrt(len(d))))), range=tuple(np.quantile(d, [0.005, 0.995])), color="0.7"
+    )
+    low, high = found["difference"] - 2 * found["stderr"], found["difference"] + 2 * found["stderr"]
+    axes.axvspan(low, high, alpha=0.4, label="mean ± 2 standard errors")
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.set(xlabel="NLL a - b of a row, nats (right of zero: b is better)", ylabel="rows")
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    write_atomically(path, picture.getvalue())
