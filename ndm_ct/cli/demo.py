@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_ct import nn
+from ndm_ct import nn, plots
 from ndm_ct.divergence import Hutchinson
 from ndm_ct.likelihood.bits import bits_per_dim
 from ndm_ct.model import NDM
@@ -181,58 +181,10 @@ def _write(
         for method, grid in (("ode", None), ("ddpm", 100)):
             generator = torch.Generator().manual_seed(seed)
             rows[f"{name}, {method}"] = sample(model, 12, method=method, steps=grid, generator=generator)
-    _grid(out / "samples.png", {name: images.clamp(-1.0, 1.0) for name, images in rows.items()}, "samples")
-    _grid(out / "transformation.png", *_transformed(models["NDM"], BINS.centres(test[:12], torch.float32)))
-    _curves(out / "training.png", fits, steps)
-
-
-def _transformed(model: NDM, x: Tensor) -> tuple[dict[str, Tensor], str]:
-    rows = {}
-    with torch.no_grad(), model.evaluating():
-        for t in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-            rows[f"t = {t:.1f}"] = model.transform(x, torch.tensor(t, dtype=torch.float64))
-    return rows, "F(x, t) of test digits"
-
-
-def _grid(path: Path, rows: dict[str, Tensor], title: str) -> None:
-    """One row of images per entry, grey from -1 to 1, or symmetrically further where a row exceeds it."""
-    from matplotlib.figure import Figure
-
-    columns = max(len(images) for images in rows.values())
-    figure = Figure(figsize=(0.8 * columns + 1.6, 0.8 * len(rows) + 0.6), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (label, images) in zip(axes, rows.items(), strict=True):
-        limit = max(1.0, float(images.abs().max()))
-        for axis, image in zip(row, images, strict=False):
-            axis.imshow(image[0].numpy(), cmap="gray", vmin=-limit, vmax=limit)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
-
-
-def _curves(path: Path, fits: dict[str, FitResult], steps: int) -> None:
-    """Training bound over steps and over seconds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axis, key in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), strict=True):
-        for name, trained in fits.items():
-            axis.plot(*_series(trained, key), label=name, linewidth=1.2)
-        axis.set_xlabel(key)
-        axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("training bound, bits/dim")
-    figure.axes[0].legend()
-    figure.suptitle(f"digits, {steps} steps", fontsize=10)
-    figure.savefig(path, dpi=110)
-
-
-def _series(trained: FitResult, key: str) -> tuple[Sequence[float], Sequence[float]]:
-    """The history without its first tenth, whose values would set the scale."""
-    rows = trained.history[len(trained.history) // 10 :]
-    return [row[key] for row in rows], [row["bits_per_dim"] for row in rows]
+    plots.save(plots.image_rows(rows, title="samples", quantisation=BINS), out / "samples.png")
+    changed = plots.forward_process(models["NDM"], BINS.centres(test[:10], torch.float32), times=(0.0, 0.5, 1.0))
+    plots.save(changed, out / "transformation.png")
+    plots.save(plots.training(fits), out / "training.png")
 
 
 def run_demo(options: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """``ndm-ct train``: settings and rows become a model in the folder of a run."""
 
 import argparse
-import io
 import json
 import math
 import sys
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ndm_ct import transforms
+from ndm_ct import plots, transforms
 from ndm_ct._core.checks import usable_device
 from ndm_ct._core.seeds import derive_seeds
 from ndm_ct._core.versions import versions
@@ -78,24 +77,9 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _plot_training(result: FitResult, path: Path) -> None:
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print('no plot of the training: pip install "ndm-ct[demo]"', file=sys.stderr)
-        return
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    bits = bool(result.history) and "bits_per_dim" in result.history[-1]
-    axes.plot([r["step"] for r in result.history], [r["bits_per_dim" if bits else "loss"] for r in result.history],
-              label="training", linewidth=0.8)  # fmt: skip
-    if result.validation:
-        held = [r["validation_bits_per_dim"] if bits else -r["validation_elbo"] for r in result.validation]
-        axes.plot([r["step"] for r in result.validation], held, "o-", markersize=3, label="validation")
-    axes.set(xlabel="step", ylabel="bits per dimension" if bits else "bound, nats of standardised rows")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    write_atomically(path, picture.getvalue())
+        plots.save(plots.training(result), path)
+    except ImportError as error:
+        print(f"no plot of the training: {error}", file=sys.stderr)
 
 
 def build(

@@ -94,7 +94,16 @@ def test_names_in_the_pages_exist():
 
 
 def test_pages_with_code_are_those_that_have_some():
-    assert PAGES == ["backends", "command_line", "error_bars", "index", "migrating", "models_of_others", "own_parts", "training"]
+    assert PAGES == [
+        "backends",
+        "command_line",
+        "error_bars",
+        "index",
+        "migrating",
+        "models_of_others",
+        "own_parts",
+        "training",
+    ]
 
 
 def test_names_in_docstrings_exist():
