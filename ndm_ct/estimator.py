@@ -8,29 +8,47 @@ probability flow of a diffusion. The model has the rows pass a map of their quan
 whose log-determinant is part of :math:`p_{NDM}`. The density is exact up to 32 columns and beyond that an unbiased
 estimate.
 
+Rounded columns, categories, bounds and circles have their own changes of variables, and rounded columns and categories
+are scored by probabilities (:mod:`ndm_ct.columns`). With missing values the model learns all conditionals,
+:math:`p(x_T \mid x_O)` for targets T and observed columns O, so that a row is scored by the values that it has.
+
 References:
     Pedregosa et al., Scikit-learn: Machine Learning in Python, https://jmlr.org/papers/v12/pedregosa11a.html
     Kingma et al., Variational Diffusion Models, https://arxiv.org/abs/2107.00630
 """
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ndm_ct._core.checks import choose, usable_device, validate_count
 from ndm_ct._core.seeds import derive_seeds, make_generator
-from ndm_ct.columns import MARGINALS, InTurn, fit_table, repeated_values
-from ndm_ct.divergence import EXACT_UP_TO
-from ndm_ct.likelihood import api as likelihood
+from ndm_ct.columns import (
+    MARGINALS,
+    OBSERVED,
+    SAMPLES,
+    TARGET,
+    UNKNOWN,
+    Coding,
+    Column,
+    Table,
+    Values,
+    columns_of,
+    draw_noise,
+    masked_to_nan,
+    numbers_and_words,
+    repeated_values,
+    summary,
+    values_in,
+)
 from ndm_ct.model import NDM
-from ndm_ct.nn import MLP, FromZuko, Preconditioned
-from ndm_ct.samplers.sample import sample
+from ndm_ct.nn import FromZuko
 from ndm_ct.schedules.fixed import LinearLogSNR
 from ndm_ct.training.fit import fit
-from ndm_ct.transforms import Flow, Identity, Transform
 
 try:
     from sklearn.base import BaseEstimator, DensityMixin
@@ -44,6 +62,10 @@ __all__ = ["NDMDensity"]
 _ROWS_AT_ONCE = 2048
 _LEAST_VALIDATION = 10
 _CURE = "add noise uniform over the width of a bin, or leave them out"
+_NEEDS_CONDITIONALS = (
+    "NaN (missing values), given= and impute need a model of all conditionals: fit with conditionals=True, or with "
+    "rows of which some have missing values."
+)
 
 
 class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
@@ -64,6 +86,13 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         gamma_min: :math:`\gamma(0)`. The density is that of the mapped rows with noise of standard deviation
             :math:`e^{\gamma_{min}/2}`. None chooses it from the rows, between -14 and -9: an eighth of the width of
             the kernel that predicts each row best from the others.
+        columns: kinds of columns, by their names, or by their numbers where they have none: a kind ("continuous",
+            "rounded", "integer", "categorical", "circular", "constant", "left out"), or a dict of ``kind`` and its
+            entries, such as ``{"kind": "circular", "period": 360}`` or ``{"kind": "continuous", "low": 0}``
+            (:mod:`ndm_ct.columns.kinds` lists them). Columns that are not named are inferred, and a warning says how.
+            A single kind holds for all columns.
+        conditionals: whether the model learns all conditionals, for ``given=``, ``impute`` and missing values. "auto"
+            does where the training rows have missing values. Columns are not whitened then.
         validation_fraction: share of the rows held out for early stopping. 0 trains all steps on all rows. So do tables
             of which fewer than ten rows would be held out.
         patience: number of validations without improvement (out of 20 in total) after which training stops early. None
@@ -74,8 +103,11 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         model_: the :class:`~ndm_ct.NDM` of standardised rows, trained in float32, kept in float64.
-        mean_: m, shape ``(n_features,)``.
-        scale_: s, shape ``(n_features,)``; 1 for constant columns.
+        columns_: the kind of every column, :class:`ndm_ct.columns.Column`.
+        summary_: a text with a line for every column: kind, range, missing values, and what is done.
+        unit_: what a score is: the columns with a density and those with a probability.
+        mean_: m of the columns with a density or bins, a number for each, two for circles.
+        scale_: s of these.
         gamma_min_: :math:`\gamma(0)`.
         n_steps_: optimiser steps done.
         validation_: rows of the training's validation, see :class:`~ndm_ct.FitResult`.
@@ -101,6 +133,8 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         flow: int = 0,
         marginals: str = "spline",
         gamma_min: float | None = None,
+        columns: Any = None,
+        conditionals: bool | str = "auto",
         validation_fraction: float = 0.1,
         patience: int | None = 4,
         random_state: Any = None,
@@ -116,6 +150,8 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.flow = flow
         self.marginals = marginals
         self.gamma_min = gamma_min
+        self.columns = columns
+        self.conditionals = conditionals
         self.validation_fraction = validation_fraction
         self.patience = patience
         self.random_state = random_state
@@ -126,12 +162,14 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """Train the density.
 
         Args:
-            X: rows ``(n_samples, n_features)``, two or more.
+            X: rows ``(n_samples, n_features)``, two or more: numbers, or a DataFrame or an array of objects with words.
+                NaN, None and pandas' NA are missing values.
             y: ignored; part of scikit-learn's interface.
             sample_weight: weights of the rows, ``(n_samples,)``, at least 0; the density is that of rows repeated so
                 often. Rows of weight 0 are left out. None weighs rows equally.
 
-        Columns whose values repeat have no density; a warning names them.
+        A warning says which kinds of columns were inferred, and which columns have no density because their values
+        repeat without being rounded.
 
         Raises:
             ValueError: scikit-learn does not accept the data, a parameter is out of range, or the device is missing.
@@ -140,129 +178,277 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(f"validation_fraction must be in [0, 1), got {self.validation_fraction!r}.")
         choose("marginals", self.marginals, MARGINALS)
-        rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
-        said = repeated_values(rows, getattr(self, "feature_names_in_", None), _CURE)
-        if said:
-            warnings.warn(said, stacklevel=2)
+        values = _read(self, X, reset=True)
+        columns = columns_of(values, self.columns)
+        self.columns_, self.summary_, self.unit_ = columns, summary(columns, values), _unit(columns)
+        _say(self, values)
         weights = None
         if sample_weight is not None:
-            weights = _check_sample_weight(sample_weight, rows, dtype=np.float64)
+            weights = _check_sample_weight(sample_weight, values.numbers, dtype=np.float64)
             if (weights < 0.0).any() or (weights > 0.0).sum() < 2:
                 raise ValueError("sample_weight must be at least 0, and positive for two or more rows.")
-            rows, weights = rows[weights > 0.0], weights[weights > 0.0]
+            values = Values(values.numbers[weights > 0.0], values.names, values.words)
+            weights = weights[weights > 0.0]
         random = check_random_state(self.random_state)
-        self.mean_, spread = rows.mean(axis=0), rows.std(axis=0)
-        self.scale_ = np.where(spread > 10.0 * np.finfo(np.float64).eps * np.abs(rows).max(axis=0), spread, 1.0)
-        z = torch.from_numpy((rows - self.mean_) / self.scale_).float()
-        z, options = self._hold_out(z, weights, random)
+        numbers = Coding(columns).places_of(values)
+        self.table_ = _measure(self, numbers, weights, random)
+        self.mean_, self.scale_ = self.table_.coding.mean, self.table_.coding.scale
+        self.gamma_min_ = self.table_.gamma_min
+        kept, held_out, options = _hold_out(self, len(numbers), weights, random)
         seed = int(random.randint(2**31 - 1))
-        with torch.random.fork_rng([]):
-            torch.manual_seed(derive_seeds(seed, "weights")[0])
-            net = MLP(z.shape[1], width=self.width, depth=self.depth, dropout=self.dropout)
-            transform = self._transform(z)
-        model = NDM(
-            Preconditioned(net), (z.shape[1],), transform=transform, schedule=LinearLogSNR(self.gamma_min_, 5.0)
-        )
-        model.to(self._device())
+        model = _untrained(self, seed, numbers).to(_device(self.device))
+        draws = np.random.default_rng(derive_seeds(seed, "rows"))
+        x, cond, places = self.table_.training_rows(numbers[kept], draws)
+        if weights is not None:
+            options["sample_weight"] = weights[kept][places]
+        if len(held_out):
+            options["validation"], options["validation_cond"], _ = self.table_.training_rows(
+                numbers[held_out], draws, copies=1
+            )
         result = fit(
-            model, z, steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed, progress=bool(self.verbose),
-            **options,
+            model, x, cond=cond, steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed,
+            progress=bool(self.verbose), **options,
         )  # fmt: skip
         # In float64 the steps of the solver, and with them the scores, do not depend on the batch.
         self.model_ = model.eval().requires_grad_(False).double()
         self.n_steps_, self.validation_ = result.step, result.validation
         return self
 
-    def _hold_out(
-        self, z: Tensor, weights: np.ndarray | None, random: np.random.RandomState
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The rows to train on, and the options of the training that weigh them and hold the others out.
-
-        Rows that are held out are drawn again by their weights, because validation weighs rows equally.
-        """
-        held_out = int(self.validation_fraction * len(z))
-        if held_out < _LEAST_VALIDATION:
-            return z, {} if weights is None else {"sample_weight": weights}
-        order = random.permutation(len(z))
-        kept, others = order[held_out:], order[:held_out]
-        options: dict[str, Any] = {"validate_every": max(1, self.steps // 20), "patience": self.patience}
-        if weights is not None:
-            others = random.choice(others, held_out, p=weights[others] / weights[others].sum())
-            options["sample_weight"] = weights[kept]
-        return z[torch.from_numpy(kept)], options | {"validation": z[torch.from_numpy(others)]}
-
-    def _transform(self, z: Tensor) -> Transform:
-        """The transform F for standardised rows z. It sets the noise at t = 0, which depends on F(z)."""
-        column_map, self.gamma_min_ = fit_table(z.numpy(), self.marginals, self.gamma_min)
-        parts: list[nn.Module] = [] if column_map is None else [column_map.float()]
-        if self.flow:
-            parts.append(self._spline_flow(z.shape[1]))
-        if not parts:
-            return Identity()
-        return Flow(parts[0] if len(parts) == 1 else InTurn(*parts))
-
-    def _spline_flow(self, columns: int) -> nn.Module:
-        try:
-            import zuko
-        except ImportError as error:
-            raise ImportError(f"flow={self.flow!r} needs zuko: pip install zuko, or take flow=0.") from error
-        hidden = (max(8, self.width // 2),) * 2
-        return FromZuko(zuko.flows.NSF(columns, transforms=self.flow, hidden_features=hidden))
-
     def score_samples(
-        self, X: Any, *, batch_size: int | None = None, return_std: bool = False
-    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        self, X: Any, *, given: Sequence[Any] = (), samples: int = SAMPLES, batch_size: int | None = None,
+        return_std: bool = False,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Log-density of every row of X, in nats per row in the units of X, shape ``(n_samples,)``.
 
-        Beyond 32 columns it is an estimate. The row itself seeds its noise, so equal rows get equal numbers.
+        Of rounded columns and categories it is a probability (``unit_``). Missing values are integrated out. A value
+        without mass, outside of bounds or of an unknown category, gives minus infinity. Beyond 32 columns, and with
+        rounded or circular columns, the score is an estimate. The row itself seeds its noise, so equal rows get equal
+        numbers.
 
         Args:
             X: rows ``(n_samples, n_features)``.
+            given: columns to condition on; the score is that of the others given these. Needs ``conditionals``.
+            samples: K, points in bins and on radii that are averaged, if there are rounded or circular columns. The
+                expected score rises with K to the exact one, and the time is proportional to K.
             batch_size: rows scored at a time. The densities do not depend on it, memory and speed do; None bounds the
                 memory.
-            return_std: also return the standard errors of the estimates, ``(n_samples,)``, nats; 0 up to 32 columns.
+            return_std: also return the standard errors of the estimates, ``(n_samples,)``, nats; 0 where exact.
         """
-        z = self._standardised(X)
-        size = _ROWS_AT_ONCE if batch_size is None else validate_count("batch_size", batch_size)
-        found: list[tuple[Tensor, ...]] = []
-        for part in z.split(size):
-            options: dict[str, Any] = {"batch_size": batch_size, "generator": self._generators(part)}
-            if return_std:
-                log_p, info = likelihood.loglik(self.model_, part, return_info=True, **options)
-                found.append((log_p, info.stderr))
-            else:
-                found.append((likelihood.loglik(self.model_, part, **options),))
-        scores, *std = (torch.cat(parts).double().cpu().numpy() for parts in zip(*found, strict=True))
-        scores = scores - np.log(self.scale_).sum()
-        return (scores, std[0]) if return_std else scores
+        numbers = _numbers(self, X)
+        K = validate_count("samples", samples)
+        size = max(1, _ROWS_AT_ONCE // K) if batch_size is None else validate_count("batch_size", batch_size)
+        roles = _roles(self.table_, numbers, given)
+        found = []
+        for start in range(0, len(numbers), size):
+            part = slice(start, start + size)
+            rows = numbers[part]
+            found.append(self.table_.score(
+                self.model_, rows, draw_noise(_generators(rows, "bins"), K, self.table_.coding.noises),
+                roles=None if roles is None else roles[part],
+                generator=_generators(rows, "row", self.model_.device), batch_size=batch_size,
+            ))  # fmt: skip
+        scores, errors = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return (scores, errors) if return_std else scores
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of :meth:`score_samples`, nats per row; y is ignored."""
         return float(np.mean(self.score_samples(X)))
 
-    def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+    def sample(self, n_samples: int = 1, random_state: Any = None, *, given: Mapping[Any, Any] | None = None) -> Any:
         """Draw rows, ``(n_samples, n_features)``, from the density that is scored.
 
         Args:
             n_samples: number of rows.
             random_state: seed or source of seeds.
+            given: values by name of column, one or n_samples of each; the others are drawn given these. Needs
+                ``conditionals``.
+
+        Returns:
+            An array of numbers; of objects where columns hold words. Columns that were left out are NaN.
         """
         check_is_fitted(self)
-        seed = int(check_random_state(random_state).randint(2**31 - 1))
-        z = sample(self.model_, n_samples, batch_size=_ROWS_AT_ONCE, generator=seed)
-        return z.double().cpu().numpy() * self.scale_ + self.mean_
+        numbers = _given(self.table_, validate_count("n_samples", n_samples), given or {})
+        return _drawn(self, numbers, random_state)
 
-    def _standardised(self, X: Any) -> Tensor:
-        check_is_fitted(self)
-        rows = validate_data(self, X, dtype=np.float64, reset=False)
-        return torch.from_numpy((rows - self.mean_) / self.scale_).to(self.model_.device)
+    def impute(self, X: Any, *, draws: int = 1, random_state: Any = None) -> Any:
+        """Rows with their missing values drawn given the others. Needs ``conditionals``.
 
-    def _generators(self, z: Tensor) -> list[torch.Generator] | None:
-        if z.shape[1] <= EXACT_UP_TO:
-            return None
-        device = self.model_.device or "cpu"
-        return [make_generator("row", row.tobytes(), device=device) for row in z.cpu().numpy()]
+        Args:
+            X: rows ``(n_samples, n_features)`` with missing values.
+            draws: number of completed tables.
+            random_state: seed or source of seeds.
 
-    def _device(self) -> torch.device:
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        return usable_device(default if self.device == "auto" else self.device)
+        Returns:
+            As of :meth:`sample`: ``(n_samples, n_features)``, or ``(draws, n_samples, n_features)`` for several draws.
+        """
+        numbers, count = _numbers(self, X), validate_count("draws", draws)
+        drawn = _drawn(self, np.tile(numbers, (count, 1)), random_state)
+        return drawn if count == 1 else drawn.reshape(count, *numbers.shape)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        return tags
+
+
+def _read(density: NDMDensity, X: Any, *, reset: bool) -> Values:
+    """The values of a table, with names and number of columns checked against those of the training."""
+    X, least = masked_to_nan(X), 1 + reset
+    values = values_in(X)
+    if values is None:
+        rows = validate_data(
+            density, X, dtype=np.float64, reset=reset, ensure_all_finite="allow-nan", ensure_min_samples=least
+        )
+        return Values(rows, tuple(f"x{place}" for place in range(rows.shape[1])), {})
+    validate_data(density, X, reset=reset, skip_check_array=True)
+    for what, count, minimum in (("sample", len(values.numbers), least), ("feature", len(values.names), 1)):
+        if count < minimum:
+            raise ValueError(
+                f"Found array with {count} {what}(s) (shape={values.numbers.shape}) while a minimum of {minimum} is "
+                "required."
+            )
+    return values
+
+
+def _numbers(density: NDMDensity, X: Any) -> np.ndarray:
+    check_is_fitted(density)
+    return density.table_.coding.places_of(_read(density, X, reset=False))
+
+
+def _say(density: NDMDensity, values: Values) -> None:
+    """Print the summary; warn of kinds that were inferred, and of values that repeat without being rounded."""
+    columns = density.columns_
+    if density.verbose:
+        print(density.summary_)
+    plain = [place for place, column in enumerate(columns) if column.is_plain]
+    said = repeated_values(values.numbers[:, plain], [values.names[place] for place in plain], _CURE)
+    if said:
+        warnings.warn(said, stacklevel=3)
+    found = [f"{each.name!r} ({each.kind}: {each.note})" for each in columns if each.note]
+    if found:
+        shown = ", ".join(found[:5]) + f" and {len(found) - 5} more" * (len(found) > 5)
+        warnings.warn(
+            f"values repeat or are words in columns whose kinds were inferred: {shown}. columns= sets kinds.",
+            stacklevel=3,
+        )
+
+
+def _measure(
+    density: NDMDensity, numbers: np.ndarray, weights: np.ndarray | None, random: np.random.RandomState
+) -> Table:
+    """Scales and map of the table."""
+    gaps = bool(np.isnan(numbers[:, Coding(density.columns_).modelled]).any())
+    if density.conditionals not in (True, False, "auto"):
+        raise ValueError(f"conditionals must be True, False or 'auto', got {density.conditionals!r}.")
+    conditionals = gaps if density.conditionals == "auto" else bool(density.conditionals)
+    if gaps and not conditionals:
+        raise ValueError("X contains NaN, missing values, which need conditionals=True or 'auto', got False.")
+    if conditionals and density.flow:
+        raise ValueError(f"flow={density.flow!r} cannot be had with conditionals; take flow=0.")
+    return Table.of(
+        density.columns_, numbers, conditionals=conditionals, marginals=density.marginals,
+        gamma_min=density.gamma_min, weights=weights, random=np.random.default_rng(random.randint(2**31 - 1)),
+    )  # fmt: skip
+
+
+def _hold_out(
+    density: NDMDensity, n: int, weights: np.ndarray | None, random: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Numbers of the rows to train on and of those held out, and the options of the training that go with them.
+
+    Rows that are held out are drawn again by their weights, because validation weighs rows equally.
+    """
+    held_out = int(density.validation_fraction * n)
+    if held_out < _LEAST_VALIDATION:
+        return np.arange(n), np.arange(0), {}
+    order = random.permutation(n)
+    kept, others = order[held_out:], order[:held_out]
+    if weights is not None:
+        others = random.choice(others, held_out, p=weights[others] / weights[others].sum())
+    return kept, others, {"validate_every": max(1, density.steps // 20), "patience": density.patience}
+
+
+def _untrained(density: NDMDensity, seed: int, numbers: np.ndarray) -> NDM:
+    table = density.table_
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derive_seeds(seed, "weights")[0])
+        return table.model(
+            LinearLogSNR(table.gamma_min, 5.0), width=density.width, depth=density.depth, dropout=density.dropout,
+            flow=_spline_flow(density, len(table.coding.mean)) if density.flow else None, shares=table.shares(numbers),
+        )  # fmt: skip
+
+
+def _spline_flow(density: NDMDensity, columns: int) -> nn.Module:
+    try:
+        import zuko
+    except ImportError as error:
+        raise ImportError(f"flow={density.flow!r} needs zuko: pip install zuko, or take flow=0.") from error
+    hidden = (max(8, density.width // 2),) * 2
+    return FromZuko(zuko.flows.NSF(columns, transforms=density.flow, hidden_features=hidden))
+
+
+def _device(name: str) -> torch.device:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    return usable_device(default if name == "auto" else name)
+
+
+def _place(table: Table, name: Any) -> int:
+    names = [column.name for column in table.coding.columns]
+    known = f"x{name}" if isinstance(name, int | np.integer) else str(name)
+    if known not in names:
+        raise ValueError(f"given names the column {name!r}; there are {', '.join(names)}.")
+    return names.index(known)
+
+
+def _roles(table: Table, numbers: np.ndarray, given: Sequence[Any]) -> np.ndarray | None:
+    """The roles of values to score; None for a model without conditionals."""
+    missing = np.isnan(numbers)
+    if not table.conditionals:
+        if len(given) or missing[:, table.coding.modelled].any():
+            raise ValueError(_NEEDS_CONDITIONALS)
+        return None
+    roles = np.where(missing, UNKNOWN, TARGET)
+    for place in (_place(table, name) for name in given):
+        roles[:, place] = np.where(missing[:, place], UNKNOWN, OBSERVED)
+    return roles
+
+
+def _given(table: Table, n: int, given: Mapping[Any, Any]) -> np.ndarray:
+    """Rows ``(n, D)`` with the given values, one or n of each, and NaN elsewhere."""
+    columns = table.coding.columns
+    numbers, words = np.full((n, len(columns)), np.nan), dict[int, tuple[Any, ...]]()
+    for name, value in given.items():
+        place, each = _place(table, name), np.empty(n, dtype=object)
+        each[:] = value if np.ndim(value) else [value] * n
+        numbers[:, place], found = numbers_and_words(str(name), each)
+        words |= {} if found is None else {place: found}
+    return table.coding.places_of(Values(numbers, tuple(column.name for column in columns), words))
+
+
+def _drawn(density: NDMDensity, numbers: np.ndarray, random_state: Any) -> np.ndarray:
+    """Rows with missing values drawn given the others; all of them without a model of conditionals."""
+    table, roles = density.table_, None
+    if table.conditionals:
+        roles = np.where(np.isnan(numbers), TARGET, OBSERVED)
+    elif not np.isnan(numbers).all():
+        raise ValueError(_NEEDS_CONDITIONALS)
+    seed = int(check_random_state(random_state).randint(2**31 - 1))
+    drawn = table.draw(
+        density.model_, len(numbers), (make_generator(seed, "categories"), seed), numbers=numbers, roles=roles,
+        batch_size=_ROWS_AT_ONCE,
+    )  # fmt: skip
+    return table.coding.values_of(drawn)
+
+
+def _generators(rows: np.ndarray, word: str, device: Any = None) -> list[torch.Generator]:
+    """A generator for every row, seeded by the row."""
+    return [make_generator(word, row.tobytes(), device=device or "cpu") for row in rows]
+
+
+def _unit(columns: Sequence[Column]) -> str:
+    """What a score is, in words."""
+    kinds = {
+        "density": [column.name for column in columns if column.features and column.width is None],
+        "probability": [column.name for column in columns if column.is_probability and column.kind != "left out"],
+    }
+    return ", ".join(f"{word} of {', '.join(names)}" for word, names in kinds.items() if names) + "; nats"

@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import ndm_ct
+from ndm_ct import estimator
 from ndm_ct.estimator import NDMDensity
 
 SCALES = np.array([1.0, 10.0, 0.01])
@@ -133,12 +134,15 @@ def test_the_same_seed_gives_the_same_density():
 
 
 def test_constant_columns_do_not_break_it():
+    """They are left out; another value has probability 0."""
     x = np.random.default_rng(0).normal(size=(60, 2))
     x[:, 1] = 3.0
     with pytest.warns(UserWarning, match="1 distinct value"):
         density = NDMDensity(width=8, steps=20, random_state=0).fit(x)
-    assert density.scale_[1] == 1.0
-    assert np.isfinite(density.score_samples(x)).all()
+    alone = NDMDensity(width=8, steps=20, random_state=0).fit(x[:, :1])
+    np.testing.assert_array_equal(density.score_samples(x), alone.score_samples(x[:, :1]))
+    assert density.score_samples([[0.0, 3.5]]) == [-np.inf]
+    assert (density.sample(3)[:, 1] == 3.0).all()
 
 
 def test_pipelines_searches_and_pickles_take_it():
@@ -177,10 +181,11 @@ def test_weights_count_as_repetitions():
 
 def test_held_out_rows_are_drawn_by_their_weights():
     weights = np.where(np.arange(200) < 100, 0.0, 1.0) + 1e-9
-    z = torch.arange(200.0)[:, None]
-    kept, options = NDMDensity(validation_fraction=0.5)._hold_out(z, weights, np.random.RandomState(0))
-    assert float(options["validation"].min()) >= 100.0
-    np.testing.assert_array_equal(options["sample_weight"], weights[kept[:, 0].long().numpy()])
+    density = NDMDensity(validation_fraction=0.5)
+    kept, others, _ = estimator._hold_out(density, 200, weights, np.random.RandomState(0))
+    assert others.min() >= 100
+    assert len(set(kept) | set(others)) <= 200
+    assert not set(kept) & set(others)
 
 
 def test_estimates_come_with_their_errors(fitted):
@@ -227,11 +232,114 @@ def test_a_flow_inside_keeps_units_and_density():
     fresh, exact = rows(500, seed=1)
     gap = density.score_samples(fresh) - exact
     assert abs(gap.mean()) < 0.1
-    latent, logdet = density.model_.transform.to_latent(density._standardised(fresh))
+    latent, logdet = density.model_.transform.to_latent(torch.from_numpy((fresh - density.mean_) / density.scale_))
     assert float(logdet.abs().max()) > 0.05  # it has been learned, and its determinant counts
-    assert float((latent - density._standardised(fresh)).abs().max()) > 0.05
+    assert float((latent - torch.from_numpy((fresh - density.mean_) / density.scale_)).abs().max()) > 0.05
     again = pickle.loads(pickle.dumps(density))
     np.testing.assert_array_equal(again.score_samples(fresh[:20]), density.score_samples(fresh[:20]))
     drawn = density.sample(2000, random_state=0)
     np.testing.assert_allclose(drawn.mean(0) / SCALES, x.mean(0) / SCALES, atol=0.15)
     np.testing.assert_allclose(np.cov((drawn / SCALES).T), np.cov((x / SCALES).T), atol=0.15)
+
+
+def mixed(n, seed=0):
+    """Words, counts that grow with a real value, an hour, and a copy of all with missing values."""
+    generator = np.random.default_rng(seed)
+    k = generator.integers(0, 3, n)
+    x = generator.normal(size=n) + 2.0 * k
+    count = generator.poisson(np.exp(0.3 * x)).clip(max=5)
+    return np.array([["red", "green", "blue"][each] for each in k], dtype=object), x, count
+
+
+@pytest.fixture(scope="module", params=[False, True])
+def of_kinds(request):
+    word, x, count = mixed(600)
+    rows = np.stack([word, x, count], 1)
+    kinds = {
+        "x0": "categorical",
+        "x1": {"kind": "continuous", "low": -9.0},
+        2: {"kind": "integer", "low": 0, "high": 5},
+    }
+    options = {"width": 16, "depth": 1, "batch_size": 128, "steps": 200, "lr": 5e-3, "random_state": 0}
+    return NDMDensity(columns=kinds, conditionals=request.param, **options).fit(rows), rows
+
+
+def test_a_table_of_all_kinds_has_mass_one(of_kinds):
+    """Summed over categories and counts, integrated over the real column; in the units that are said."""
+    density, _ = of_kinds
+    x = np.linspace(-4.5, 9.0, 46)
+    grid = [(word, each, count) for word in ("red", "green", "blue") for count in range(6) for each in x]
+    scores, errors = density.score_samples(np.array(grid, dtype=object), samples=4, return_std=True)
+    error = (x[1] - x[0]) * np.linalg.norm(np.exp(scores) * errors)
+    assert error < 0.03
+    assert np.exp(scores).sum() * (x[1] - x[0]) == pytest.approx(1.0, abs=4.0 * error)
+    assert density.unit_ == "density of x1, probability of x0, x2; nats"
+    outside = np.array([["red", -9.5, 1], ["mauve", 0.0, 1], ["red", 0.0, 6], ["red", 0.0, 1.5]], dtype=object)
+    assert (density.score_samples(outside) == -np.inf).all()
+
+
+def test_values_are_drawn_as_they_came(of_kinds):
+    density, rows = of_kinds
+    drawn = density.sample(300, random_state=0)
+    assert set(drawn[:, 0]) == {"red", "green", "blue"}
+    assert set(drawn[:, 2]) <= set(range(6))
+    assert (drawn[:, 1] > -9.0).all()
+    red = (rows[:, 0] == "red").mean()
+    assert abs((drawn[:, 0] == "red").mean() - red) < 5.0 * (red * (1.0 - red) / 300) ** 0.5
+
+
+def test_conditionals_are_one_model(of_kinds):
+    """log p(a, b) = log p(a) + log p(b | a) holds where both sides are of one model, to what its training reached."""
+    density, rows = of_kinds
+    hidden = rows[:50].copy()
+    hidden[:, 1:] = None
+    if not density.conditionals:
+        for wrong in (
+            lambda: density.score_samples(hidden), lambda: density.sample(2, given={"x1": 0.0}),
+            lambda: density.score_samples(rows[:2], given=["x1"]), lambda: density.impute(hidden),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="conditionals=True"):
+                wrong()
+        return
+    marginal = density.score_samples(hidden)
+    np.testing.assert_allclose(np.exp(marginal), 1.0 / 3.0, atol=0.1)
+    rest = density.score_samples(rows[:50], given=["x0"])
+    whole = density.score_samples(rows[:50])
+    assert abs((marginal + rest - whole).mean()) < 0.05
+    everything = density.score_samples(rows[:5], given=["x0", 1, 2])
+    np.testing.assert_allclose(everything, 0.0, atol=1e-12)
+    blue = density.sample(200, random_state=0, given={"x0": "blue"})
+    assert (blue[:, 0] == "blue").all()
+    assert blue[:, 1].mean() > density.sample(200, random_state=0, given={0: "red"})[:, 1].mean() + 1.0
+    full = density.impute(hidden, draws=2, random_state=0)
+    assert full.shape == (2, 50, 3)
+    assert (full[:, :, 0] == hidden[:, 0]).all()
+    assert not (full[0, :, 1] == full[1, :, 1]).any()
+    with pytest.raises(ValueError, match="no mass"):
+        density.sample(1, given={"x0": "mauve"})
+    with pytest.raises(ValueError, match="names the column"):
+        density.sample(1, given={"colour": "red"})
+
+
+def test_missing_values_make_a_model_of_conditionals():
+    pandas = pytest.importorskip("pandas")
+    word, x, count = mixed(300)
+    frame = pandas.DataFrame({"hue": word, "x": x, "n": pandas.array(count, dtype="Int64")})
+    frame.loc[::3, "x"] = np.nan
+    frame.loc[1::5, "hue"] = None
+    frame.loc[2::7, "n"] = pandas.NA
+    with pytest.warns(UserWarning, match=r"'hue' \(categorical: 3 distinct words\), 'n' \(rounded"):
+        density = NDMDensity(width=16, depth=1, steps=20, random_state=0).fit(frame)
+    assert density.table_.conditionals
+    scores, errors = density.score_samples(frame, return_std=True)
+    assert np.isfinite(scores).all()
+    assert (errors[2::7] < errors.max()).all()
+    full = density.impute(frame, random_state=0)
+    assert not pandas.isna(full).any()
+    again = pickle.loads(pickle.dumps(density))
+    np.testing.assert_array_equal(again.score_samples(frame[:20]), scores[:20])
+    assert "missing" in density.summary_
+    with pytest.raises(ValueError, match="missing values"):
+        NDMDensity(steps=5, conditionals=False).fit(np.where(np.eye(20, 2) > 0, np.nan, x[:40].reshape(20, 2)))
+    masked = np.ma.masked_array(np.stack([x, count + x], 1), mask=np.arange(600).reshape(300, 2) % 7 == 0)
+    assert NDMDensity(width=8, depth=1, steps=5, random_state=0).fit(masked).table_.conditionals

@@ -3,13 +3,20 @@
 import numpy as np
 import torch
 
+from ndm_ct.columns.coding import Coding
+from ndm_ct.columns.kinds import KINDS, Column, Values, columns_of, summary
 from ndm_ct.columns.marginals import ColumnMap, InTurn, fit_column_map
 from ndm_ct.columns.noise import compared, gamma_of
+from ndm_ct.columns.parts import OBSERVED, TARGET, UNKNOWN, Categories, TableMap, TableNet
+from ndm_ct.columns.reading import masked_to_nan, numbers_and_words, values_in
 from ndm_ct.columns.repeats import ROWS_LOOKED_AT, is_repeating, repeated_values
+from ndm_ct.columns.table import SAMPLES, Table, draw_noise
 
 __all__ = [
-    "MARGINALS", "ROWS_LOOKED_AT", "ColumnMap", "InTurn", "fit_column_map", "fit_table", "gamma_of", "is_repeating",
-    "repeated_values",
+    "KINDS", "MARGINALS", "OBSERVED", "ROWS_LOOKED_AT", "SAMPLES", "TARGET", "UNKNOWN", "Categories", "Coding",
+    "Column", "ColumnMap", "InTurn", "Table", "TableMap", "TableNet", "Values", "columns_of", "draw_noise",
+    "fit_column_map", "fit_table", "gamma_of", "is_repeating", "masked_to_nan", "numbers_and_words", "repeated_values",
+    "summary", "values_in",
 ]  # fmt: skip
 
 MARGINALS = ("spline", "linear")

@@ -93,7 +93,7 @@ class ColumnMap(nn.Module, Configurable):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map rows ``(B, d)`` to latents y, with the log-determinant ``(B,)``, nats."""
-        scores, logs = self._scores(x.T.contiguous())
+        scores, logs = self.scores(x.T.contiguous())
         return (self.whitening @ scores).T, logs.sum(0) + self.log_whitening
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ class ColumnMap(nn.Module, Configurable):
             x = torch.where(w > 0.0, self.x[:, end, None] + sign * v / self.log_slope[:, end, None].exp(), x)
         return x.T
 
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        r"""T(x) and :math:`\log T'(x)`, both ``(d, B)``, of columns ``(d, B)``."""
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""T(x) and :math:`\log T'(x)`, both ``(d, B)``, of columns ``(d, B)``, before whitening."""
         x0, width, y0, height, d0, d1 = self._bins(self.x, x)
         u = ((x - x0) / width).clamp(0.0, 1.0)
         s = height / width
@@ -174,12 +174,13 @@ def _tail_inverse(w: Tensor, h: Tensor, y: Tensor) -> Tensor:
     return torch.where(h < 0.0, w, (size * (y * w + 0.5 * w**2)).expm1() / (size * y))
 
 
-def fit_column_map(rows: np.ndarray, plain: np.ndarray | None = None) -> ColumnMap:
+def fit_column_map(rows: np.ndarray, plain: np.ndarray | None = None, whiten: bool = True) -> ColumnMap:
     """Fit the map of standardised rows. It is made in float64, and ``float()`` rounds it.
 
     Args:
         rows: ``(N, d)``, finite, two or more; every column with mean near 0 and deviation near 1.
         plain: columns ``(d,)`` that keep their values, such as those whose values repeat; None: none.
+        whiten: whether to take the correlations out. Without it every column is mapped alone.
 
     Example:
         >>> rows = np.random.default_rng(0).standard_t(2.0, size=(5000, 1))
@@ -196,7 +197,7 @@ def fit_column_map(rows: np.ndarray, plain: np.ndarray | None = None) -> ColumnM
             found.x[i] = y
         else:
             _fit_column(found, i, torch.from_numpy(np.sort(rows[:, i].astype(np.float64))))
-    if 1 < d <= _WHITENED:
+    if whiten and 1 < d <= _WHITENED:
         found.whitening.copy_(_whitening(found(torch.from_numpy(rows.astype(np.float64)))[0]))
         found.log_whitening.copy_(torch.linalg.slogdet(found.whitening)[1])
     return found

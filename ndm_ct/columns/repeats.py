@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["ROWS_LOOKED_AT", "is_repeating", "repeated_values"]
+__all__ = ["ROWS_LOOKED_AT", "grid_of", "is_repeating", "looked_at", "repeated_values"]
 
 ROWS_LOOKED_AT = 10_000
 """Most rows of a table that are looked at."""
@@ -44,7 +44,7 @@ def repeated_values(values: np.ndarray, names: Sequence[str] | None, cure: str) 
     """One sentence on the columns whose values repeat so often that a density of them means little; None without them.
 
     Args:
-        values: the table ``(N, columns)``; at most 10,000 rows, evenly spaced, are looked at.
+        values: the table ``(N, columns)``, NaN aside; at most 10,000 rows, evenly spaced, are looked at.
         names: of the columns; None calls them x0, x1, ...
         cure: what to do about it, the end of the sentence.
 
@@ -53,7 +53,7 @@ def repeated_values(values: np.ndarray, names: Sequence[str] | None, cure: str) 
         >>> print(repeated_values(rows, ["stars", "height"], "leave it out")[:66])
         values repeat in column 'stars' (5 distinct values, whole numbers)
     """
-    looked = _looked_at(values)
+    looked = looked_at(values)
     found = [(place, _repeats(looked[:, place])) for place in range(looked.shape[1])]
     named = [f"{names[place] if names else f'x{place}'!r} ({what})" for place, what in found if what]
     if not named:
@@ -67,17 +67,39 @@ def repeated_values(values: np.ndarray, names: Sequence[str] | None, cure: str) 
 
 def is_repeating(values: np.ndarray) -> np.ndarray:
     """Which columns of ``(N, columns)`` :func:`repeated_values` names, a bool for each."""
-    looked = _looked_at(values)
+    looked = looked_at(values)
     return np.array([_repeats(column) is not None for column in looked.T], dtype=bool)
 
 
-def _looked_at(values: np.ndarray) -> np.ndarray:
+def grid_of(distinct: np.ndarray) -> float | None:
+    """The width w of which all values are whole multiples apart, with at most six decimals; None if there is none.
+
+    Args:
+        distinct: different values, increasing.
+
+    Example:
+        >>> grid_of(np.array([-0.5, 1.0, 2.5])), grid_of(np.array([1.0, 4.0, 10.0])), grid_of(np.sqrt([2.0, 3.0]))
+        (1.5, 3.0, None)
+    """
+    decimals = _decimals(distinct)
+    if decimals is None or len(distinct) < 2 or np.ptp(distinct) * 10.0**decimals > 2.0**53:
+        return None
+    steps = np.round(np.diff(distinct) * 10.0**decimals).astype(np.int64)
+    return float(np.gcd.reduce(steps)) / 10.0**decimals
+
+
+def looked_at(values: np.ndarray) -> np.ndarray:
+    """At most 10,000 of the rows, evenly spaced."""
     return np.asarray(values[:: -(-len(values) // ROWS_LOOKED_AT)] if len(values) else values)
 
 
 def _repeats(column: np.ndarray) -> _Repeats | None:
+    column = column[~np.isnan(column)]
     distinct, counts = np.unique(column, return_counts=True)
     if counts[counts > 1].sum() <= _SHARE * len(column):
         return None
-    rounded = (k for k in range(_DECIMALS + 1) if np.array_equal(np.round(distinct, k), distinct))
-    return _Repeats(len(distinct), next(rounded, None))
+    return _Repeats(len(distinct), _decimals(distinct))
+
+
+def _decimals(distinct: np.ndarray) -> int | None:
+    return next((k for k in range(_DECIMALS + 1) if np.array_equal(np.round(distinct, k), distinct)), None)

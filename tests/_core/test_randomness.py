@@ -233,6 +233,9 @@ SEEDED = {
     "cli.Settings": lambda seed: next(train.build(settings.Settings(seed=seed), (2,), None).parameters()),
     "cli.split": lambda seed: torch.cat([torch.as_tensor(part) for part in train.split(20, 0.4, seed)]),
     "cli.run": checked,
+    "estimator.NDMDensity.impute": lambda seed: torch.tensor(
+        density(random_state=0, conditionals=True).impute([[1.0, np.nan]], random_state=seed)
+    ),
     "estimator.NDMDensity.sample": lambda seed: torch.tensor(density(random_state=0).sample(3, random_state=seed)),
 }
 DRAWS_NOTHING = {

@@ -74,6 +74,10 @@ def test_the_estimator_says_so():
 
     density = NDMDensity(width=8, depth=1, steps=2)
     with pytest.warns(UserWarning, match="values repeat in column 'x0'.*add noise"):
+        density.fit(np.stack([REPEATED["copied"][0], SMOOTH], 1))
+    with pytest.warns(
+        UserWarning, match=r"kinds were inferred: 'x0' \(rounded: .* distinct values, multiples of 0.1\)"
+    ):
         density.fit(np.stack([REPEATED["rounded"][0], SMOOTH], 1))
     density.fit(SMOOTH[:, None])
 

@@ -102,6 +102,7 @@ def test_pages_with_code_are_those_that_have_some():
         "migrating",
         "models_of_others",
         "own_parts",
+        "tables",
         "training",
     ]
 
