@@ -188,8 +188,9 @@ def test_the_quadrature_is_calibrated_in_every_unit(unit, noise):
     z = (value - model.log_prob(x, 0.0)) / info.stderr
     assert 0.85 < float(z.std()) < 1.15
     assert float(z.abs().max()) < 4.5
-    assert float(info.stderr.square().mean().sqrt()) < (0.8 if noise else 1.2)
-    assert float(info.ode_error.max()) < 0.1
+    stderr = float(info.stderr.square().mean().sqrt())
+    assert stderr < (0.8 if noise else 1.2)
+    assert float(info.ode_error.max()) < 0.25 * stderr
 
 
 @pytest.mark.parametrize("unit", UNITS)
