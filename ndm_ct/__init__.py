@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ndm_ct.distributions import distribution
     from ndm_ct.evaluation.api import Comparison, Evaluation, compare, evaluate
     from ndm_ct.guidance import guided
+    from ndm_ct.inverse import PosteriorInfo, posterior, vary
     from ndm_ct.likelihood.api import decode, encode, loglik
     from ndm_ct.likelihood.bits import BitsInfo, bits_per_dim
     from ndm_ct.likelihood.budget import LikelihoodInfo
@@ -53,6 +54,7 @@ __all__ = [
     "Evaluation",
     "FitResult",
     "LikelihoodInfo",
+    "PosteriorInfo",
     "PredictorError",
     "Reweighted",
     "SampleInfo",
@@ -78,6 +80,7 @@ __all__ = [
     "nn",
     "objectives",
     "plots",
+    "posterior",
     "presets",
     "quantisation",
     "reference",
@@ -90,6 +93,7 @@ __all__ = [
     "shared",
     "solvers",
     "transforms",
+    "vary",
 ]
 
 _HOMES = {
@@ -101,6 +105,7 @@ _HOMES = {
     "distributions": ("distribution",),
     "evaluation.api": ("Comparison", "Evaluation", "compare", "evaluate"),
     "guidance": ("guided",),
+    "inverse": ("PosteriorInfo", "posterior", "vary"),
     "likelihood.api": ("decode", "encode", "loglik"),
     "likelihood.bits": ("BitsInfo", "bits_per_dim"),
     "likelihood.budget": ("LikelihoodInfo",),

@@ -154,6 +154,10 @@ FOLLOWS = {
     ),
     "likelihood.bits_per_dim": lambda g: ndm_ct.bits_per_dim(model(), LEVELS, generator=g, **INTEGERS),
     "likelihood.dequantised": lambda g: dequantised(model(), Quantisation(8), LEVELS, "uniform", 1, g)[0],
+    "inverse.posterior": lambda g: ndm_ct.posterior(
+        model(), 0.5, lambda x: x[:, 0], 4, noise=0.5, method="smc", steps=2, particles=2, generator=g
+    ),
+    "inverse.vary": lambda g: ndm_ct.vary(model(), X, 0.5, steps=2, generator=g),
     "reweighting.reweight": lambda g: ndm_ct.reweight(model(), lambda x: x[:, 0], 4, generator=g, **COARSE).log_weights,
     "reweighting.Reweighted.resample": lambda g: ndm_ct.reweight(
         model(), lambda x: x[:, 0], 4, generator=0, **COARSE

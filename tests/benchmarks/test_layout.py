@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from paths import ROOT
 
 pytest.importorskip("matplotlib")
@@ -26,7 +27,7 @@ def quoted():
 
 
 def test_a_script_is_short_and_imports_no_other():
-    assert len(SCRIPTS) <= 13
+    assert len(SCRIPTS) <= 14
     for name in SCRIPTS:
         text = (FOLDER / f"{name}.py").read_text()
         assert len(text.splitlines()) <= 250, name
@@ -103,6 +104,28 @@ def test_a_look_at_special_cases_is_kept(tmp_path, monkeypatch):
     assert [row["preset"] for row in report_of(tmp_path / "out")["results"]] == ["vdm", "edm"]
     monkeypatch.setattr(special_cases, "measure", None)
     assert special_cases.main(arguments) == json.loads(json.dumps(first))
+
+
+def test_a_look_at_posteriors_is_kept(tmp_path, monkeypatch):
+    module = importlib.import_module("posterior")
+    arguments = ["--dimensions", "2", "--problems", "2", "--samples", "16", "--steps", "12"]
+    arguments += ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    first = module.main(arguments)
+    assert [row["method"] for row in report_of(tmp_path / "out")["results"]] == list(module.METHODS)
+    assert (tmp_path / "out" / "plot.png").stat().st_size > 5_000
+    monkeypatch.setattr(module, "measure", None)
+    assert module.main(arguments)["results"] == json.loads(json.dumps(first))["results"]
+
+
+def test_a_posterior_of_the_benchmark_is_the_law_over_the_evidence():
+    """Bayes' rule at two points: prior times likelihood over the evidence."""
+    module = importlib.import_module("posterior")
+    model, mask, y = module.mixture(3), torch.tensor([True, False, True]), torch.tensor([0.3, -0.5]).double()
+    law, evidence = module.exact(model, mask, y)
+    x = torch.tensor([[0.1, 0.2, 0.3], [0.5, -1.0, 0.0]]).double()
+    prior, posterior = (each.marginals.log_prob(x, torch.zeros(1).double()) for each in (model, law))
+    seen = torch.distributions.Normal(x[:, mask], module.NOISE).log_prob(y).sum(1)
+    torch.testing.assert_close(posterior, prior + seen - evidence, atol=2e-3, rtol=0.0)  # noise at t_min
 
 
 def test_a_look_at_the_audit_is_kept(tmp_path, monkeypatch):
