@@ -7,10 +7,10 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import event_size, first_parameter, sum_event
-from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
+from ndm_ct._core.checks import event_size, first_parameter, sum_event, validate_dense
+from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like, uniform
 
-__all__ = ["IsotropicNormal", "NormalKL", "Prior", "log_prior", "prior_divergence", "sample_prior"]
+__all__ = ["DataPrior", "IsotropicNormal", "NormalKL", "Prior", "log_prior", "prior_divergence", "sample_prior"]
 
 
 class Prior(Protocol):
@@ -70,6 +70,52 @@ class IsotropicNormal:
         """See :class:`NormalKL`."""
         ratio = (std / self.scale) ** 2
         return 0.5 * sum_event((mean / self.scale) ** 2 + ratio - ratio.log() - 1.0)
+
+
+class DataPrior:
+    r"""A data set in place of noise: :math:`z_1` is one of its rows, drawn uniformly. It has no density.
+
+    Args:
+        data: shape ``(N, *E)``, floating point.
+
+    Raises:
+        ValueError: no rows, NaN or infinity.
+        TypeError: not a tensor of real numbers.
+
+    Example:
+        >>> import torch
+        >>> DataPrior(torch.ones(3, 2)).sample(4).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, data: Tensor) -> None:
+        validate_dense(data, "data")
+        if not data.is_floating_point():
+            raise TypeError(f"data has dtype {data.dtype}, expected real numbers; convert it with data.float().")
+        if data.ndim == 0 or len(data) == 0 or not bool(data.isfinite().all()):
+            raise ValueError(f"data must have rows and be finite, got shape {tuple(data.shape)}.")
+        self.data = data
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Raises ValueError: the rows are points."""
+        raise ValueError(
+            "the prior is a data set, which has no density, so that there is no likelihood; use encode, decode and "
+            "sample, or give NDM(prior=) a distribution with log_prob."
+        )
+
+    def sample(
+        self,
+        n: int,
+        *,
+        generator: GeneratorLike = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw ``(n, *E)``; arguments as of :meth:`IsotropicNormal.sample`."""
+        device = torch.get_default_device() if device is None else torch.device(device)
+        source = as_randomness(generator, n, device, "prior")
+        places = (uniform((n,), source, torch.float64, device) * len(self.data)).long()
+        return self.data[places.to(self.data.device)].to(device=device, dtype=dtype)
 
 
 def log_prior(prior: Any, z: Tensor) -> Tensor:

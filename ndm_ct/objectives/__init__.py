@@ -1,4 +1,4 @@
-r"""What is minimised: the bound, regressions, straight paths; and where their times are drawn."""
+r"""What is minimised: the bound, regressions, straight paths, couplings; and where their times are drawn."""
 
 from ndm_ct.objectives.bound import (
     Bound,
@@ -7,13 +7,16 @@ from ndm_ct.objectives.bound import (
     elbo_discrete,
     loss,
 )
+from ndm_ct.objectives.coupled import COUPLINGS, Coupled, couple
 from ndm_ct.objectives.regression import Regression
 from ndm_ct.objectives.straight import Straight, acceleration, curvature
 from ndm_ct.objectives.terms import diffusion_integrand, prior_term, reconstruction_term, times, transition_kl
 from ndm_ct.objectives.time_samplers import LearnedBuckets, LossHistory, TimeSampler, low_discrepancy
 
 __all__ = [
+    "COUPLINGS",
     "Bound",
+    "Coupled",
     "ElboInfo",
     "LearnedBuckets",
     "LossHistory",
@@ -21,6 +24,7 @@ __all__ = [
     "Straight",
     "TimeSampler",
     "acceleration",
+    "couple",
     "curvature",
     "diffusion_integrand",
     "elbo",

@@ -31,7 +31,8 @@ from typing import Any
 from torch import Tensor
 
 from ndm_ct._core.checks import choose, expand, sum_event
-from ndm_ct._core.noise import GeneratorLike, as_randomness, normal_like
+from ndm_ct._core.conditioning import Conditioning
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like
 from ndm_ct.model import NDM
 from ndm_ct.objectives.time_samplers import low_discrepancy
 from ndm_ct.prediction import validate_finite
@@ -101,8 +102,12 @@ class Regression:
         generator = as_randomness(generator, len(x), x.device, "Regression")
         t = self.times(model.schedule, model.t_min, low_discrepancy(x.shape[0], generator, x.device))
         y, _ = model.to_latent(x, generator=generator, **given)
-        eps = normal_like(y, generator)
+        eps = self._noise(model, y, generator, given)
         return self.at(model, y, t, eps, **given)
+
+    def _noise(self, model: NDM, y: Tensor, generator: Randomness, cond: Conditioning) -> Tensor:
+        r"""The noise :math:`\epsilon` of data or latents y, ``(B, *E)``: here standard normal, whatever y is."""
+        return normal_like(y, generator)
 
     def at(self, model: NDM, x: Tensor, t: Tensor, eps: Tensor, /, **cond: Any) -> Tensor:
         r""":math:`w(t)\|y - \hat y\|^2` at given times and noise, shape ``(B,)``.

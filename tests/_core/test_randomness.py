@@ -24,7 +24,7 @@ from ndm_ct.likelihood.bits import dequantised
 from ndm_ct.objectives.regression import Regression
 from ndm_ct.objectives.straight import Straight, curvature
 from ndm_ct.objectives.time_samplers import LossHistory
-from ndm_ct.prior import IsotropicNormal, prior_divergence, sample_prior
+from ndm_ct.prior import DataPrior, IsotropicNormal, prior_divergence, sample_prior
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.samplers import base as stepping
 from ndm_ct.samplers.grids import time_grid
@@ -199,6 +199,8 @@ FOLLOWS = {
     ),
     "reference.GaussianMixture.sample_data": lambda g: unknown_prior().sample_data(3, generator=g),
     "objectives.Regression": lambda g: Regression("eps")(model(), X, generator=g),
+    "objectives.couple": lambda g: objectives.couple(X64, X64.flip(0), "entropic", regularisation=50.0, generator=g),
+    "prior.DataPrior.sample": lambda g: DataPrior(torch.arange(50.0)).sample(20, generator=g),
     "data.Bins.real": lambda g: bins().real(LEVELS, g),
     "data.Bins.elbo": lambda g: bins(False).elbo(model(), X, g, {}),
     "data.Source.batch": lambda g: Source(LEVELS, {}, bins(), "data", ndm_ct.fit).batch(torch.arange(3), g)[0],
