@@ -50,6 +50,8 @@ def evaluate_run(options: argparse.Namespace, run: Run, folder: Path | None) -> 
 
 def run_compare(options: argparse.Namespace) -> int:
     runs = [load_run(options, name) for name in (options.model_a, options.model_b)]
+    if any(run.table is not None for run in runs):
+        raise ValueError("compare takes models of real values; write the scores of tables with --columns by loglik.")
     kinds = [run.bins is not None for run in runs]
     if kinds[0] != kinds[1]:
         raise ValueError("one model is of integers and the other of reals: a probability and a density do not compare.")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ndm_ct._core.checks import some
 from ndm_ct.cli.settings import Settings
+from ndm_ct.columns import Table
 from ndm_ct.data.sources import Standardised
 from ndm_ct.files import Rows
 from ndm_ct.model import NDM
@@ -52,6 +53,7 @@ class Run:
         columns: names of the columns of a table; None if it has none.
         dequantisation: noise in the bins of integer data.
         identity: hash of all that scores and samples depend on.
+        table: the columns' kinds and codes, of a table that has them.
     """
 
     model: NDM
@@ -62,6 +64,7 @@ class Run:
     columns: tuple[str, ...] | None
     dequantisation: str = "process"
     identity: str = ""
+    table: Table | None = None
 
     @staticmethod
     def load(folder: PathLike) -> "Run":
@@ -204,4 +207,5 @@ def run_of(model: NDM, config: dict[str, Any]) -> Run:
     )
     bins = None if config["levels"] is None else Quantisation(config["levels"])
     columns = None if config["columns"] is None else tuple(config["columns"])
-    return Run(model, Settings.of(config["settings"], "config.json"), mean, scale, bins, columns)
+    table = Table.restored(config["table"], model) if config.get("table") else None
+    return Run(model, Settings.of(config["settings"], "config.json"), mean, scale, bins, columns, table=table)

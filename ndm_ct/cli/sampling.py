@@ -9,6 +9,7 @@ from torch import Tensor
 from ndm_ct.cli.batches import conditions, finished_columns, generators_of, written_conditions
 from ndm_ct.cli.models import load_run
 from ndm_ct.cli.parser import UsageError
+from ndm_ct.cli.tables import draw_table
 from ndm_ct.discrete import DDPM, load_residuals
 from ndm_ct.files import TABLES, write_picture, write_table
 from ndm_ct.samplers.sample import sample
@@ -27,6 +28,10 @@ def run_sample(options: argparse.Namespace) -> int:
         raise UsageError(f"--out must end in {', '.join(TABLES)} or .png, got {str(options.out)!r}.")
     if (ending == ".png") != images and ending != ".npz":
         raise UsageError("images are written as .npz or .png." if images else "a png is for images; write a table.")
+    if run.table is not None:
+        return draw_table(options, run)
+    if options.given is not None:
+        raise UsageError("--given is for tables trained with --columns and --conditionals yes.")
 
     method = options.method
     if method == "ddpm_analytic":

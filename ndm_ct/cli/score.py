@@ -12,6 +12,7 @@ from ndm_ct.cli.comparing import evaluate_run
 from ndm_ct.cli.models import load_run
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import Run
+from ndm_ct.cli.tables import evaluate_table, score_table
 from ndm_ct.files import TABLES, write_table
 from ndm_ct.likelihood.api import loglik
 from ndm_ct.likelihood.bits import bits_per_dim
@@ -26,6 +27,10 @@ def run_loglik(options: argparse.Namespace) -> int:
         raise UsageError(f"--out must end in {', '.join(TABLES)}, got {str(options.out)!r}.")
     if run.bins is not None and options.stderr is not None:
         raise UsageError("--stderr is for real values; integers are scored through noise in their bins.")
+    if run.table is not None:
+        return score_table(options, run)
+    if options.given is not None:
+        raise UsageError("--given is for tables trained with --columns and --conditionals yes.")
     values = rows_of(options, run)
     given = conditions(options, len(values), run)
 
@@ -76,6 +81,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     run = load_run(options)
     if options.samples is not None and options.bound != "elbo":
         raise UsageError("--samples is for --bound elbo.")
+    if run.table is not None:
+        return evaluate_table(options, run)
     result = evaluate_run(options, run, options.out)
     if run.mean is not None:
         print(f"NLL {result.nll + run.log_scale:.6g} ± {result.stderr:.2g} nats per row, in the units of the data")

@@ -35,6 +35,12 @@ class Settings:
         None, "the first line of a text table names the columns: yes, no (default: if it is words)"
     )
     levels: int | None = _setting(None, "values are integers 0 ... levels-1 (default: as many as images have)")
+    columns: str | None = _setting(
+        None, "kinds of a table's columns: a JSON or YAML file of kinds by name, or infer (default: all are real)"
+    )
+    conditionals: str | None = _setting(
+        None, "with --columns: learn all conditionals, yes or no (default: yes if values are missing)"
+    )
     marginals: str = _setting(
         "spline", f"columns of a table go through a map of their quantiles, or are only scaled: {', '.join(MARGINALS)}"
     )
@@ -64,6 +70,10 @@ class Settings:
         from ndm_ct._core.checks import choose, validate_count  # only here: --help loads no torch
 
         choose("marginals", self.marginals, MARGINALS)
+        if self.conditionals is not None:
+            choose("conditionals", self.conditionals, ("yes", "no"))
+            if self.columns is None:
+                raise ValueError("conditionals has no effect without columns; give a schema, or columns=infer.")
         choose("transform", self.transform, TRANSFORMS)
         choose("head", self.head, HEADS)
         choose("schedule", self.schedule, SCHEDULES)

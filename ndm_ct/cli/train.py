@@ -21,6 +21,7 @@ from ndm_ct._core.versions import versions
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of
 from ndm_ct.cli.settings import Settings, settings_from_file
+from ndm_ct.cli.tables import prepare_table
 from ndm_ct.columns import ROWS_LOOKED_AT, ColumnMap, fit_table, repeated_values
 from ndm_ct.files import Rows, blocks, read
 from ndm_ct.model import NDM
@@ -47,7 +48,7 @@ def run_train(options: argparse.Namespace) -> int:
         print(f"stopped at step {result.step} of {settings.steps}; go on with: ndm-ct train --out {options.out}")
         return 130
     print(f"trained {result.step} steps: {options.out / 'model.safetensors'}")
-    if result.validation:
+    if result.validation and run.table is None:
         last = result.validation[-1]
         nats = last["validation_elbo"] - run.log_scale
         bits = last.get("validation_bits_per_dim")
@@ -121,15 +122,15 @@ def _built(settings: Settings, event_shape: tuple[int, ...], levels: int | None,
         inner = transforms.Flow(column_map.to(torch.get_default_dtype()))
         transform = inner if settings.transform == "identity" else transforms.Composed(transform, inner)
     predictor = network(width, 2 if settings.head == "moments" else None)
+    least = -9.0 if levels is None else -2.0 * math.log(3.02 * levels)
+    schedule = _schedule(settings, least if settings.gamma_min is None else settings.gamma_min)
     return NDM(
         Preconditioned(predictor, prediction=settings.head), event_shape, transform=transform,
-        schedule=_schedule(settings, levels), prediction=settings.head,
+        schedule=schedule, prediction=settings.head,
     )  # fmt: skip
 
 
-def _schedule(settings: Settings, levels: int | None) -> Schedule:
-    least = -9.0 if levels is None else -2.0 * math.log(3.02 * levels)
-    gamma_min = least if settings.gamma_min is None else settings.gamma_min
+def _schedule(settings: Settings, gamma_min: float) -> Schedule:
     return _SCHEDULES[settings.schedule](gamma_min, settings.gamma_max)
 
 
@@ -155,41 +156,60 @@ def train(
     if settings.data is None:
         raise ValueError("data is missing: what is the model to be trained on?")
     source = str(Path(settings.data).resolve())  # the run may go on from elsewhere
-    settings = replace(settings, data=source)
-    rows = read(source, settings.array, settings.header)
-    levels = settings.levels or rows.levels
+    schema = settings.columns
+    settings = replace(
+        settings, data=source, columns=schema if schema in (None, "infer") else str(Path(schema).resolve())
+    )
+    rows = read(source, settings.array, settings.header, words=settings.columns is not None)
     saved: dict[str, Any] = {"format": FORMAT, "mean": None}
     if (folder / "config.json").exists():
         saved = read_config(folder)
     form = saved["format"]
     chosen, held_out = split(len(rows.values), settings.validation_fraction, settings.seed, drawn=form > 1)
     _describe(rows, Path(source).name, len(held_out))
-    if not levels and rows.values.ndim == 2:
-        _warn_of_repeats(rows)
-    config, column_map = _units(settings, rows, chosen, saved)
-    event_shape = tuple(rows.values.shape[1:])
-    model = build(
-        replace(settings, gamma_min=config.get("gamma_0", settings.gamma_min)), event_shape, levels, column_map
-    )
+    if settings.columns is None:
+        run, values, options, config = _prepared(settings, rows, chosen, held_out, saved)
+    else:
+        run, values, options, config = prepare_table(settings, rows, chosen, held_out, lambda g: _schedule(settings, g))
     if device is not None:
-        model.to(usable_device(device))
-    run = run_of(model, config)
-    values = run.of(rows, source, chosen)
-    images = len(event_shape) == 3
-    options: dict[str, Any] = {}
-    if run.bins is not None:
-        options |= {"quantisation": run.bins, "dequantisation": "process"}
-    if len(held_out):
-        options |= {"validation": run.of(rows, source, held_out), "validate_every": max(1, settings.steps // 20)}
+        run.model.to(usable_device(device))
+        values = values.to(device) if settings.columns is not None else values
+    images = rows.values.ndim == 4
     with _kept(config, folder):  # no sooner: settings that make no model leave no folder that insists on them
         result = fit(
-            model, values, steps=settings.steps, lr=settings.lr, ema=settings.ema,
+            run.model, values, steps=settings.steps, lr=settings.lr, ema=settings.ema,
             batch_size=settings.batch_size or (64 if images else 1024), seed=settings.seed, patience=settings.patience,
             precision=settings.precision, run_dir=folder, checkpoint_every=500,
             log_every=max(1, settings.steps // 100), progress=progress,
             time_limit=time_limit, **options,
         )  # fmt: skip
     return run, result
+
+
+def _prepared(
+    settings: Settings, rows: Rows, chosen: np.ndarray, held_out: np.ndarray, saved: dict[str, Any]
+) -> tuple[Run, Any, dict[str, Any], dict[str, Any]]:
+    """The run of rows without kinds, its model untrained; the rows to train on; options of ``fit``; the configuration.
+
+    Args:
+        settings: of the training.
+        rows: what was read.
+        chosen: numbers of the rows to train on.
+        held_out: numbers of the others.
+        saved: the configuration that is there.
+    """
+    levels, source = settings.levels or rows.levels, str(settings.data)
+    if not levels and rows.values.ndim == 2:
+        _warn_of_repeats(rows)
+    config, column_map = _units(settings, rows, chosen, saved)
+    own = replace(settings, gamma_min=config.get("gamma_0", settings.gamma_min))
+    run = run_of(build(own, tuple(rows.values.shape[1:]), levels, column_map), config)
+    options: dict[str, Any] = {}
+    if run.bins is not None:
+        options |= {"quantisation": run.bins, "dequantisation": "process"}
+    if len(held_out):
+        options |= {"validation": run.of(rows, source, held_out), "validate_every": max(1, settings.steps // 20)}
+    return run, run.of(rows, source, chosen), options, config
 
 
 def _units(
@@ -245,8 +265,8 @@ def _describe(rows: Rows, source: str, held_out: int) -> None:
 def _warn_of_repeats(rows: Rows) -> None:
     """Print that columns hold values that repeat, if some do."""
     cure = (
-        "--levels N scores whole numbers 0 ... N-1 by their probability; to other columns add noise uniform over the "
-        "width of a bin, or leave them out"
+        "--columns infer scores rounded values and categories by their probability, and so does --levels N for whole "
+        "numbers 0 ... N-1 throughout; to other columns add noise uniform over a bin, or leave them out"
     )
     said = repeated_values(_spread(rows.values, np.arange(len(rows.values)), ROWS_LOOKED_AT), rows.columns, cure)
     if said:

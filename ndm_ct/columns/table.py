@@ -97,6 +97,18 @@ class Table:
             found.gamma_min = gamma_min
         return found
 
+    def to_json(self) -> dict[str, Any]:
+        """For :meth:`restored`; the map is part of the model."""
+        return self.coding.to_json() | {"conditionals": self.conditionals, "gamma_min": self.gamma_min}
+
+    @staticmethod
+    def restored(entries: dict[str, Any], model: NDM) -> "Table":
+        """The table of a model, from what :meth:`to_json` wrote."""
+        inner = model.transform.flow if isinstance(model.transform, Flow) else None
+        inner = inner.columns if isinstance(inner, TableMap) else inner
+        column_map = copy.deepcopy(inner).double() if isinstance(inner, ColumnMap) else None
+        return Table(Coding.restored(entries), bool(entries["conditionals"]), column_map, float(entries["gamma_min"]))
+
     def model(
         self, schedule: Schedule, *, width: int = 128, depth: int = 3, dropout: float = 0.0,
         flow: nn.Module | None = None, shares: Tensor | None = None,

@@ -26,7 +26,7 @@ __all__ = ["read"]
 _TEXT = (".csv", ".tsv", ".txt", ".data", ".dat")
 
 
-def read(path: PathLike, array: str | None = None, header: str | None = None) -> Rows:
+def read(path: PathLike, array: str | None = None, header: str | None = None, *, words: bool = False) -> Rows:
     """Read the rows of a file or a folder, by its ending.
 
     Args:
@@ -34,6 +34,7 @@ def read(path: PathLike, array: str | None = None, header: str | None = None) ->
         array: name of the array in an npz file that has several.
         header: "yes" if the first line of a text table names the columns, "no" if it is a row. None decides: a line of
             words is names, a line of numbers is a row; a line that may be both is an error.
+        words: whether columns of a text table or a parquet file may hold words, and values may be missing.
 
     Returns:
         The rows, with notes on what was decided or left out.
@@ -61,9 +62,9 @@ def read(path: PathLike, array: str | None = None, header: str | None = None) ->
     if header is not None and not text:
         raise ValueError(f"header={header!r} has no effect on {path}; it is for tables of text.")
     if text:
-        return text_rows(path, header)
+        return text_rows(path, header, words=words)
     if ending == ".parquet" or (path.is_dir() and next(path.rglob("*.parquet"), None)):
-        return parquet_rows(path)
+        return parquet_rows(path, words=words)
     if path.is_dir():
         return image_rows(path)
     if ending == ".npz":

@@ -4,8 +4,8 @@ import csv
 import mmap
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,12 +28,15 @@ class Rows:
         columns: names of the columns of a table that has names.
         levels: number of levels if the values are levels of images, 256 or 65536; None for other values.
         notes: sentences on what the reader decided, such as a column that was left out.
+        words: the words of columns that hold words, by their places; the values are places of words, and NaN is
+            missing.
     """
 
     values: Any
     columns: tuple[str, ...] | None = None
     levels: int | None = None
     notes: tuple[str, ...] = ()
+    words: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def blocks(array: np.ndarray, rows: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ndm_ct._core.checks import choose
+from ndm_ct.columns import numbers_and_words
 from ndm_ct.files.rows import Rows, raise_if_damaged, validate_finite
 from ndm_ct.storage.atomic import PathLike, write_atomically
 
@@ -68,12 +69,13 @@ class _Text:
                 yield reader.line_num, [cell.strip() for cell in cells]
 
 
-def text_rows(path: Path, header: str | None) -> Rows:
+def text_rows(path: Path, header: str | None, *, words: bool = False) -> Rows:
     """Read a text table. The separator is found from its lines; the first line is names if it holds words only.
 
     Args:
         path: the file, compressed or not.
         header: "yes" if the first line names the columns, "no" if it is a row; None decides by its cells.
+        words: whether columns may hold words, and values may be missing.
 
     Raises:
         ValueError: a cell that is not a number (the first is named), rows of several lengths, or a first line that may
@@ -101,17 +103,22 @@ def text_rows(path: Path, header: str | None) -> Rows:
     index = bool(columns) and width > 1 and (columns or "")[0] in ("", "Unnamed: 0")
     if columns:
         columns = tuple(name or f"x{place}" for place, name in enumerate(columns))
-    values = _numbers(table, lines[0][0] if named else 0, columns, range(int(index), width))
+    found: dict[int, tuple[str, ...]] = {}
+    if words:
+        values, found = _with_words(table, named, columns, range(int(index), width))
+    else:
+        values = _numbers(table, lines[0][0] if named else 0, columns, range(int(index), width))
     notes = []
     if table.comma:
         notes.append("numbers are written with a decimal comma: 1,5 is read as 1.5")
     if index and columns:
         columns = columns[1:]
         notes.append("the first column has no name: it is taken for an index of the rows and left out")
-    return Rows(_checked(values, path, columns), columns, notes=(*notes, *_counters(values, columns)))
+    checked = _checked(values, path, columns, missing=words)
+    return Rows(checked, columns, notes=(*notes, *_counters(values, columns)), words=found)
 
 
-def parquet_rows(path: Path) -> Rows:
+def parquet_rows(path: Path, *, words: bool = False) -> Rows:
     """Read a parquet file, or a folder of them. The index that pandas stored beside the columns is left out.
 
     Raises:
@@ -129,13 +136,19 @@ def parquet_rows(path: Path) -> Rows:
         table = table.drop_columns(indices)
     columns = tuple(table.column_names)
     for name, kind in zip(columns, table.schema.types, strict=True):
-        if not (pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind)):
+        if not words and not (pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind)):
             raise ValueError(f"{path}: column {name!r} has type {kind}, expected numbers; leave it out.")
     if not (columns and len(table)):
         raise ValueError(f"{path} holds no rows.")
-    values = np.stack([column.to_numpy().astype(np.float64) for column in table.columns], 1)
+    found: dict[int, tuple[str, ...]] = {}
+    if words:
+        parts = [np.array(column.to_pylist(), dtype=object) for column in table.columns]
+        values, found = _coded(path, columns, parts)
+    else:
+        values = np.stack([column.to_numpy().astype(np.float64) for column in table.columns], 1)
     notes = [f"the index {name!r} that pandas stored is left out" for name in indices]
-    return Rows(_checked(values, path, columns), columns, notes=(*notes, *_counters(values, columns)))
+    checked = _checked(values, path, columns, missing=words)
+    return Rows(checked, columns, notes=(*notes, *_counters(values, columns)), words=found)
 
 
 def write_table(path: PathLike, table: Mapping[str, Any]) -> None:
@@ -143,14 +156,17 @@ def write_table(path: PathLike, table: Mapping[str, Any]) -> None:
 
     Args:
         path: file to write or replace; its ending, .csv, .tsv, .parquet or .npz, is the format.
-        table: columns by name, tensors or arrays ``(N,)``; in npz of any shape ``(N, *E)``.
+        table: columns by name, tensors or arrays ``(N,)``, also of words; in npz of any shape ``(N, *E)``.
 
     Raises:
         ValueError: an unknown ending, or a column with further axes in a format of tables.
         ImportError: parquet without pyarrow.
     """
     path = Path(path)
-    columns = {name: np.asarray(torch.as_tensor(values).cpu()) for name, values in table.items()}
+    columns = {
+        name: values if isinstance(values, np.ndarray) else np.asarray(torch.as_tensor(values).cpu())
+        for name, values in table.items()
+    }
     ending = path.suffix.lower()
     if ending not in TABLES:
         raise ValueError(f"{path} has an unknown ending; tables are written as {', '.join(TABLES)}.")
@@ -290,17 +306,62 @@ def _fault(table: _Text, columns: tuple[str, ...] | None, chosen: range) -> str 
                 name = columns[place] if columns else f"x{place}"
                 return (
                     f"line {number}, column {name!r} is {cells[place]!r}, expected a number. Drop such rows or "
-                    f"columns, or fill them in; cells are separated by {table.shown}."
+                    "columns, fill them in, or give columns kinds (ndm-ct train --columns infer); cells are separated "
+                    f"by {table.shown}."
                 )
     return None
 
 
-def _checked(values: np.ndarray, path: Path, columns: tuple[str, ...] | None) -> np.ndarray:
-    """The values, if they are finite and no two columns have one name."""
+def _with_words(
+    table: _Text, named: bool, columns: tuple[str, ...] | None, chosen: range
+) -> tuple[np.ndarray, dict[int, tuple[str, ...]]]:
+    """The cells of the chosen columns, and the words of columns that hold words.
+
+    Raises:
+        ValueError: a line of another length, or a word in a column of numbers.
+    """
+    parts: list[list[Any]] = [[] for _ in chosen]
+    for number, cells in islice(table.records(), int(named), None):
+        if len(cells) != chosen.stop:
+            raise ValueError(
+                f"{table.path}: line {number} has {len(cells)} cells separated by {table.shown}, those before have "
+                f"{chosen.stop}."
+            )
+        for part, place in zip(parts, chosen, strict=True):
+            part.append(None if cells[place].lower() in _MISSING else cells[place])
+    names = (columns or tuple(f"x{place}" for place in range(chosen.stop)))[-len(parts) :]
+    for name, part in zip(names, parts, strict=True):
+        numeric = [cell is not None and _is_number(cell) for cell in part]
+        words = [cell for cell, is_number in zip(part, numeric, strict=True) if cell is not None and not is_number]
+        if len(words) <= sum(numeric):
+            if words:
+                raise ValueError(
+                    f"{table.path}: column {name!r} holds numbers and {words[0]!r}; mend or leave empty such cells."
+                )
+            part[:] = [None if cell is None else float(cell.replace(",", ".")) for cell in part]
+    return _coded(table.path, names, [np.array(part, dtype=object) for part in parts])
+
+
+def _coded(
+    path: Path, names: Sequence[str], parts: Sequence[np.ndarray]
+) -> tuple[np.ndarray, dict[int, tuple[str, ...]]]:
+    """Columns as numbers, and the words of those that hold words."""
+    try:
+        found = [numbers_and_words(name, part) for name, part in zip(names, parts, strict=True)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not len(parts[0]):
+        raise ValueError(f"{path} holds no rows.")
+    words = {place: tuple(each) for place, (_, each) in enumerate(found) if each is not None}
+    return np.stack([numbers for numbers, _ in found], 1), words
+
+
+def _checked(values: np.ndarray, path: Path, columns: tuple[str, ...] | None, *, missing: bool = False) -> np.ndarray:
+    """The values, if they are finite, or perhaps missing, and no two columns have one name."""
     twice = next((name for name in columns or () if (columns or ()).count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{path}: two columns are called {twice!r}; give each a name of its own.")
-    return validate_finite(values, path, columns)
+    return values if missing else validate_finite(values, path, columns)
 
 
 def _counters(values: np.ndarray, columns: tuple[str, ...] | None) -> list[str]:

@@ -1,0 +1,133 @@
+"""Tables with kinds of columns on the command line: words, missing values, schemas, conditionals."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+from ndm_ct.cli import commands as cli
+from ndm_ct.cli.runs import Run
+from ndm_ct.files import read
+
+QUICK = ["--steps", "40", "--width", "8", "--depth", "1", "--batch-size", "64", "--quiet"]
+
+
+def ok(*words):
+    assert cli.main([str(word) for word in words]) == 0
+
+
+def rows(n, seed=0):
+    random = np.random.default_rng(seed)
+    k = random.integers(0, 3, n)
+    x = random.normal(size=n) + 2.0 * k
+    return [
+        [["red", "green", "blue"][a], "" if place % 7 == 3 else f"{b:.6f}", c, f"id{place}"]
+        for place, (a, b, c) in enumerate(zip(k, x, random.poisson(2.0, n), strict=True))
+    ]
+
+
+def write(path, table, names=("hue", "x", "n", "name")):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([names, *table])
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tables")
+    write(folder / "train.csv", rows(300))
+    write(folder / "test.csv", rows(30, seed=1))
+    (folder / "schema.json").write_text(json.dumps({"x": {"kind": "continuous", "low": -20}, "n": "integer"}))
+    ok("train", folder / "train.csv", "--columns", folder / "schema.json", "--out", folder / "run", *QUICK)
+    return folder
+
+
+def scores(path):
+    with path.open(newline="") as file:
+        return np.array([float(row["log_p"]) for row in csv.DictReader(file)])
+
+
+def test_kinds_are_said_and_kept(trained, capsys):
+    ok("train", trained / "train.csv", "--columns", "infer", "--out", trained / "other", *QUICK)
+    out = capsys.readouterr().out
+    assert re.search(r"hue +categorical +blue, green, red +none +probability of the category \(3 distinct words\)", out)
+    assert re.search(r"x +continuous .* 43 +density", out)
+    assert re.search(r"name +left out .*identifiers", out)
+    table = Run.load(trained / "run").table
+    assert [column.kind for column in table.coding.columns] == ["categorical", "continuous", "rounded", "left out"]
+    assert table.conditionals
+    ok("train", "--out", trained / "run", "--quiet")  # nothing is left to do, and the table is measured the same
+
+
+def test_rows_are_scored_with_their_gaps_and_given_others(trained, capsys):
+    run, test = trained / "run", trained / "test.csv"
+    ok("loglik", run, test, "--out", trained / "all.csv", "--quiet")
+    ok("loglik", run, test, "--out", trained / "hue.csv", "--given", "x,n", "--quiet")
+    whole, hue = scores(trained / "all.csv"), scores(trained / "hue.csv")
+    assert np.isfinite(whole).all()
+    assert ((hue < 0.0) & (hue > -6.0)).all()
+    ok("loglik", run, test, "--out", trained / "parts.csv", "--batch-size", 7, "--quiet")
+    np.testing.assert_allclose(scores(trained / "parts.csv"), whole, atol=1e-4)
+    write(trained / "short.csv", [["red", 1], ["mauve", 2]], ("hue", "n"))
+    capsys.readouterr()
+    ok("loglik", run, trained / "short.csv", "--out", trained / "short.out.csv", "--quiet")
+    assert "1 with values that have no mass" in capsys.readouterr().out
+    assert np.isfinite(scores(trained / "short.out.csv")).tolist() == [True, False]
+    ok("evaluate", run, test, "--quiet")
+    line = capsys.readouterr().out
+    assert float(line.split()[1]) == pytest.approx(-whole.mean(), abs=0.3)
+    assert "30 rows" in line
+
+
+def test_values_are_drawn_of_their_kinds(trained):
+    ok(
+        "sample",
+        trained / "run",
+        "-n",
+        40,
+        "--out",
+        trained / "drawn.csv",
+        "--quiet",
+        "--steps",
+        10,
+        "--method",
+        "unipc",
+    )
+    drawn = read(trained / "drawn.csv", words=True)
+    assert drawn.columns == ("hue", "x", "n")
+    assert drawn.words == {0: ("blue", "green", "red")}
+    assert (drawn.values[:, 2] == drawn.values[:, 2].round()).all()
+    ok("sample", trained / "run", "-n", 5, "--out", trained / "given.npz", "--given", "hue=red,x=1.5", "--quiet")
+    given = np.load(trained / "given.npz")
+    assert given["hue"].tolist() == ["red"] * 5
+    assert given["x"].tolist() == [1.5] * 5
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["train", "{}/train.csv", "--out", "{}/a", "--columns", "infer", "--head", "moments", "--transform", "neural"],
+     "columns goes with"),
+    (["train", "{}/train.csv", "--out", "{}/a", "--columns", "infer", "--conditionals", "no"], "values are missing"),
+    (["train", "{}/train.csv", "--out", "{}/a", "--conditionals", "yes"], "no effect without"),
+    (["train", "{}/train.csv", "--out", "{}/a"], "expected a number"),
+    (["train", "{}/bad.csv", "--out", "{}/a", "--columns", "infer"], "column 'x' holds numbers and 'oops'"),
+    (["loglik", "{}/run", "{}/test.csv", "--out", "{}/a.csv", "--given", "z"], "--given z"),
+    (["sample", "{}/run", "--out", "{}/a.csv", "--given", "hue"], "expected COLUMN=VALUE"),
+    (["sample", "{}/run", "--out", "{}/a.csv", "--given", "hue=mauve"], "no mass"),
+    (["evaluate", "{}/run", "{}/test.csv", "--bound", "elbo"], "--bound"),
+    (["compare", "{}/run", "{}/run", "{}/test.csv"], "compare takes"),
+])  # fmt: skip
+def test_what_does_not_go_is_explained(trained, capsys, words, message):
+    write(trained / "bad.csv", [*rows(9), ["red", "oops", 1, "a"]])
+    assert cli.main([word.format(trained) for word in words]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_parquet_files_hold_words(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"a": ["p", None, "q"], "b": [1, 2, None]}), tmp_path / "t.parquet")
+    found = read(tmp_path / "t.parquet", words=True)
+    np.testing.assert_array_equal(found.values, [[0.0, 1.0], [np.nan, 2.0], [1.0, np.nan]])
+    assert found.words == {0: ("p", "q")}
