@@ -11,6 +11,7 @@ from ndm_ct._core.versions import __version__ as __version__
 if TYPE_CHECKING:
     from ndm_ct import (
         adapters,
+        codec,
         discrete,
         divergence,
         estimator,
@@ -63,6 +64,7 @@ __all__ = [
     "audit",
     "bits_per_dim",
     "check",
+    "codec",
     "compare",
     "decode",
     "discrete",

@@ -1,4 +1,4 @@
-"""The command line, ``ndm-ct``: train, loglik, evaluate, compare, sample, info, selfcheck, demo.
+"""The command line, ``ndm-ct``: train, loglik, evaluate, compare, sample, compress, decompress, info, selfcheck, demo.
 
 Every command says what it does and how to continue under ``--help``. Exit codes: 0 done; 1 an error, which is
 explained; 2 wrong usage; 3 a self-check that failed; 130 stopped by Ctrl-C, SIGTERM or SIGUSR1, or out of time.

@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(command)
     _add_compare(command)
     _add_sample(command)
+    _add_compress(command)
     _add_info(command)
     _add_selfcheck(command)
     _add_demo(command)
@@ -230,6 +231,29 @@ def _add_sample(command: Command) -> None:
     _add_places(parser)
     _add_batch_size(parser, "drawn")
     _add_seed(parser)
+    _add_common(parser)
+
+
+def _add_compress(command: Command) -> None:
+    parser = command(
+        "compress", "compression:run_compress", "compress a file of integers without loss",
+        "Needs constriction. The file can be read by the same model on the same machine, with the same versions.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    _add_data(parser)
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the chain (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows coded together (default: %(default)s)")
+    _add_places(parser)
+    _add_common(parser)
+    parser = command(
+        "decompress", "compression:run_decompress", "restore what compress was given",
+        "A file that is damaged, of another kind or of another model is an error, never wrong data.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("file", type=Path, help="what compress wrote")
+    parser.add_argument("--out", type=Path, required=True, help="file to write: .npz, with an array x of levels")
+    _add_places(parser)
     _add_common(parser)
 
 

@@ -545,3 +545,22 @@ def test_a_command_that_cannot_begin_leaves_nothing(trained, tmp_path, capsys, c
 def test_no_rows_are_drawn_where_none_are_asked_for(trained, tmp_path):
     ok("sample", trained / "run", "-n", 0, "--out", tmp_path / "new" / "rows.csv", "--quiet")
     assert (tmp_path / "new" / "rows.csv").read_text() == "a,b,c\n"
+
+
+def test_integers_are_compressed_and_restored(images, trained, tmp_path, capsys):
+    pytest.importorskip("constriction")
+    folder, pixels = images
+    np.savez(tmp_path / "few.npz", pixels[:3])
+    ok("compress", folder / "run", tmp_path / "few.npz", "--out", tmp_path / "few.ndm", "--steps", 4, "--quiet")
+    ok("decompress", folder / "run", tmp_path / "few.ndm", "--out", tmp_path / "back.npz", "--quiet")
+    assert np.array_equal(np.load(tmp_path / "back.npz")["x"].reshape(3, 4, 4), pixels[:3])
+    content = bytearray((tmp_path / "few.ndm").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "few.ndm").write_bytes(content)
+    for code, arguments, words in (
+        (1, ["decompress", folder / "run", tmp_path / "few.ndm", "--out", tmp_path / "no.npz"], "damaged"),
+        (2, ["decompress", folder / "run", tmp_path / "few.ndm", "--out", tmp_path / "no.csv"], "must end in .npz"),
+        (2, ["compress", trained / "run", trained / "test.csv", "--out", tmp_path / "no"], "real values"),
+    ):
+        assert cli.main([str(each) for each in arguments] + ["--quiet"]) == code
+        assert words in capsys.readouterr().err
