@@ -6,8 +6,9 @@ r"""The divergence of a field: :math:`\operatorname{tr} \partial f/\partial z`, 
 
 This package does not depend on diffusion models; it works on any field. An estimator has one method that matters,
 ``logdet(path, generator)``: the log-determinant of the map from the start of a path to its end, with its error and its
-cost (:mod:`ndm_ct.divergence.interface`). :class:`Exact` and :class:`Hutchinson` integrate the divergence together
-with the state. :class:`Quadrature` solves the path first and evaluates the divergence at random nodes along it.
+cost (:mod:`ndm_ct.divergence.interface`). :class:`Exact` and :class:`Hutchinson` integrate the divergence together with
+the state, or at nodes along a path with a grid (:mod:`ndm_ct.divergence.nodes`). :class:`Quadrature` solves the path
+first and evaluates the divergence at random nodes along it.
 
 References:
     Hutchinson, A Stochastic Estimator of the Trace of the Influence Matrix (1990)

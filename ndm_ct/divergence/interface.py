@@ -9,7 +9,7 @@ and cost. An estimator is a :class:`TraceEstimator`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from ndm_ct._core.noise import Randomness
 if TYPE_CHECKING:
     from ndm_ct.divergence.probes import BoundTrace
 
-__all__ = ["LogDet", "Path", "SolvedPath", "TraceEstimator"]
+__all__ = ["GridPath", "LogDet", "Path", "SolvedPath", "TraceEstimator"]
 
 
 class SolvedPath(Protocol):
@@ -52,6 +52,20 @@ class SolvedPath(Protocol):
     @property
     def failed(self) -> Tensor:
         """Rows whose solve failed, ``(B,)``."""
+
+
+class GridPath(SolvedPath, Protocol):
+    """A path that was solved on one grid for all rows; ``failed`` are the rows that it does not suit."""
+
+    @property
+    def slopes(self) -> Tensor | None:
+        """f of the curve that the path follows, at the nodes asked for, ``(N, B, *E)``: its slope less the linear part.
+
+        The field itself differs from it by the defect of the curve.
+        """
+
+    def with_rows(self, rows: Tensor, other: Any) -> SolvedPath:
+        """The path with some rows solved otherwise; costs are added up."""
 
 
 class Path(Protocol):
@@ -88,8 +102,27 @@ class Path(Protocol):
             in_noise_units: whether tolerances are relative to the scale of the noise at t, not to one.
         """
 
-    def augmented(self, bound: "BoundTrace") -> SolvedPath:
-        """Solve for state and log-determinants together, one column for each divergence of ``bound``."""
+    @property
+    def has_grid(self) -> bool:
+        """Whether the path is solved on one grid for all rows, and divergences are taken at nodes along it."""
+
+    @property
+    def allowed(self) -> float:
+        """Error of the log-determinant that nodes along the path may leave, nats."""
+
+    def on_grid(self, nodes: Tensor) -> GridPath:
+        """Solve for the state alone on one grid for all rows, with the state and its slope at times ``(N, B)``."""
+
+    def augmented(self, bound: "BoundTrace", rows: Tensor | None = None) -> SolvedPath:
+        """Solve for state and log-determinants together, one column for each divergence of ``bound``.
+
+        Args:
+            bound: the divergences of the whole batch.
+            rows: the rows to solve; None is all.
+        """
+
+    def score(self, t: Tensor, z: Tensor, byproduct: Tensor, rows: Tensor) -> Tensor:
+        """The score of some rows at times t ``(b,)`` and states z, by the by-product of :meth:`network_part`."""
 
     def only(self, rows: Tensor) -> "Path":
         """The path of some rows."""

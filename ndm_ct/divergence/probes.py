@@ -15,7 +15,8 @@ from torch import Tensor
 from ndm_ct._core.autodiff import Derivatives
 from ndm_ct._core.checks import event_size, sum_event, unpack_numpy, validate_count
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, coins
-from ndm_ct.divergence.interface import LogDet, Path, TraceEstimator
+from ndm_ct.divergence.interface import LogDet, Path, SolvedPath, TraceEstimator
+from ndm_ct.divergence.nodes import logdet_at_nodes
 
 __all__ = ["BoundTrace", "Exact", "Hutchinson"]
 
@@ -92,8 +93,11 @@ class BoundTrace:
         return mean, (squares / (count * (count - 1))).sqrt()
 
     def logdet(self, path: Path) -> LogDet:
-        """Integrate the divergences together with the state."""
-        solved = path.augmented(self)
+        """Integrate the divergences along a path: at nodes if it has a grid, else together with the state."""
+        return logdet_at_nodes(path, self) if path.has_grid else self.of_augmented(path.augmented(self))
+
+    def of_augmented(self, solved: SolvedPath) -> LogDet:
+        """The log-determinant of a path that was solved together with it."""
         value, stderr = self.combine(solved.state[1])
         error = torch.full_like(value, torch.nan) if solved.error is None else solved.error
         nfe = solved.nfe
@@ -105,7 +109,7 @@ class BoundTrace:
 
 @dataclass(frozen=True)
 class Exact(TraceEstimator):
-    r"""The exact trace: d vector-Jacobian products per evaluation of the field.
+    r"""The exact trace: d vector-Jacobian products wherever it is taken.
 
     Args:
         chunk: products computed at a time. A smaller number needs less memory and more time. None is all at once, by

@@ -10,9 +10,9 @@ r"""The likelihood of the probability flow, by the change of variables along it.
       \Bigl[\Bigl(\alpha' - \frac{\alpha \sigma'}{\sigma}\Bigr) \hat F + \alpha \hat{\dot F}\Bigr] .
 
 The first term is exact. The trace in the second is that of an estimator of :mod:`ndm_ct.divergence`: ``"exact"`` and
-``"hutchinson"`` integrate it together with the state, ``"quadrature"`` solves the path first and samples the trace
-along it. States and log-determinants are float64 whatever the network's precision, so the only accumulated rounding is
-the network's own.
+``"hutchinson"`` integrate it together with the state, or at nodes along a path of method "exponential";
+``"quadrature"`` solves the path first and samples the trace along it. States and log-determinants are float64 whatever
+the network's precision, so the only accumulated rounding is the network's own.
 
 Warning:
     The number is the exact density of the *deterministic* generator. It equals the marginal density of the SDE sampler
@@ -88,10 +88,12 @@ def loglik(
             one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`. With prediction "velocity" tolerances below
             four units of rounding of the network, 5e-7 in float32, are raised to them.
         atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
-        method: "ode", where each row has steps of its own; "exponential", for "quadrature", which takes one grid for
-            all rows with one evaluation per step, and "ode" for rows that the grid does not suit; or a torchdiffeq
-            method such as "dopri5", with one step size for the batch, so that a row depends on the others.
-            None is "exponential" for "quadrature" without ``differentiable``, else "ode".
+        method: "ode", where each row has steps of its own; "exponential", which takes one grid for all rows with one
+            evaluation per step, and "ode" for rows that the grid does not suit; or a torchdiffeq method such as
+            "dopri5", with one step size for the batch, so that a row depends on the others. With "exponential" the
+            traces "exact" and "hutchinson" are taken at 33 to 129 nodes along the path, until what they leave is at
+            most 200 (rtol + atol) nats; tolerances that are None are 3e-5. None is "exponential" for "quadrature"
+            without ``differentiable``, else "ode".
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
             (with "ode" and "exponential").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
@@ -183,9 +185,9 @@ def encode(
             and takes more network evaluations. None is 2e-6. For "quadrature" it is 3e-5, and the error allowed in
             one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`.
         atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
-        method: "ode" (None), where each row has steps of its own; "exponential", as in :func:`loglik`, the default for
-            ``return_info`` with "quadrature"; or a torchdiffeq method such as "dopri5", with one step size for the
-            batch.
+        method: "ode", where each row has steps of its own; "exponential", as in :func:`loglik`; or a torchdiffeq method
+            such as "dopri5", with one step size for the batch. None is "ode", and with ``return_info`` as in
+            :func:`loglik`.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
             (with "ode" and "exponential").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets
@@ -265,9 +267,9 @@ def decode(
             and takes more network evaluations. None is 2e-6. For "quadrature" it is 3e-5, and the error allowed in
             one step is :math:`(\mathrm{rtol} + \mathrm{atol})\,\sigma_t`.
         atol: absolute tolerance of the solver, for states near zero, in ``model.unit``; None as for ``rtol``.
-        method: "ode" (None), where each row has steps of its own; "exponential", as in :func:`loglik`, the default for
-            ``return_info`` with "quadrature"; or a torchdiffeq method such as "dopri5", with one step size for the
-            batch.
+        method: "ode", where each row has steps of its own; "exponential", as in :func:`loglik`; or a torchdiffeq method
+            such as "dopri5", with one step size for the batch. None is "ode", and with ``return_info`` as in
+            :func:`loglik`.
         on_failure: "raise" a SolverError if a row cannot be solved, or "nan": such rows become NaN and the others go on
             (with "ode" and "exponential").
         differentiable: True keeps the graph, for gradients with respect to parameters and the input. "adjoint" gets

@@ -39,10 +39,11 @@ class LikelihoodInfo:
         variance: unbiased estimate of the variance of the trace estimate, nats squared, ``(B,)``. ``stderr`` is larger
             than its root where few sweeps are behind it; for averages over rows or in exponents use the variance.
         ode_error: estimate of the size of the solver's own error, ``(B,)``. It adds up the local errors weighted with
-            the score, and is too small at tolerances of 1e-4 and more. For "quadrature" it is the change of log p
-            against ten times the tolerances. It is NaN for the torchdiffeq methods. It leaves out the rounding of the
-            network, which dominates in half precision, and in float32 with tight tolerances or a tiny ``t_min`` (up to
-            20 times ``ode_error`` was seen): compare with ``model.double()`` where that matters.
+            the score, and is too small at tolerances of 1e-4 and more. For traces at nodes along the path it is the
+            defect of the path weighted with the score, and what the rule leaves. For "quadrature" it is the change of
+            log p against ten times the tolerances. It is NaN for the torchdiffeq methods. It leaves out the rounding of
+            the network, which dominates in half precision, and in float32 with tight tolerances or a tiny ``t_min`` (up
+            to 20 times ``ode_error`` was seen): compare with ``model.double()`` where that matters.
         truncation: estimate of :math:`\log p_{t_{min}} - \log p_0` at the data end, to first order in the noise left
             there, ``(B,)``. It is small against one nat where t_min is small enough for the data, and large where the
             noise hides them. Where the network's own error dominates its score at t_min, the score of more noise is

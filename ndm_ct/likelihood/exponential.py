@@ -12,8 +12,8 @@ constant where the noise :math:`\rho = 1/\varphi` is smaller than :math:`k`, and
 The number of steps follows the tolerance, :math:`N = 40\, (6 \cdot 10^{-5} / (\mathrm{rtol} + \mathrm{atol}))^{1/4}`.
 It is more than two for every period of the fastest time feature of this library's networks; with fewer the steps and
 the feature beat, and the error no longer falls with N. A row whose predictor and corrector differ by more than
-:math:`100\,(\mathrm{rtol} + \mathrm{atol})` in units of the noise, or whose prediction is not finite, is solved by the
-adaptive solver.
+:math:`100\,(\mathrm{rtol} + \mathrm{atol})` in units of the noise, or whose prediction is not finite, is solved again
+with twice as many steps, and if that does not help by the adaptive solver.
 """
 
 import math
@@ -43,7 +43,8 @@ def applies(model: NDM) -> bool:
 
 def transport(
     model: NDM, flow: Callable[[Tensor | None], ProbabilityFlow], start: Tensor, interval: tuple[float, float],
-    tolerance: float, nodes: Tensor | None, callback: Callable[[float], None] | None,
+    tolerance: float, nodes: Tensor | None, callback: Callable[[float], None] | None, *, refined: int = 1,
+    with_slopes: bool = False,
 ) -> Solution:  # fmt: skip
     """Solve for the path of every row on one grid.
 
@@ -55,11 +56,13 @@ def transport(
         tolerance: rtol + atol.
         nodes: times ``(N, B)`` at which z is wanted too.
         callback: called with the time before every step.
+        refined: factor of the number of steps.
+        with_slopes: whether to return the network part of the velocity that the path follows at the nodes.
 
     Returns:
         The solution; ``failed`` are the rows that the grid does not suit.
     """
-    path = _Grid(model, interval, tolerance, start.device)
+    path = _Grid(model, interval, refined * steps_for(tolerance), start.device)
     c = path.at
 
     def denoised(n: int, w: Tensor, rows: Tensor) -> Tensor:
@@ -70,15 +73,26 @@ def transport(
     solved = odeint_multistep(
         denoised, start / c.sigma[0], path.places, path.density, limit=CHANGE * tolerance,
         nodes=None if at_nodes is None else path.inside(at_nodes.alpha / at_nodes.sigma),
-        callback=None if callback is None else lambda n: callback(float(path.times[n])),
+        callback=None if callback is None else lambda n: callback(float(path.times[n])), with_slopes=with_slopes,
     )  # fmt: skip
-    states = None
+    states = slopes = None
     if solved.nodes is not None and at_nodes is not None:
         states = append_axes(at_nodes.sigma, solved.nodes) * solved.nodes
+        if solved.slopes is not None:
+            slopes = append_axes(-at_nodes.wronskian / at_nodes.sigma, solved.slopes) * solved.slopes
     return Solution(
         state=(c.sigma[-1] * solved.state,), nfe=solved.nfe, accepted=solved.nfe - 1,
-        rejected=torch.zeros_like(solved.nfe), failed=solved.failed, nodes=states,
+        rejected=torch.zeros_like(solved.nfe), failed=solved.failed, nodes=states, slopes=slopes,
     )  # fmt: skip
+
+
+def steps_for(tolerance: float) -> int:
+    """Even steps of a path.
+
+    Args:
+        tolerance: rtol + atol.
+    """
+    return max(2, math.ceil(STEPS * (TOLERANCE / tolerance) ** (1.0 / ORDER)))
 
 
 class _Grid:
@@ -87,15 +101,14 @@ class _Grid:
     Args:
         model: gives the schedule.
         interval: times of start and end.
-        tolerance: rtol + atol.
+        steps: even steps.
         device: of the states.
     """
 
-    def __init__(self, model: NDM, interval: tuple[float, float], tolerance: float, device: torch.device) -> None:
+    def __init__(self, model: NDM, interval: tuple[float, float], steps: int, device: torch.device) -> None:
         ends = model.schedule(torch.tensor([*interval, 1.0], dtype=torch.float64, device=device))
         first, last, at_one = ends.alpha / ends.sigma
         self.turn = 10.0 * min(1.0 / float(at_one) if at_one > 0.0 else math.inf, model.schedule.preserved_std)
-        steps = max(2, math.ceil(STEPS * (TOLERANCE / tolerance) ** (1.0 / ORDER)))
         self.places = graded_grid(float(self._place(first)), float(self._place(last)), steps, device)
         noise = torch.atan2(
             torch.full_like(self.places, 2.0 * self.turn), torch.exp(self.places) - torch.exp(-self.places)

@@ -20,6 +20,7 @@ from ndm_ct._core.errors import PredictorError, SolverError
 from ndm_ct._core.noise import Randomness, by_row, rows_of
 from ndm_ct.checking import Purpose, verify
 from ndm_ct.divergence import Exact, Hutchinson, Quadrature, TraceEstimator, resolve
+from ndm_ct.divergence.nodes import rows_at_once
 from ndm_ct.likelihood.budget import LikelihoodInfo, measure
 from ndm_ct.likelihood.path import TOLERANCE, Differentiable, Problem
 from ndm_ct.model import NDM
@@ -28,8 +29,8 @@ __all__ = ["Trace"]
 
 Trace = str | TraceEstimator
 
-_NUMBERS, _SMALLEST_EVENT = 2**18, 16
-"""Numbers that the rows of a part hold at most, products counted; and the size that a smaller event counts as."""
+GRID_TOLERANCE = 3e-5
+"""Default rtol and atol of "exponential"."""
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ class Options:
         upwards = interval[1] > interval[0]
         with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
             y = model.to_latent(start, generator=generator, **cond)[0] if upwards else start
-            end = self._path(model, y, interval, cond, TOLERANCE).transport().state[0].to(start.dtype)
+            end = self._path(model, y, interval, cond, None).transport().state[0].to(start.dtype)
             return end if upwards else model.transform.from_latent(end, **cond)
 
     def likelihood(
@@ -121,7 +122,7 @@ class Options:
         with model.evaluating(), torch.set_grad_enabled(bool(self.differentiable)):
             upwards = interval[1] > interval[0]
             y, weight = model.to_latent(start, **cond) if upwards else (start, None)
-            path = self._path(model, y, interval, cond, estimator.tolerance, nodes=estimator.needs_nodes)
+            path = self._path(model, y, interval, cond, estimator)
             info = measure(replace(path, stderr=self.stderr, error_wanted=budget), estimator, generator)
             if upwards:
                 return info if weight is None else _of_data(info, weight, info.z)
@@ -139,7 +140,7 @@ class Options:
             return self.batch_size
         if self.differentiable or self.method not in (None, "ode", "exponential"):
             return rows
-        return max(1, _NUMBERS // (products * max(event_size(model.event_shape), _SMALLEST_EVENT)))
+        return rows_at_once(products, model.event_shape)
 
     @staticmethod
     def _by_parts(
@@ -174,14 +175,23 @@ class Options:
         return estimator
 
     def _path(
-        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning, tolerance: float,
-        *, nodes: bool = False,
+        self, model: NDM, start: Tensor, interval: tuple[float, float], cond: Conditioning,
+        estimator: TraceEstimator | None,
     ) -> Problem:  # fmt: skip
+        """The path, with its log-determinant by an estimator or without."""
+        method = self.method or self._default_method(estimator)
+        tolerance = TOLERANCE
+        if estimator is not None:
+            tolerance = max(estimator.tolerance, GRID_TOLERANCE if method == "exponential" else 0.0)
         rtol, atol = (tolerance if value is None else value for value in (self.rtol, self.atol))
-        adjoint, graph = self.differentiable == "adjoint", bool(self.differentiable)
-        default = "dopri5" if adjoint else "exponential" if nodes and not graph else "ode"
-        method = default if self.method is None else self.method
         return Problem(model, start, interval, rtol, atol, method, self.on_failure, self.differentiable, cond)
+
+    def _default_method(self, estimator: TraceEstimator | None) -> str:
+        if self.differentiable == "adjoint":
+            return "dopri5"
+        if self.differentiable or estimator is None:
+            return "ode"
+        return "exponential" if estimator.needs_nodes else "ode"
 
 
 def _products(estimator: TraceEstimator, event_shape: tuple[int, ...]) -> int:

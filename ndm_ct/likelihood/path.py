@@ -41,6 +41,9 @@ __all__ = ["METHODS", "TOLERANCE", "Problem"]
 TOLERANCE = 2e-6
 """Default rtol and atol of a path without a log-determinant."""
 
+NODES = 200.0
+"""Error of log p that nodes along a path may leave, in units of rtol + atol: 0.012 nats at the default."""
+
 METHODS = ("ode", "exponential", *ADAPTIVE_METHODS)
 """Names of ``method``."""
 
@@ -128,6 +131,10 @@ class Problem:
         """The log-determinant of the part of the flow that is linear in z, going up."""
         return linear_logdet(self.model, self.start.device)
 
+    def score(self, t: Tensor, z: Tensor, byproduct: Tensor, rows: Tensor) -> Tensor:
+        """The score of some rows from the by-product of :meth:`network_part`."""
+        return self.flow(rows).score(t, z, byproduct)
+
     def network_part(self, t: Tensor, rows: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The rest of the velocity of some rows at times t ``(b,)``."""
         return self.flow(rows).network_part(t)
@@ -167,30 +174,66 @@ class Problem:
 
         return self._solve(field, (self.start.double(),), nodes, in_noise_units)
 
-    def _exponential(self, nodes: Tensor | None, in_noise_units: bool) -> Solution:
-        """By one grid for all rows; rows that it does not suit by "ode"."""
-        adaptive = replace(self, method="ode")
-        if not exponential.applies(self.model):
-            return adaptive.transport(nodes, in_noise_units=in_noise_units)
-        solved = exponential.transport(
-            self.model, self.flow, self.start.double(), self.interval, self.rtol + self.atol, nodes, self.callback
-        )
+    @property
+    def has_grid(self) -> bool:
+        """Whether the method is "exponential" and the flow has the form for it."""
+        return self.method == "exponential" and exponential.applies(self.model)
+
+    @property
+    def allowed(self) -> float:
+        """Error of log p that nodes along the path may leave, nats."""
+        return NODES * (self.rtol + self.atol)
+
+    def on_grid(self, nodes: Tensor | None, *, with_slopes: bool = True) -> Solution:
+        """Solve by "exponential" alone; ``failed`` are rows that neither the grid nor one twice as fine suits."""
+        solved = self._multistep(nodes, 1, with_slopes)
         rows = torch.nonzero(solved.failed).flatten()
         if len(rows) == 0:
             return solved
-        rest = replace(adaptive.only(rows), on_failure="nan").transport(
-            None if nodes is None else nodes[:, rows], in_noise_units=in_noise_units
-        )
-        if self.on_failure == "raise" and bool(rest.failed.any()):
-            adaptive.transport(in_noise_units=in_noise_units)  # raises, and its message counts rows in this batch
-        return solved.with_rows(rows, rest)
+        finer = self.only(rows)._multistep(None if nodes is None else nodes[:, rows], 2, with_slopes)
+        return solved.with_rows(rows, finer)
 
-    def augmented(self, bound: BoundTrace) -> Solution:
-        """Solve for state and log-determinants ``(B, columns)`` together, probes frozen; both are float64."""
+    def _multistep(self, nodes: Tensor | None, refined: int, with_slopes: bool) -> Solution:
+        return exponential.transport(
+            self.model, self.flow, self.start.double(), self.interval, self.rtol + self.atol, nodes, self.callback,
+            refined=refined, with_slopes=with_slopes,
+        )  # fmt: skip
+
+    def _exponential(self, nodes: Tensor | None, in_noise_units: bool) -> Solution:
+        """By one grid for all rows; rows that it does not suit by "ode"."""
+
+        def adaptive(path: Problem, rows: Tensor | None) -> Solution:
+            some = nodes if nodes is None or rows is None else nodes[:, rows]
+            return path.transport(some, in_noise_units=in_noise_units)
+
+        if not self.has_grid:
+            return self._adaptively(None, adaptive)
+        solved = self.on_grid(nodes, with_slopes=False)
+        rows = torch.nonzero(solved.failed).flatten()
+        return solved if len(rows) == 0 else solved.with_rows(rows, self._adaptively(rows, adaptive))
+
+    def _adaptively(self, rows: Tensor | None, solve: Callable[["Problem", Tensor | None], Solution]) -> Solution:
+        """Solve some rows by "ode"; None is all. A failure is told with the rows' numbers in this batch."""
+        adaptive = replace(self, method="ode")
+        if rows is None:
+            return solve(adaptive, None)
+        solved = solve(replace(adaptive.only(rows), on_failure="nan"), rows)
+        if self.on_failure == "raise" and bool(solved.failed.any()):
+            solve(adaptive, None)  # raises
+        return solved
+
+    def augmented(self, bound: BoundTrace, rows: Tensor | None = None) -> Solution:
+        """Solve for state and log-determinants ``(B, columns)`` together, probes frozen; both are float64.
+
+        Args:
+            bound: the divergences of the whole batch.
+            rows: the rows to solve, with "exponential"; None is all. The method is then "ode".
+        """
         if self.method == "exponential":
-            raise ValueError(
-                "method='exponential' solves the path alone, and this trace is integrated together with it; use "
-                "trace='quadrature', or method='ode'."
+            # Adaptive steps without the noise for a unit need the tolerance that is their default.
+            finer = replace(self, rtol=min(self.rtol, TOLERANCE), atol=min(self.atol, TOLERANCE))
+            return finer._adaptively(
+                rows, lambda path, some: path.augmented(bound if some is None else bound.rows(some))
             )
         z = self.start.double()
 

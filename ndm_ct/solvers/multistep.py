@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import event_size
+from ndm_ct._core.checks import append_axes, event_size
 
 __all__ = ["MultistepSolution", "graded_grid", "odeint_multistep"]
 
@@ -49,12 +49,14 @@ class MultistepSolution:
         state: w at the end, ``(B, *)``; zero in failed rows.
         failed: rows that left early, ``(B,)``.
         nodes: w at the places asked for, ``(N, B, *)``, or None.
+        slopes: the polynomial that was integrated in place of D, there, or None.
         nfe: evaluations of D, ``(B,)``.
     """
 
     state: Tensor
     failed: Tensor
     nodes: Tensor | None
+    slopes: Tensor | None
     nfe: Tensor
 
 
@@ -79,6 +81,7 @@ def odeint_multistep(
     density: Density,
     *,
     nodes: Tensor | None = None,
+    with_slopes: bool = False,
     limit: float = math.inf,
     callback: Callable[[int], None] | None = None,
 ) -> MultistepSolution:
@@ -91,6 +94,7 @@ def odeint_multistep(
         grid: the places, ``(n,)``, float64, strictly increasing or decreasing.
         density: :math:`\varphi'`.
         nodes: places ``(N, B)`` inside the grid's range at which w is wanted too.
+        with_slopes: whether to return ``slopes``.
         limit: a row leaves as failed once :math:`\operatorname{rms}(w_n - w^P_n)` exceeds it, from the first predictor
             of order 3 on, or its D is not finite. The error of a step is a small part of that difference.
         callback: called with the number of the place before every step.
@@ -106,7 +110,7 @@ def odeint_multistep(
         (True, [23])
     """
     rows = torch.arange(len(state), device=state.device)
-    dense, nfe = _Dense(nodes, state), torch.zeros_like(rows)
+    dense, nfe = _Dense(nodes, state, with_slopes), torch.zeros_like(rows)
     w, values = state, [function(0, state, rows)]
     good = _finite(values[0])
     for n in range(len(grid) - 1):
@@ -130,7 +134,7 @@ def odeint_multistep(
     nfe[rows] = len(grid)
     rows, w = rows[good], w[good]
     failed = torch.ones(len(state), dtype=torch.bool, device=state.device).index_fill(0, rows, False)
-    return MultistepSolution(torch.zeros_like(state).index_copy(0, rows, w), failed, dense.states, nfe)
+    return MultistepSolution(torch.zeros_like(state).index_copy(0, rows, w), failed, dense.states, dense.slopes, nfe)
 
 
 def _finite(value: Tensor) -> Tensor:
@@ -144,25 +148,29 @@ def _by_row(value: Tensor) -> Tensor:
 
 
 class _Dense:
-    """Collects w at nodes, step by step."""
+    """Collects w, and the polynomial in place of D, at nodes, step by step."""
 
-    def __init__(self, nodes: Tensor | None, state: Tensor) -> None:
+    def __init__(self, nodes: Tensor | None, state: Tensor, with_slopes: bool) -> None:
         self.nodes = nodes
         self.states = None if nodes is None else state.new_zeros(*nodes.shape, *state.shape[1:])
+        self.slopes = torch.zeros_like(self.states) if self.states is not None and with_slopes else None
 
     def visit(
         self, rows: Tensor, w: Tensor, values: list[Tensor], used: Tensor, step: Tensor, density: Density
     ) -> None:
-        """Take w at the nodes of a step of some rows, from its start and its polynomial."""
+        """Take both at the nodes of a step of some rows, from its start and its polynomial."""
         if self.nodes is None or self.states is None:
             return
         places = self.nodes[:, rows]
         node, row = torch.nonzero((places >= step.min()) & (places <= step.max()), as_tuple=True)
-        weights = _weights(used, step[0], places[node, row], density)
-        state = w[row]
-        for weight, D in zip(weights.unbind(-1), values, strict=True):
-            state = state + weight.reshape(-1, *(1,) * (w.ndim - 1)) * D[row]
-        self.states[node, rows[row]] = state
+        place, value = places[node, row], torch.stack(values, 1)[row]
+
+        def combined(weights: Tensor) -> Tensor:
+            return (append_axes(weights, value) * value).sum(1)
+
+        self.states[node, rows[row]] = w[row] + combined(_weights(used, step[0], place, density))
+        if self.slopes is not None:
+            self.slopes[node, rows[row]] = combined(_lagrange(used, place))
 
 
 def _weights(places: Tensor, start: Tensor, end: Tensor, density: Density) -> Tensor:
@@ -171,11 +179,15 @@ def _weights(places: Tensor, start: Tensor, end: Tensor, density: Density) -> Te
     half = 0.5 * (end - start)[..., None]
     s = start + half * (1.0 + x)
     mass = half * weights * density(s)
+    return (mass[..., None] * _lagrange(places, s)).sum(-2)
+
+
+def _lagrange(places: Tensor, s: Tensor) -> Tensor:
+    r"""The polynomials :math:`\ell_j` of some places at s, ``(*s, j)``."""
     columns = []
     for j, place in enumerate(places):
         others = torch.cat([places[:j], places[j + 1 :]])
-        polynomial = ((s[..., None] - others) / (place - others)).prod(-1)
-        columns.append((mass * polynomial).sum(-1))
+        columns.append(((s[..., None] - others) / (place - others)).prod(-1))
     return torch.stack(columns, -1)
 
 

@@ -27,6 +27,7 @@ class Solution:
             :math:`\sum_n |\langle \partial L/\partial y,\, e \rangle|` over the local errors e of accepted steps; NaN
             in failed rows. None unless the field returns the gradient of L (:mod:`ndm_ct.solvers.ode`).
         nodes: the first tensor of the state at the times asked for, ``(N, B, *)``, or None; NaN in failed rows.
+        slopes: the part of the slope that the solver interpolates, at these times, ``(N, B, *)``, or None.
     """
 
     state: State
@@ -36,6 +37,7 @@ class Solution:
     failed: Tensor
     error: Tensor | None = None
     nodes: Tensor | None = None
+    slopes: Tensor | None = None
 
     @classmethod
     def of_batch(cls, state: State, nfe: int, accepted: int, rejected: int = 0) -> "Solution":
@@ -45,20 +47,24 @@ class Solution:
         return cls(state, failed=rows < 0, **{name: torch.full_like(rows, count) for name, count in counts.items()})
 
     def with_rows(self, rows: Tensor, other: "Solution") -> "Solution":
-        """The solution with some rows, by number, solved again; what both solves have cost is added up."""
+        """The solution with some rows, by number, solved again; what both solves have cost is added up.
 
-        states = zip(self.state, other.state, strict=True)
+        Further tensors of the other state are dropped, and values at times that only one of them has.
+        """
+        states = zip(self.state, other.state, strict=False)
         counts = {name: getattr(self, name).index_add(0, rows, getattr(other, name)) for name in _COUNTS}
-        nodes = None
-        if self.nodes is not None and other.nodes is not None:
-            nodes = self.nodes.index_copy(1, rows, other.nodes)
         return replace(
-            self, state=tuple(mine.index_copy(0, rows, theirs) for mine, theirs in states), nodes=nodes,
-            failed=self.failed.index_copy(0, rows, other.failed), **counts,
+            self, state=tuple(mine.index_copy(0, rows, theirs) for mine, theirs in states),
+            failed=self.failed.index_copy(0, rows, other.failed), nodes=_copied(self.nodes, other.nodes, rows),
+            slopes=_copied(self.slopes, other.slopes, rows), **counts,
         )  # fmt: skip
 
 
 _COUNTS = ("nfe", "accepted", "rejected")
+
+
+def _copied(mine: Tensor | None, theirs: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if mine is None or theirs is None else mine.index_copy(1, rows, theirs)
 
 
 def validate_tolerance(name: str, value: float, dtype: torch.dtype) -> float:

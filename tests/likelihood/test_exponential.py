@@ -8,7 +8,7 @@ from oracles import SCHEDULES, exact_flow, gaussian, mixture
 
 import ndm_ct
 from ndm_ct import NDM, SolverError, schedules
-from ndm_ct.divergence import Exact, Quadrature
+from ndm_ct.divergence import Exact, Hutchinson, Quadrature
 from ndm_ct.likelihood.path import Problem
 
 
@@ -124,13 +124,80 @@ def test_a_flow_without_noise_at_its_start_takes_adaptive_steps(generator):
     torch.testing.assert_close(by_grid, adaptive, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("downwards", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_exact_traces_at_nodes_give_the_exact_density(name, downwards, generator):
+    """Also where alpha or sigma is zero at an end; fewer products than evaluations of the adaptive solver."""
+    model = gaussian(SCHEDULES[name]())
+    options = {"trace": "exact", "method": "exponential", "return_info": True}
+    if downwards:
+        z1 = model.sample_prior(8, generator=generator, dtype=torch.float64, device=None)
+        x, info = ndm_ct.decode(model, z1, rtol=1e-6, atol=1e-6, **options)
+        truth = model.log_prob(x)
+    else:
+        x = model.sample_data(8, generator=generator)
+        _, info = ndm_ct.loglik(model, x, rtol=1e-6, atol=1e-6, **options)
+        truth = model.log_prob(x)
+    torch.testing.assert_close(info.loglik, truth, rtol=0.0, atol=1e-3)
+    assert info.row_vjps.tolist() == [34 * 6] * 8  # one exact trace is the budget's
+    torch.testing.assert_close(
+        info.logdet + (-1.0 if downwards else 1.0) * info.log_prior, (-1.0 if downwards else 1.0) * info.loglik
+    )
+
+
+def test_the_error_at_nodes_is_that_of_the_path_where_rules_agree(generator):
+    """The defect of the curve, weighted with the exact score, is the error to first order."""
+    model = gaussian(schedules.Cosine())
+    x = model.sample_data(64, generator=generator)
+    value, info = ndm_ct.loglik(model, x, method="exponential", rtol=3e-4, atol=3e-4, return_info=True)
+    ratio = info.ode_error / (value - model.log_prob(x)).abs()
+    assert float(ratio.quantile(0.05)) > 1.0 / 1.5
+    assert float(ratio.quantile(0.95)) < 1.5
+
+
+def test_the_error_at_nodes_covers_that_of_the_rules(generator):
+    """A mixture's trace changes suddenly, and rows double their nodes until two rules agree."""
+    model = mixture(schedules.VariancePreserving())
+    x = model.sample_data(64, generator=generator)
+    value, info = ndm_ct.loglik(model, x, method="exponential", return_info=True)
+    error = (value - model.log_prob(x)).abs()
+    assert float(error.square().mean().sqrt()) < 0.02
+    assert float((error <= 3.0 * info.ode_error).double().mean()) > 0.9
+    assert set(info.row_vjps.tolist()) > {34 * 8, 66 * 8}
+    alone = ndm_ct.loglik(model, x[5:9], method="exponential")
+    torch.testing.assert_close(alone, value[5:9], rtol=0.0, atol=1e-9)
+
+
+def test_random_probes_stay_the_same_at_all_nodes(generator):
+    model = gaussian(schedules.Cosine())
+    x = model.sample_data(4, generator=generator)
+    options = {"trace": Hutchinson(probes=4), "generator": 3, "return_info": True}
+    (value, by_grid), (truth, _) = (
+        ndm_ct.loglik(model, x, method=method, **options) for method in ("exponential", "ode")
+    )
+    torch.testing.assert_close(value, truth, rtol=0.0, atol=5e-3)
+    assert by_grid.row_vjps.tolist() == [33 * 4 + 6] * 4  # the budget takes an exact trace
+
+
+def test_traces_of_rows_that_the_grid_does_not_suit_are_integrated_with_the_state():
+    model = NDM(jump, (2,), schedule=schedules.LinearLogSNR(-6.0, 5.0), checks=False)
+    x = torch.full((3, 2), -0.5, dtype=torch.float64)
+    x[1] = 0.7
+    options = {"rtol": 3e-5, "atol": 3e-5, "return_info": True}
+    value, info = ndm_ct.loglik(model, x, method="exponential", **options)
+    adaptive, its = ndm_ct.loglik(model, x[1:2], method="ode", return_info=True)
+    torch.testing.assert_close(value[1:2], adaptive, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(info.ode_error[1:2], its.ode_error, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(info.z[1:2], its.z, rtol=1e-9, atol=1e-9)
+    assert int(info.row_vjps[1]) >= int(its.row_vjps[0])
+    assert info.row_vjps[[0, 2]].tolist() == [34 * 2] * 2
+
+
 def test_what_it_cannot_do_is_refused(generator):
     model = gaussian()
     x = model.sample_data(2, generator=generator)
     with pytest.raises(ValueError, match="keeps no graph"):
         ndm_ct.loglik(model, x, trace="quadrature", method="exponential", differentiable=True)
-    with pytest.raises(ValueError, match="trace='quadrature'"):
-        ndm_ct.loglik(model, x, trace="exact", method="exponential")
 
 
 def test_samples_take_it_too(generator):

@@ -8,7 +8,7 @@ from oracles import gaussian
 
 import ndm_ct
 from ndm_ct import NDM, PredictorError, SolverError
-from ndm_ct.divergence import Exact, Hutchinson, Quadrature
+from ndm_ct.divergence import Exact, Hutchinson, Quadrature, nodes
 from ndm_ct.likelihood import options
 
 TRACES = {"exact": Exact(), "hutchinson": Hutchinson(4), "quadrature": Quadrature(nodes=4, sweeps=4)}
@@ -82,7 +82,7 @@ def test_memory_is_bounded_by_default(monkeypatch, generator):
 
     model = NDM(predictor, exact.event_shape, schedule=exact.schedule, checks=False)
     x = exact.sample_data(100, generator=generator)
-    monkeypatch.setattr(options, "_NUMBERS", 16 * options._SMALLEST_EVENT * x[0].numel())
+    monkeypatch.setattr(nodes, "_NUMBERS", 16 * nodes._SMALLEST_EVENT * x[0].numel())
     for size, most in ((None, 16), (40, 40)):
         largest[:] = [0]
         ndm_ct.loglik(model, x, trace="exact", **LOOSE, batch_size=size)
