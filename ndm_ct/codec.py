@@ -11,7 +11,7 @@ The receiver goes backwards and gets the popped bits back. The stack grows on av
 .. math::
     E_q\Bigl[\log_2 \frac{q(z_1 \mid x) \prod q(z_s \mid z_t, x)}{p(x \mid z_0)\, p(z_1) \prod p(z_s \mid z_t)}\Bigr]
 
-bits per event. That is minus the bound of :func:`ndm_ct.discrete.elbo_discrete` with as many steps. Latents lie on a
+bits per event. That is minus the bound of :func:`ndm_ct.objectives.elbo_discrete` with as many steps. Latents lie on a
 grid of an eighth of the step's standard deviation; both q and p are those normals, summed over the cells of the grid.
 
 **The first bits.** The first event pops some 5 (T + 1) d bits that nobody has pushed yet, so the stack begins with
