@@ -213,7 +213,7 @@ def _draw_training(axis: "Axes", name: str, result: FitResult, key: str, bits: b
     held = [row["validation_bits_per_dim"] if bits else -row["validation_elbo"] for row in result.validation]
     nats = [row["validation_elbo"] for row in result.validation]
     ratio = [abs(value / nat) if bits and nat else 1.0 for value, nat in zip(held, nats, strict=True)]
-    errors = [r * row["validation_stderr"] for r, row in zip(ratio, result.validation, strict=True)]
+    errors = [r * (row["validation_stderr"] or 0.0) for r, row in zip(ratio, result.validation, strict=True)]
     places, colour = [row[key] for row in result.validation], line.get_color()
     axis.errorbar(places, held, yerr=errors, fmt="o-", markersize=3, linewidth=0.9, color=colour, alpha=0.6,
                   label="held out")  # fmt: skip

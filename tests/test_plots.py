@@ -97,6 +97,8 @@ def test_a_training_marks_the_best_held_out_bound(bits):
         assert float(np.ravel(ring.get_ydata())[0]) == 5.0 * factor
         bar = axis.containers[0].lines[2][0].get_segments()[0]
         assert bar[1][1] - bar[0][1] == pytest.approx(0.2 * factor)
+    alone = tuple(row | {"validation_stderr": None} for row in validation)  # of a single held-out row
+    plots.training(ndm_ct.FitResult(step=5, finished=True, history=history, validation=alone))
     plots.training({"no validation": ndm_ct.FitResult(step=5, finished=True, history=history, validation=())})
 
 

@@ -42,8 +42,8 @@ def test_commands_of_the_page_print_what_stands_there(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     text = (DOCS / "command_line.md").read_text()
     shared = {}
-    for block in BLOCK.findall(text):
-        exec(block, shared)
+    for code, _ in BLOCK.findall(text):
+        exec(code, shared)
     (tmp_path / "wine.yaml").write_text("data: train.csv\nsteps: 2\n")
     commands = re.findall(r"^\$ ndm-ct (.*)\n((?:[^$`\n].*\n)*)", text, re.MULTILINE)
     assert len(commands) == 8
