@@ -236,7 +236,7 @@ class Table:
             noise: ``(N, K, noises)``, uniform in (0, 1), of :func:`draw_noise`; None: no column takes noise.
             roles: of every value, ``(N, D)``.
             generator: one for every row, for estimated traces.
-            options: of :func:`ndm_ct.loglik`.
+            options: of :func:`ndm_ct.loglik`; exact traces are taken at nodes of the path unless ``method`` is another.
         """
         n, K = len(numbers), 1 if noise is None else noise.shape[1]
         flat = np.zeros((n, 0)) if noise is None else noise.flatten(0, 1).cpu().double().numpy()
@@ -251,7 +251,7 @@ class Table:
             at = torch.from_numpy(possible)
             log_p, info = likelihood.loglik(  # type: ignore[call-overload]
                 model, _as_of(model, x[at]), generator=generator, return_info=True,
-                **options, **{name: _as_of(model, value[at]) for name, value in cond.items()},
+                **({"method": "exponential"} | options), **{name: _as_of(model, value[at]) for name, value in cond.items()},
             )  # fmt: skip
             values[possible] += log_p.double().cpu().numpy()
             errors[possible] = info.stderr.double().cpu().numpy()
