@@ -251,7 +251,8 @@ class Table:
             at = torch.from_numpy(possible)
             log_p, info = likelihood.loglik(  # type: ignore[call-overload]
                 model, _as_of(model, x[at]), generator=generator, return_info=True,
-                **({"method": "exponential"} | options), **{name: _as_of(model, value[at]) for name, value in cond.items()},
+                **({"method": "exponential"} | options),
+                **{name: _as_of(model, value[at]) for name, value in cond.items()},
             )  # fmt: skip
             values[possible] += log_p.double().cpu().numpy()
             errors[possible] = info.stderr.double().cpu().numpy()
