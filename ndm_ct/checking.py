@@ -176,9 +176,9 @@ def _examined(
         *_of_schedule(model, t), *_of_transform(model, y, t, given, promised=promised),
         *_of_noise_scale(model, y, t, given),
     ]  # fmt: skip
-    network = _of_network(model, t, z, cond, index, derivative=purpose in ("likelihood", "fit"))
+    network = _of_network(model, t, z, cond, index, len(start), derivative=purpose in ("likelihood", "fit"))
     trained = asked or model.adapted
-    ends, doubtful = _of_output(model, t, y[:1], cond.take(index[:1].expand(8)), scaled=trained and not latent)
+    ends, doubtful = _of_output(model, t, y[:1], cond.take(index[:1].expand(9)), scaled=trained and not latent)
     if asked:
         network = network or ends
     elif model.adapted:
@@ -217,7 +217,7 @@ _ROW_CURE = (
 
 
 def _of_network(
-    model: NDM, t: Tensor, z: Tensor, cond: Conditioning, index: Tensor, *, derivative: bool
+    model: NDM, t: Tensor, z: Tensor, cond: Conditioning, index: Tensor, rows: int, *, derivative: bool
 ) -> list[Exception]:
     def part(z: Tensor, rows: Tensor) -> Tensor:
         """The network's part of the velocity of some of the two rows."""
@@ -228,8 +228,8 @@ def _of_network(
     try:
         first, second = part(z, both), part(z, both)
         nearby = part(z * (1.0 + small**0.5), both)
-    except Exception:
-        return []
+    except Exception as error:
+        return _of_number(model, t, z, cond, rows, error)
     if not bool(torch.isfinite(first).all()):
         return []
     size = _norm(first)
@@ -264,6 +264,20 @@ def _of_network(
             )
         ]
     return _of_derivative(model, t, z, lambda z: part(z, both), first, model.derivatives) if derivative else []
+
+
+def _of_number(model: NDM, t: Tensor, z: Tensor, cond: Conditioning, rows: int, error: Exception) -> list[Exception]:
+    """Whether the predictor fails for two rows but not for all, as where it takes the axis of the rows for another."""
+    try:
+        model.flow(z.dtype, **cond).network_part(t[:1].expand(rows))(z[:1].expand(rows, *z.shape[1:]))
+    except Exception:  # reported by the work itself
+        return []
+    return [
+        PredictorError(
+            f"the predictor takes {rows} rows, but not two of them ({str(error).splitlines()[0][:200]}). The time has "
+            "shape (B,), one for each row: where it multiplies or joins z, give it z's axes, t[:, None] for vectors."
+        )
+    ]
 
 
 def _of_derivative(
@@ -301,21 +315,21 @@ def _percent(change: Tensor, size: Tensor) -> str:
     return f"{100.0 * float((change / size.clamp(min=1e-30)).max()):.2g} %"
 
 
-_INSTANT = 2.0**-15
-"""A change of the time, or relative of the state, that a float32 network sees."""
+_INSTANT, _NUDGE = 2.0**-15, 2.0**-12
+"""A change of the time, and relative of the state, that a float32 network sees."""
 
 _SCALE = 30.0
-"""How much larger than what it estimates an output may be."""
+"""How much larger than what it estimates an output may be; the square, how much smaller: it may not be trained yet."""
 
 
 def _of_output(
     model: NDM, t: Tensor, y: Tensor, cond: Conditioning, *, scaled: bool
 ) -> tuple[list[Exception], list[Exception]]:
     """What is wrong and what is doubtful in the output for one row: at both ends, and at other times at one state."""
-    times = torch.cat([t.new_tensor([model.t_min, 1.0]), t, t + _INSTANT, t.new_tensor([1.0]), t[:1]])
+    times = torch.cat([t.new_tensor([model.t_min, 1.0]), t, t + _INSTANT, t.new_tensor([1.0]), t[:1].expand(2)])
     c, noise = model.schedule(times), _normal("output", y)
     z = append_axes(c.alpha, y).to(y) * y + append_axes(c.sigma, y).to(y) * noise
-    z = torch.cat([z[:2], z[2:3].expand(5, *y.shape[1:]), (1.0 + _INSTANT) * z[2:3]])
+    z = torch.cat([z[:2], z[2:3].expand(5, *y.shape[1:]), (1.0 + _NUDGE) * z[2:3], (1.0 + 2.0 * _NUDGE) * z[2:3]])
     try:
         output = model.moments(z, times, **cond)[0] if model.prediction == "moments" else model.output(z, times, **cond)
     except Exception:
@@ -330,14 +344,19 @@ def _of_output(
             )
         ], []
     scale = _of_scale(model, y, noise, times[2:3], output[2:3]) if scaled else []
-    return [], [*_of_times(model, times[2:], *output[2:].split((2, 2, 1, 1))), *scale]
+    return [], [*_of_times(model, times[2:], *output[2:].split((2, 2, 1, 2))), *scale]
 
 
 def _of_times(
     model: NDM, times: Tensor, output: Tensor, later: Tensor, last: Tensor, nudged: Tensor
 ) -> list[Exception]:
-    """Whether the output at a state is the same an instant later, though not at all times and not at a state nearby."""
-    still = torch.equal(output, later) and not torch.equal(output[:1], nudged)
+    """Whether the output at a state is the same an instant later, but not at all times, and is smooth in the state.
+
+    A network that rounds the state too, to half precision, is not meant.
+    """
+    once, twice = (nudged - output[:1]).double()
+    smooth = bool((twice - 2.0 * once).norm() < 0.1 * twice.norm())
+    still = smooth and torch.equal(output, later)
     moves = not (torch.equal(output[:1], output[1:]) and torch.equal(output[:1], last))
     coarse = resolution(model, output.dtype) > torch.finfo(torch.float32).eps
     if coarse or not (still and moves) or getattr(model.predictor, "nearest", False):
@@ -359,7 +378,7 @@ def _of_scale(model: NDM, y: Tensor, noise: Tensor, t: Tensor, output: Tensor) -
     if model.prediction not in targets or not bool(y.any()):
         return []
     ratio = float(_norm(output) / _norm(targets[model.prediction]))
-    if ratio <= _SCALE and (ratio >= 1.0 / _SCALE or ratio == 0.0 or not model.adapted):
+    if ratio <= _SCALE and (ratio >= _SCALE**-2 or ratio == 0.0 or not model.adapted):
         return []
     return [
         PredictorError(

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ndm_ct._core import checks
 from ndm_ct._core.checks import as_time, choose, expand, validate_shape
-from ndm_ct._core.conditioning import Conditioning
+from ndm_ct._core.conditioning import Conditioning, map_leaves
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike, as_randomness
@@ -205,7 +206,7 @@ class NDM(PredictedProcess, Pretrained):
         """The conditioning of a batch, its names checked.
 
         Args:
-            cond: values by name; a :class:`Conditioning` is returned as it is.
+            cond: values by name, arrays of numbers as tensors; a :class:`Conditioning` is returned as it is.
             like: rows of the batch, for their number, dtype and device.
             caller: the public function that was called, for messages.
 
@@ -215,8 +216,11 @@ class NDM(PredictedProcess, Pretrained):
         validate_cond(cond, self.cond_names, caller)
         if isinstance(cond, Conditioning):
             return cond
-        rows = like.shape[0] if isinstance(like, Tensor) and like.ndim > 0 else 0
-        given = Conditioning(cond, rows, _Probe(self, like))
+        if not isinstance(like, Tensor) or like.ndim == 0:
+            return Conditioning(cond, 0, _Probe(self, like))
+        rows = like.shape[0]
+        arrays = {name: map_leaves(partial(_as_condition, like=like), value) for name, value in cond.items()}
+        given = Conditioning(arrays, rows, _Probe(self, like))
         if rows > 0:
             self.initialise(like, given)
         return given
@@ -274,6 +278,13 @@ class NDM(PredictedProcess, Pretrained):
 
     def extra_repr(self) -> str:
         return f"event_shape={self.event_shape}, prediction={self.prediction!r}, t_min={self.t_min:g}"
+
+
+def _as_condition(value: Any, like: Tensor) -> Any:
+    """An array of numbers as a tensor beside the data; anything else as it is."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "buif":
+        return value
+    return checks.as_tensor(value, like.dtype if like.is_floating_point() else None, like.device)
 
 
 @dataclass(frozen=True)

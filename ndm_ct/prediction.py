@@ -41,6 +41,7 @@ from ndm_ct._core.checks import (
     first_parameter,
     some,
     validate_number,
+    with_float64,
 )
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
@@ -138,9 +139,9 @@ class PredictedProcess(nn.Module):
 
     @property
     def device(self) -> torch.device | None:
-        """Device of the networks' parameters; None if they have none."""
+        """Device of the networks' parameters; None if they have none. Raises ValueError for one without float64."""
         parameter = first_parameter(self.predictor, self.transform, self.noise_scale)
-        return None if parameter is None else parameter.device
+        return None if parameter is None else with_float64(parameter.device)
 
     @property
     def unit(self) -> float:

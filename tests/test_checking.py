@@ -214,6 +214,7 @@ PREDICTORS = {
        for gain in (1.0, 4.0, 20.0) for a in (nn.ReLU(), nn.Tanh(), nn.SiLU())},
     "autocast": Autocast,
     "attention": Attention,
+    "half precision": lambda: lambda z, t: torch.tanh(z.bfloat16() + t.bfloat16()[(...,) + (None,) * (z.ndim - 1)]).to(z),
     "rounded": lambda: lambda z, t: torch.relu(z).bfloat16().to(z.dtype),
     "zero": lambda: lambda z, t: torch.zeros_like(z),
     "constant in z": lambda: lambda z, t: torch.ones_like(z) * t[:, None],
@@ -443,3 +444,11 @@ def test_an_output_that_has_the_scale_of_no_denoiser_is_named():
             ndm_ct.check(make(lambda z, k: 60.0 * z, (3,), alphas_cumprod=TABLE), X)
         ndm_ct.check(make(lambda z, k: 0.9 * z, (3,), alphas_cumprod=TABLE), X)
     ndm_ct.check(model(lambda z, t: 1e-3 * z), X)  # not trained yet
+
+
+def test_a_time_that_broadcasts_along_the_event_is_refused():
+    """With as many rows as coordinates nothing else fails."""
+    with pytest.raises(PredictorError, match=r"takes 3 rows, but not two of them .*t\[:, None\]"):
+        ndm_ct.loglik(model(lambda z, t: 0.3 * z * t), X[:3])
+    with pytest.raises(PredictorError, match="depends on the other rows"):
+        ndm_ct.loglik(model(lambda z, t: 0.3 * z * t, event_shape=(2,)), X[:2, :2])

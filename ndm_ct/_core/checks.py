@@ -249,14 +249,26 @@ def validate_values(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on device meta, which holds no values; make it on the CPU or an accelerator.")
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """The device. Raises ValueError if it has no float64, in which times, states and log-determinants are kept."""
+    if device.type == "mps":
+        raise ValueError(
+            f"the device {device} has no float64, in which times, states and log-determinants are computed; leave the "
+            f"model on the CPU and run the network alone on {device}: "
+            f"NDM(lambda z, t: net(z.to({str(device)!r}), t.to({str(device)!r})).cpu(), event_shape)."
+        )
+    return device
+
+
 def usable_device(device: Any) -> torch.device:
-    """The device by that name. Raises ValueError if it is not available."""
+    """The device by that name. Raises ValueError if it is not available, or has no float64."""
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # the last from builds without the device
         raise ValueError(
             f"device={device!r} is not available on this machine ({str(error).splitlines()[0]}); use 'cpu'."
         ) from error
+    return with_float64(found)
 
 
 def validate_data(
@@ -275,7 +287,7 @@ def validate_data(
         TypeError: not a tensor, or integer, bool or complex.
         ValueError: wrong shape, dtype, device, or NaN/inf in named rows.
     """
-    validate_dense(x, name)
+    with_float64(validate_dense(x, name).device)
     if not x.is_floating_point():
         raise TypeError(
             f"{name} has dtype {x.dtype}, but a density needs real data; convert with {name}.to(torch.float32), "

@@ -1,9 +1,9 @@
 """Conditioning: what networks are given besides state and time, and which rows of which batch it belongs to.
 
-A value is a tensor, anything else that all rows share (a number, a string, None), or a dict, list or tuple of values.
-A tensor whose first axis has as many entries as the batch has rows is a candidate for one entry per row. Any other
-tensor is shared by all rows. Where rows are taken from a batch, the candidates are decided by what the networks do
-with them; ``shared(value)`` settles it beforehand.
+A value is a tensor or an array of numbers, anything else that all rows share (a number, a string, None), or a dict,
+list or tuple of values. A tensor whose first axis has as many entries as the batch has rows is a candidate for one
+entry per row. Any other tensor is shared by all rows. Where rows are taken from a batch, the candidates are decided by
+what the networks do with them; ``shared(value)`` settles it beforehand.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "Probe", "Shared", "map_tensors", "shared", "tensors_in"]
+__all__ = ["Conditioning", "Probe", "Shared", "map_leaves", "map_tensors", "shared", "tensors_in"]
 
 Probe = Callable[[Mapping[str, Any], Tensor], Tensor]
 """The networks' outputs under some conditioning at the probe states of these numbers, 0 or 1; one row for each."""
@@ -52,17 +52,20 @@ def shared(value: Any) -> Any:
     return Shared(value)
 
 
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to what is no dict, list or tuple, and to the values in those."""
+    if isinstance(value, Mapping):
+        return {key: map_leaves(function, each) for key, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_leaves(function, each) for each in value))
+    if isinstance(value, list | tuple):
+        return type(value)(map_leaves(function, each) for each in value)
+    return function(value)
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Apply a function to the tensors of a value, in dicts, lists and tuples too; what is shared stays as it is."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, each) for key, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, each) for each in value))
-    if isinstance(value, list | tuple):
-        return type(value)(map_tensors(function, each) for each in value)
-    return value
+    return map_leaves(lambda each: function(each) if isinstance(each, Tensor) else each, value)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -73,13 +76,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _unmarked(value: Any) -> Any:
-    if isinstance(value, Shared):
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: _unmarked(each) for key, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_unmarked, value))
-    return type(value)(map(_unmarked, value)) if isinstance(value, list | tuple) else value
+    return map_leaves(lambda each: each.value if isinstance(each, Shared) else each, value)
 
 
 class _Batch:

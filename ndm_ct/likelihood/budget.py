@@ -14,6 +14,7 @@ from torch import Tensor
 from ndm_ct._core.checks import as_time, event_size, expand, some, sum_event
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.noise import Randomness
+from ndm_ct._core.precision import resolution
 from ndm_ct.divergence import EXACT_UP_TO, Exact, Hutchinson, LogDet, TraceEstimator
 from ndm_ct.dynamics import ProbabilityFlow
 from ndm_ct.likelihood.path import Problem
@@ -41,9 +42,11 @@ class LikelihoodInfo:
         ode_error: estimate of the size of the solver's own error, ``(B,)``. It adds up the local errors weighted with
             the score, and is too small at tolerances of 1e-4 and more. For traces at nodes along the path it is the
             defect of the path weighted with the score, and what the rule leaves. For "quadrature" it is the change of
-            log p against ten times the tolerances. It is NaN for the torchdiffeq methods. It leaves out the rounding of
-            the network, which dominates in half precision, and in float32 with tight tolerances or a tiny ``t_min`` (up
-            to 20 times ``ode_error`` was seen): compare with ``model.double()`` where that matters.
+            log p against ten times the tolerances. It is NaN for the torchdiffeq methods. Where the truncation is
+            estimated it includes the rounding of the network, of relative size :math:`\varepsilon` in its precision,
+            about :math:`\varepsilon\,(\|\nabla \log p \odot \hat F\| + \sqrt d \log(\alpha s/\sigma))` at the data
+            end with data of scale s. This dominates in half precision, and in float32 with tight tolerances or a tiny
+            ``t_min``.
         truncation: estimate of :math:`\log p_{t_{min}} - \log p_0` at the data end, to first order in the noise left
             there, ``(B,)``. It is small against one nat where t_min is small enough for the data, and large where the
             noise hides them. Where the network's own error dominates its score at t_min, the score of more noise is
@@ -112,12 +115,12 @@ def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> 
         log_prior = path.model.log_prior(end)
         value = log_prior + found.value if path.upwards else log_prior - found.value
         truncation = mismatch = torch.full_like(value, torch.nan)
-        nfe, vjps = found.nfe, found.vjps
+        nfe, vjps, ode_error = found.nfe, found.vjps, found.ode_error
         if path.error_wanted:
             with torch.no_grad():
-                truncation, calls, used = _truncation(path, x.detach(), found.stderr, value, generator)
+                truncation, rounding, calls, used = _truncation(path, x.detach(), found.stderr, value, generator)
                 mismatch = _prior_mismatch(path, x.detach(), generator)
-            nfe, vjps = nfe + calls, vjps + used
+            nfe, vjps, ode_error = nfe + calls, vjps + used, ode_error.detach() + rounding
 
         def known(number: Tensor) -> Tensor:
             return torch.where(failed, torch.nan, number).to(path.start.dtype)
@@ -125,7 +128,7 @@ def measure(path: Problem, estimator: TraceEstimator, generator: Randomness) -> 
         return LikelihoodInfo(
             stderr=known(found.stderr).detach(),
             variance=known(found.variance).detach(),
-            ode_error=known(found.ode_error).detach(),
+            ode_error=known(ode_error).detach(),
             truncation=known(truncation),
             prior_mismatch=known(mismatch),
             nfe=largest(nfe),
@@ -163,7 +166,7 @@ def _prior_mismatch(path: Problem, x: Tensor, generator: Randomness) -> Tensor:
 
 def _truncation(
     path: Problem, x: Tensor, stderr: Tensor, value: Tensor, generator: Randomness
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""First-order change of the log-density at x from the noise and the scaling left at t_min.
 
     .. math::
@@ -189,13 +192,14 @@ def _truncation(
         generator: source of probes.
 
     Returns:
-        The change, nats, ``(B,)``, NaN where it is unknown; evaluations and vector-Jacobian products, ``(B,)``.
+        The change, nats, ``(B,)``, NaN where it is unknown; the error of the value by the network's rounding, nats,
+        ``(B,)``; evaluations and vector-Jacobian products, ``(B,)``.
     """
     model, flow = path.model, path.flow()
     t = as_time(model.t_min, x.device).expand(len(x))
     c, d, none = model.schedule(t), event_size(model.event_shape), torch.zeros_like(t, dtype=torch.long)
     if model.t_noise > model.t_min:  # no noise is left
-        return torch.where(c.alpha == 1.0, 0.0, torch.nan), none, none
+        return torch.where(c.alpha == 1.0, 0.0, torch.nan), torch.zeros_like(t), none, none
     estimator = Exact() if d <= EXACT_UP_TO else Hutchinson(chunk=1)
     bound = estimator.bind(x, generator)
     _, forms, F = bound.with_byproduct(lambda z: (flow.prediction(t, z),) * 2, x, flow.derivatives)
@@ -204,26 +208,44 @@ def _truncation(
     hidden = 0.5 * (c.alpha * trace_of_F - d)
     rest = 0.5 * c.sigma**2 * sum_event(s * s) - c.alpha.log() * (d + sum_event(x * s))
     resolved, score, spent = _resolved_score(flow, t, x, s)
+    rounding = _rounding(path, t, score * F)
     known = (resolved | (hidden.abs() >= 0.1 * rest.abs())) & _of_one_size(path, x, t)
     used = none + bound.vjps
     if model.prediction == "velocity":
         exactly = value if bool((stderr == 0.0).all()) else None
         change, calls, more = _change_from_zero(path, x, exactly, torch.where(known, hidden + rest, torch.nan))
-        return change, 1 + spent + calls, used + more
+        return change, rounding, 1 + spent + calls, used + more
     still = model.process.ordinary and model.prediction == "x" and model.t_min > 0.0
     factor = c.dalpha - c.alpha * c.dlog_sigma
     velocity = expand(factor, x) * F + expand(c.dlog_sigma, x) * x
     flux = factor * trace_of_F + d * c.dlog_sigma + sum_event(velocity * score)
     change = torch.where(known, hidden + rest, -t * flux if still else torch.nan)
     if isinstance(model.transform, Identity) or model.t_min == 0.0:
-        return change, 1 + spent, used
+        return change, rounding, 1 + spent, used
     transform = model.transform.along
 
     def moved(z: Tensor) -> Tensor:
         return transform(z.to(dtype=flow.dtype), **path.cond)(t).to(z.dtype) - z
 
     shift, forms = bound(moved, x)
-    return change - bound.combine(forms)[0] - sum_event(shift * s), 1 + spent, used
+    return change - bound.combine(forms)[0] - sum_event(shift * s), rounding, 1 + spent, used
+
+
+def _rounding(path: Problem, t: Tensor, slope: Tensor) -> Tensor:
+    r"""The error of log p at t by the rounding of the network's output, nats, ``(B,)``.
+
+    A relative rounding :math:`\varepsilon` of outputs moves the data end by about :math:`\varepsilon\hat F`, and the
+    trace by about :math:`\varepsilon\sqrt d` for every unit of :math:`\log(\alpha/\sigma)` in which the data show.
+
+    Args:
+        path: the path.
+        t: its data end, ``(B,)``.
+        slope: :math:`\nabla \log p \odot \hat F` there, ``(B, *E)``.
+    """
+    model, c = path.model, path.model.schedule(t)
+    decades = (model.unit * c.alpha / c.sigma).log().clamp(min=1.0)
+    size = sum_event(slope.double().square()).sqrt() + event_size(model.event_shape) ** 0.5 * decades
+    return resolution(model, path.start.dtype) * size
 
 
 def _of_one_size(path: Problem, x: Tensor, t: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class AnnealedLangevin(_Langevin):
                 f"step_ratio must lie in (0, 2), got {step_ratio!r}: steps of 2 sigma^2 and more are unstable."
             )
         self.step_ratio = step_ratio
-        self._frozen = DDPM(model, variance="small")
+        self._frozen, self._largest_noise = DDPM(model, variance="small"), model.schedule.largest_noise
 
     def cost(self, steps: int) -> int:
         """See :class:`Sampler`; one evaluation more per step where F moves, and for the step from alpha = 0."""
@@ -123,17 +123,22 @@ class AnnealedLangevin(_Langevin):
             return (self.inner + 1) * steps
         return self.inner * steps + (1 if self.level(1.0).alpha == 0.0 else 0)
 
+    def prepare(self, grid: Tensor) -> None:
+        """See :class:`Sampler`."""
+        super().prepare(grid)
+        self._frozen.prepare(grid)
+
     def ratio(self, t: Level, s: Level) -> float:
         """r of the step from t to s."""
         if self.step_ratio is not None:
             return self.step_ratio
-        return matched_ratio((min(t.noise, self.model.schedule.largest_noise) / s.noise) ** 2, self.inner)
+        return matched_ratio((min(t.noise, self._largest_noise) / s.noise) ** 2, self.inner)
 
     def _carried(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         """The state at the level of s, not yet at home there."""
         if t.alpha == 0.0 or s.sigma == 0.0:
             self.evaluations += 1
-            return self._frozen.step(z, t.t, s.t, generator=generator, **cond)
+            return self._frozen._step(z, t, s, generator, cond)
         carried = s.alpha / t.alpha * z
         if self._plain:
             return carried
@@ -229,7 +234,7 @@ class PredictorCorrector(_Langevin):
 
     def _step(self, z: Tensor, t: Level, s: Level, generator: Randomness, cond: dict[str, Any]) -> Tensor:
         before = self.predictor.evaluations
-        z = self.predictor.step(z, t.t, s.t, generator=generator, **cond)
+        z = self.predictor._step(z, t, s, generator, cond)
         self.evaluations += self.predictor.evaluations - before
         for _ in range(self.corrector_steps if s.sigma > 0.0 else 0):
             pull, noise = self.pull(z, s, cond), normal_like(z, generator)

@@ -28,6 +28,7 @@ def make_optimizer(
 
     Raises:
         TypeError: the factory returned something else.
+        ValueError: the optimiser holds other parameters.
     """
     kinds = [[p for p in parameters if is_sharded(p) is sharded] for sharded in (False, True)]
     if factory is not None:
@@ -36,6 +37,9 @@ def make_optimizer(
             raise TypeError(
                 f"optimizer must return a torch.optim.Optimizer whose step needs no closure, got {type(made).__name__}."
             )
+        held = {id(p) for group in made.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in parameters):
+            raise ValueError("optimizer must hold the parameters that it is called with, but it holds none of them.")
         return made
     groups = [
         {"params": [p for p in kind if (p.ndim >= 2) is decays], "weight_decay": decay}

@@ -6,6 +6,7 @@ in this library's own words, which name the argument.
 
 import math
 import traceback
+import types
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +173,26 @@ def test_what_is_no_argument_is_named(call, name):
 def test_what_is_no_path_is_named(kind, name, function):
     with pytest.raises(TypeError, match=f"{name} must be a str or a path, got"):
         function(WRONG[kind])
+
+
+def test_devices_without_float64_are_refused_with_the_cure(monkeypatch):
+    """No such device is needed: what counts is where the parameters say that they are."""
+    model = ndm_ct.NDM(ndm_ct.nn.MLP(2), (2,))
+    place = types.SimpleNamespace(device=torch.device("mps", 0), dtype=torch.float32)
+    monkeypatch.setattr("ndm_ct.prediction.first_parameter", lambda *_: place)
+    message = r"mps:0 has no float64.*leave the model on the CPU.*net\(z.to\('mps:0'\), t.to\('mps:0'\)\).cpu\(\)"
+    for work in (
+        lambda: ndm_ct.loglik(model, torch.zeros(1, 2)),
+        lambda: ndm_ct.sample(model, 1),
+        lambda: ndm_ct.fit(model, torch.zeros(4, 2), steps=1, progress=False),
+        lambda: ndm_ct.loss(model, torch.zeros(1, 2)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            work()
+
+
+def test_a_network_on_another_device_has_its_gradients():
+    net = ndm_ct.nn.MLP(2, width=4)
+    model = ndm_ct.NDM(lambda z, t: net(z.to("cpu"), t.to("cpu")).cpu(), (2,))
+    ndm_ct.loss(model, torch.ones(2, 2), generator=0).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())

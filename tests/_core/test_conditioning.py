@@ -1,5 +1,6 @@
 """Conditioning: which tensors go with their rows, values in containers, marks, and names at every public door."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -202,3 +203,14 @@ def test_labels_go_with_their_rows():
     x, label = torch.randn(4, 2) * SPREAD, torch.arange(4) % 3
     alone = [ndm_ct.loglik(model, x[i : i + 1], label=label[i : i + 1], **LOOSE) for i in range(4)]
     torch.testing.assert_close(ndm_ct.loglik(model, x, label=label, **LOOSE), torch.cat(alone))
+
+
+def test_arrays_of_numbers_are_conditioning_as_tensors_are():
+    """Alone, in dicts, and of other precisions; each follows its rows."""
+    model = ndm_ct.NDM(lambda z, t, c, d: 0.3 * z + c[:, None] + 0.1 * d["k"][:, None].to(z.dtype), (2,))
+    x, c, k = torch.randn(4, 2), np.linspace(-1.0, 1.0, 4), np.arange(4, dtype=np.uint16)
+    options = {"rtol": 1e-2, "atol": 1e-2}
+    found = ndm_ct.loglik(model, x, c=c, d={"k": k}, **options)
+    expected = ndm_ct.loglik(model, x, c=torch.as_tensor(c).float(), d={"k": torch.arange(4)}, **options)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(found[1:2], ndm_ct.loglik(model, x[1:2], c=c[1:2], d={"k": k[1:2]}, **options))

@@ -103,6 +103,43 @@ def test_two_processes_train_as_one(tmp_path):
     assert lines[0] == lines[1] > 0
 
 
+class Stopped:
+    """A callback that sends a signal to its own process after a step, and notes the steps."""
+
+    def __init__(self, number, last):
+        self.number, self.last, self.steps = number, last, []
+
+    def step(self, training, row):
+        self.steps.append(row["step"])
+        if row["step"] == self.last:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_sigterm_to_some_processes_loses_at_most_one_step(tmp_path, ranks):
+    """All stop after the same step with a checkpoint, and go on from there to the weights of the whole training."""
+    code = f"""
+    import signal
+    whole, made = model(seed=0), model(seed=0)
+    train(whole)
+    options = dict(run_dir={str(tmp_path / "run")!r}, checkpoint_every=100)
+    stopped = Stopped(signal.SIGTERM, 5 if rank in {ranks} else None)
+    result = train(made, callbacks=[stopped], **options)
+    assert not result.finished and result.step in (5, 6), result.step
+    assert len(stopped.steps) - result.step in (0, 1), stopped.steps
+    again = Stopped(None, None)
+    result = train(model(seed=1) if rank else made, callbacks=[again], **options)
+    assert result.finished and again.steps[0] == stopped.steps[-1] + 1, again.steps
+    torch.save([result.step, made.state_dict(), whole.state_dict()], f"{tmp_path}/{{rank}}.pt")
+    """
+    assert_done(together(tmp_path, code))
+    step, state, expected = torch.load(tmp_path / "0.pt", weights_only=False)
+    assert step == 12
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_in_mixed_precision(tmp_path):
     expected = model()

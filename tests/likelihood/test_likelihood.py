@@ -794,3 +794,25 @@ def test_the_eigenbasis_of_exact_models_changes_nothing(make, shape, generator):
         assert models[0].predict_x(z.float(), t.double()).dtype == torch.float32
     fast, general = (ndm_ct.loglik(model, z, rtol=1e-3, atol=1e-3) for model in models)
     torch.testing.assert_close(fast, general, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "t_min"), [(schedules.LinearLogSNR(-24.0, 5.0), None), (schedules.Rectified(), 1e-6)]
+)
+def test_the_error_includes_the_rounding_of_the_network(schedule, t_min):
+    """Two narrow bumps at 10 and -10 in float32, solved far more accurately than it is rounded."""
+
+    def mean(z, t):
+        c = schedule(t.double())
+        alpha, variance = (each[:, None].to(z.dtype) for each in (c.alpha, (0.5 * c.alpha) ** 2 + c.sigma**2))
+        bump = 10.0 * torch.tanh(10.0 * alpha * z / variance)
+        return bump + 0.25 * alpha / variance * (z - alpha * bump)
+
+    model = ndm_ct.NDM(mean, (2,), schedule=schedule, t_min=t_min)
+    x = torch.tensor([10.0, -10.0]) + 0.5 * torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    value, info = ndm_ct.loglik(model, x, rtol=1e-8, atol=1e-8, return_info=True)
+    exact = ndm_ct.loglik(model, x.double(), rtol=1e-8, atol=1e-8)
+    error = (value.double() - exact).square().mean().sqrt()
+    assert 0.1 * error < info.ode_error.square().mean().sqrt() < 20.0 * error
+    assert float(error) > 1e-6
+    assert bool(((value.double() - exact).abs() < 3.0 * info.ode_error).all())

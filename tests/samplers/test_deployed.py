@@ -70,6 +70,20 @@ def test_a_sampler_on_a_grid_is_exported(options):
     torch.testing.assert_close(module(Z), walked)
 
 
+@pytest.mark.parametrize(
+    "method", ["ddpm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpmpp_2m_sde", "langevin", "pc"))]
+)
+def test_a_stochastic_sampler_is_exported_for_any_number_of_rows(method):
+    module = FixedGrid(model(), method, steps=3).eval()
+    program = torch.export.export(module, (Z,), dynamic_shapes=({0: ROWS},)).module()
+    found = []
+    for sampler in (program, module):
+        torch.manual_seed(0)
+        found.append(sampler(OTHER[0]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(program(OTHER[0]), found[0])  # new noise
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["velocity", "score", "ddim"])
 def test_onnx_runtime_gives_the_same_numbers(name, tmp_path):

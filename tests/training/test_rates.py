@@ -136,3 +136,10 @@ def test_weighted_rows_are_rows_that_occur_so_often(tmp_path):
     assert same(even, same_rows)
     with pytest.raises(ValueError, match="sample_weight"):
         quick(toy(), x, batch_size=16, run_dir=tmp_path)
+
+
+def test_an_optimiser_of_other_parameters_is_refused():
+    model = ndm_ct.NDM(ndm_ct.nn.MLP(2, width=4), (2,))
+    other = [torch.nn.Parameter(torch.zeros(2))]
+    with pytest.raises(ValueError, match="must hold the parameters that it is called with"):
+        ndm_ct.fit(model, torch.randn(8, 2), steps=1, progress=False, optimizer=lambda _: torch.optim.Adam(other))
