@@ -214,7 +214,9 @@ PREDICTORS = {
        for gain in (1.0, 4.0, 20.0) for a in (nn.ReLU(), nn.Tanh(), nn.SiLU())},
     "autocast": Autocast,
     "attention": Attention,
-    "half precision": lambda: lambda z, t: torch.tanh(z.bfloat16() + t.bfloat16()[(...,) + (None,) * (z.ndim - 1)]).to(z),
+    "half precision": lambda: (
+        lambda z, t: torch.tanh(z.bfloat16() + t.bfloat16()[(...,) + (None,) * (z.ndim - 1)]).to(z)
+    ),
     "rounded": lambda: lambda z, t: torch.relu(z).bfloat16().to(z.dtype),
     "zero": lambda: lambda z, t: torch.zeros_like(z),
     "constant in z": lambda: lambda z, t: torch.ones_like(z) * t[:, None],

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ndm_ct._core.checks import event_size, validate_count, validate_positive
+from ndm_ct._core.checks import choose, event_size, validate_count, validate_positive
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError, SolverError
 from ndm_ct._core.noise import Randomness, by_row, rows_of
@@ -22,7 +22,7 @@ from ndm_ct.checking import Purpose, verify
 from ndm_ct.divergence import Exact, Hutchinson, Quadrature, TraceEstimator, resolve
 from ndm_ct.divergence.nodes import rows_at_once
 from ndm_ct.likelihood.budget import LikelihoodInfo, measure
-from ndm_ct.likelihood.path import TOLERANCE, Differentiable, Problem
+from ndm_ct.likelihood.path import METHODS, TOLERANCE, Differentiable, Problem
 from ndm_ct.model import NDM
 
 __all__ = ["Trace"]
@@ -179,7 +179,7 @@ class Options:
         estimator: TraceEstimator | None,
     ) -> Problem:  # fmt: skip
         """The path, with its log-determinant by an estimator or without."""
-        method = self.method or self._default_method(estimator)
+        method = self._default_method(estimator) if self.method is None else choose("method", self.method, METHODS)
         tolerance = TOLERANCE
         if estimator is not None:
             tolerance = max(estimator.tolerance, GRID_TOLERANCE if method == "exponential" else 0.0)

@@ -436,6 +436,7 @@ def test_guided_and_adapted_networks_in_half_precision():
         ndm_ct.adapters.from_velocity(Small().half(), VECTORS),
         ndm_ct.adapters.from_denoiser(Small().bfloat16(), VECTORS),
     ):
+        made.checks = False  # an output as small as that of Small is named
         assert bool(ndm_ct.loglik(made, rows(2), rtol=1e-2, atol=1e-2, on_failure="nan").isfinite().any())
         assert bool(ndm_ct.sample(made, 2, method="ddim", steps=2).isfinite().all())
     assert any(k != round(k) for k in seen), "indices of the table are not rounded to three digits"
