@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["Group", "copy_whole", "is_sharded", "plain_class", "shard_like", "unwrapped", "whole"]
+__all__ = ["Group", "copy_whole", "is_sharded", "plain_class", "reshard", "shard_like", "unwrapped", "whole"]
 
 T = TypeVar("T")
 
@@ -42,6 +42,19 @@ def unwrapped(network: Any) -> Any:
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor, of which each process holds a part."""
     return hasattr(tensor, "full_tensor")
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop the whole weights that a forward pass without a backward pass leaves behind.
+
+    As long as they are there, parameters of the outermost module do not look sharded.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

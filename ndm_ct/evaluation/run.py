@@ -17,7 +17,7 @@ from ndm_ct._core.config import Unconfigurable, to_config
 from ndm_ct._core.errors import CheckpointError, SolverError
 from ndm_ct._core.keywords import validate_cond
 from ndm_ct._core.noise import GeneratorLike
-from ndm_ct._core.parallel import Group, is_sharded
+from ndm_ct._core.parallel import Group, is_sharded, reshard
 from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.data.containers import CondFrom, dtype_of
 from ndm_ct.data.sources import Bins, Source
@@ -217,6 +217,8 @@ class Run:
         self.folder, self.resume = Folder(run_dir, kind), resume
         self.models, self.caller = models, caller
         # All processes call a sharded network equally often: each scores every batch, and the first one writes.
+        for each in models.values():
+            reshard(each)
         whole = not any(is_sharded(p) for each in models.values() for p in each.parameters())
         self.group = self.folder.group if whole else Group(alone=True)
         self.batches: list[Batch] = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ndm_ct import objectives
 from ndm_ct._core.errors import CheckpointError
-from ndm_ct._core.parallel import Group, copy_whole, is_sharded, shard_like, whole
+from ndm_ct._core.parallel import Group, copy_whole, is_sharded, reshard, shard_like, whole
 from ndm_ct._core.versions import versions
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import rename_earlier
@@ -134,6 +134,7 @@ class State:
         optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None,
     ) -> None:  # fmt: skip
         self.model, self.settings, self.objective, self.group = model, settings, objective, group
+        reshard(model)  # the checks of the model have run it
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         _validate_shards(self.parameters, group)
         group.broadcast_([tensor.data for tensor in model.state_dict(keep_vars=True).values()])

@@ -255,7 +255,8 @@ DRAWS_NOTHING = {
     "transforms.Clusters.to_latent",
 }
 
-INSIDE = {  # of loglik, which passes them a generator or one per row; a seed ends there
+INSIDE = {  # of loglik or NDMDensity, which pass them a generator or one per row; a seed ends there
+    "columns.Table.score",
     "divergence.Exact.logdet",
     "divergence.Hutchinson.logdet",
     "divergence.Quadrature.logdet",
