@@ -815,4 +815,4 @@ def test_the_error_includes_the_rounding_of_the_network(schedule, t_min):
     error = (value.double() - exact).square().mean().sqrt()
     assert 0.1 * error < info.ode_error.square().mean().sqrt() < 20.0 * error
     assert float(error) > 1e-6
-    assert bool(((value.double() - exact).abs() < 3.0 * info.ode_error).all())
+    assert bool(((value.double() - exact).abs() < 10.0 * info.ode_error).all())
