@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ndm_ct._core.checks import choose, usable_device, validate_count
-from ndm_ct._core.seeds import derive_seeds, make_generator
+from ndm_ct._core.seeds import derive_seeds, make_generator, seeded_weights
 from ndm_ct.columns import (
     MARGINALS,
     OBSERVED,
@@ -370,8 +370,7 @@ def _hold_out(
 
 def _untrained(density: NDMDensity, seed: int, numbers: np.ndarray) -> NDM:
     table = density.table_
-    with torch.random.fork_rng([]):
-        torch.manual_seed(derive_seeds(seed, "weights")[0])
+    with seeded_weights(seed):
         return table.model(
             LinearLogSNR(table.gamma_min, 5.0), width=density.width, depth=density.depth, dropout=density.dropout,
             flow=_spline_flow(density, len(table.coding.mean)) if density.flow else None, shares=table.shares(numbers),

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from ndm_ct._core.checks import some, validate_count
 from ndm_ct._core.conditioning import Conditioning
-from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, rows_of
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, rows_of, validate_single
+from ndm_ct._core.signals import until_interrupted
 from ndm_ct.divergence import Hutchinson, resolve
 from ndm_ct.likelihood.api import decode
 from ndm_ct.likelihood.options import Trace
@@ -134,8 +135,7 @@ class Reweighted:
             Shape ``(n, *E)``.
         """
         source = as_randomness(generator, None, self.x.device, "resample")
-        if not (source is None or isinstance(source, torch.Generator)):
-            raise TypeError("generator must be a seed or one torch.Generator: draws are made together.")
+        source = validate_single(source, "draws are made together")
         return self.x[torch.multinomial(self.weights, validate_count("n", n), replacement=True, generator=source)]
 
 
@@ -207,15 +207,9 @@ def reweight(
     given = model.conditioning(cond, torch.empty(n, 0, dtype=dtype, device=device), reweight)
     draw = _Draw(model, log_density, estimator, {"stderr": stderr, "rtol": rtol, "atol": atol}, dtype, device)
     size = n if batch_size is None else validate_count("batch_size", batch_size)
-    parts: list[Reweighted] = []
-    try:
-        for rows in torch.arange(n).split(size):
-            parts.append(draw(rows, rows_of(source, rows), given.take(rows)))
-    except KeyboardInterrupt:
-        if not parts:
-            raise
-        done = sum(len(part.x) for part in parts)
-        warnings.warn(f"interrupted: {done} of {n} samples are finished and returned.", stacklevel=2)
+    batches = torch.arange(n).split(size)
+    drawn = ((len(rows), draw(rows, rows_of(source, rows), given.take(rows))) for rows in batches)
+    parts = until_interrupted(drawn, n)
     found = Reweighted(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
     _validate_tail(found)
     return found

@@ -18,6 +18,7 @@ __all__ = [
     "repeated",
     "rows_of",
     "uniform",
+    "validate_single",
 ]
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
@@ -91,6 +92,21 @@ def by_row(generator: Randomness, device: torch.device | str) -> Callable[[Tenso
     source = "cpu" if generator is None else generator.device
     word = int(torch.randint(2**62, (), generator=generator, device=source))
     return lambda rows: Rows(make_generator(word, "row", row, device=device) for row in rows.tolist())
+
+
+def validate_single(generator: Randomness, why: str) -> torch.Generator | None:
+    """The randomness of draws that are made together.
+
+    Args:
+        generator: the randomness.
+        why: the end of the message, why rows cannot have generators of their own.
+
+    Raises:
+        TypeError: it is one generator per row.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    raise TypeError(f"generator must be a seed or one torch.Generator: {why}.")
 
 
 def repeated(generator: Randomness, times: int) -> Randomness:

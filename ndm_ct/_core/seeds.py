@@ -5,11 +5,13 @@ never added, so that different words give unrelated noise.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["Word", "derive_seeds", "make_generator"]
+__all__ = ["Word", "derive_seeds", "make_generator", "seeded_weights"]
 
 Word = int | str | bytes
 
@@ -53,6 +55,14 @@ def make_generator(*words: Word, device: torch.device | str = "cpu") -> torch.Ge
         twister[:] = sequence.generate_state(_TWISTER, np.uint32)
         generator.set_state(state)
     return generator
+
+
+@contextmanager
+def seeded_weights(seed: int) -> Iterator[None]:
+    """Make initial weights, drawn inside the block, a function of the seed; torch's own generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seeds(seed, "weights")[0])
+        yield
 
 
 # In the bytes of torch's CPU generator, 24 of bookkeeping precede the 624 numbers of its Mersenne twister.

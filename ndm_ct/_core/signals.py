@@ -2,12 +2,15 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["stop_signals"]
+__all__ = ["stop_signals", "until_interrupted"]
+
+T = TypeVar("T")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -38,3 +41,26 @@ def stop_signals(handler: Callable[[int, FrameType | None], Any] = _interrupt) -
     finally:
         for number, current in before.items():
             signal.signal(number, current)
+
+
+def until_interrupted(batches: Iterable[tuple[int, T]], n: int, *, stacklevel: int = 3) -> list[T]:
+    """The batches that are finished when all are, or when Ctrl-C stops the work, which is then said.
+
+    Args:
+        batches: number of samples and result of each, made one after the other.
+        n: number of samples in all.
+        stacklevel: of the warning.
+
+    Raises:
+        KeyboardInterrupt: no batch is finished.
+    """
+    done, results = 0, []
+    try:
+        for count, result in batches:
+            results.append(result)
+            done += count
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        warnings.warn(f"interrupted: {done} of {n} samples are finished and returned.", stacklevel=stacklevel)
+    return results

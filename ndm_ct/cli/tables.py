@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import some
-from ndm_ct._core.seeds import derive_seeds, make_generator
+from ndm_ct._core.seeds import derive_seeds, make_generator, seeded_weights
 from ndm_ct.cli.batches import finished_columns, generators_of
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run
@@ -65,8 +65,7 @@ def prepare_table(
         columns, numbers[chosen], conditionals=_wants_conditionals(settings, columns, numbers),
         marginals=settings.marginals, gamma_min=settings.gamma_min, random=random,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seeds(settings.seed, "weights")[0])
+    with seeded_weights(settings.seed):
         model = table.model(
             schedule(table.gamma_min), width=settings.width or 128, depth=settings.depth, dropout=settings.dropout,
             shares=table.shares(numbers[chosen]),

@@ -16,7 +16,7 @@ from torch import nn
 
 from ndm_ct import plots, transforms
 from ndm_ct._core.checks import usable_device
-from ndm_ct._core.seeds import derive_seeds
+from ndm_ct._core.seeds import derive_seeds, seeded_weights
 from ndm_ct._core.versions import versions
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of
@@ -94,8 +94,7 @@ def build(
         levels: number of levels of integer data; None for real values. It sets the noise at t = 0.
         column_map: the map of the columns of a table; None for none.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seeds(settings.seed, "weights")[0])
+    with seeded_weights(settings.seed):
         return _built(settings, event_shape, levels, column_map)
 
 

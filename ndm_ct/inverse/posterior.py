@@ -33,7 +33,6 @@ References:
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -43,7 +42,8 @@ from torch import Tensor
 
 from ndm_ct._core.checks import choose, sum_event, validate_count, validate_noise, validate_positive
 from ndm_ct._core.conditioning import Conditioning
-from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, rows_of, uniform
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, normal_like, rows_of, uniform, validate_single
+from ndm_ct._core.signals import until_interrupted
 from ndm_ct.inverse.observation import Observation, Twist, has_tweedie
 from ndm_ct.model import NDM
 from ndm_ct.samplers.frozen import DDPM
@@ -187,16 +187,10 @@ def posterior(
     group = size
     if method == "smc":
         group = max(n // _FEWEST_RUNS, 1) if particles is None else min(particles, n)
-    parts: list[_Run] = []
+    groups = torch.arange(n).split(group)
+    runs = ((len(rows), chain(rows_of(source, rows), given.take(rows), len(rows))) for rows in groups)
     with model.evaluating(), torch.no_grad():
-        try:
-            for rows in torch.arange(n).split(group):
-                parts.append(chain(rows_of(source, rows), given.take(rows), len(rows)))
-        except KeyboardInterrupt:
-            if not parts:
-                raise
-            done = sum(len(part.z) for part in parts)
-            warnings.warn(f"interrupted: {done} of {n} samples are finished and returned.", stacklevel=2)
+        parts = until_interrupted(runs, n)
     x, info = _joined(parts, chain, source)
     return (x, info) if return_info else x
 
@@ -257,8 +251,8 @@ def _validate(
             f"method={method!r} solves a matrix of the size of y in every row, and y has {len(seen.y)} values, above "
             f"{_MOST_VALUES}; take 'dps', or 'replacement' for a mask."
         )
-    if method == "smc" and not (source is None or isinstance(source, torch.Generator)):
-        raise TypeError("generator must be a seed or one torch.Generator for method='smc', whose particles interact.")
+    if method == "smc":
+        validate_single(source, "with method='smc' particles interact")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ndm_ct._core.checks import as_time, choose, validate_positive
 from ndm_ct._core.conditioning import Conditioning
-from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, uniform
+from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, uniform, validate_single
 from ndm_ct.model import NDM
 from ndm_ct.objectives.regression import Regression
 
@@ -88,7 +88,9 @@ def couple(
         return plan.argmax(1).to(x.device)
     strength = (_REGULARISATION if regularisation is None else regularisation) * float(cost.mean())
     plan = torch.from_numpy(ot.sinkhorn(weights, weights, matrix, strength, method="sinkhorn_log", warn=False))
-    draws = uniform((rows, 1), _single(generator, x), torch.float64, x.device).cpu()
+    chosen = as_randomness(generator, rows, x.device, "couple")
+    chosen = validate_single(chosen, "the rows of a coupling depend on each other")
+    draws = uniform((rows, 1), chosen, torch.float64, x.device).cpu()
     shares = plan.cumsum(1)
     return torch.searchsorted(shares, draws * shares[:, -1:]).flatten().clamp(max=rows - 1).to(x.device)
 
@@ -166,13 +168,6 @@ def _validate(coupling: str, regularisation: float | None) -> None:
         validate_positive("regularisation", regularisation)
         if coupling != "entropic":
             raise ValueError(f"regularisation has no effect with coupling={coupling!r}; take 'entropic' or drop it.")
-
-
-def _single(generator: GeneratorLike, x: Tensor) -> Randomness:
-    source = as_randomness(generator, len(x), x.device, "couple")
-    if not (source is None or isinstance(source, torch.Generator)):
-        raise TypeError("generator must be a seed or one torch.Generator: the rows of a coupling depend on each other.")
-    return source
 
 
 def _pot() -> Any:

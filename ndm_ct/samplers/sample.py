@@ -16,7 +16,6 @@ other names                            :mod:`ndm_ct.samplers` on a time grid (:m
 """
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -29,6 +28,7 @@ from tqdm.auto import tqdm
 from ndm_ct._core import checks
 from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.noise import GeneratorLike, Randomness, as_randomness, rows_of
+from ndm_ct._core.signals import until_interrupted
 from ndm_ct.checking import verify
 from ndm_ct.guidance import guided
 from ndm_ct.likelihood.options import Trace
@@ -175,21 +175,17 @@ def _drawn(
     progress: bool, cond: Conditioning,
 ) -> list[Part]:  # fmt: skip
     """Draw batch after batch."""
-    model, parts = plan.model, list[Part]()
+    model = plan.model
     graph = torch.set_grad_enabled(bool(plan.differentiable))
     with model.evaluating(), graph, _bar(progress, draw.ticks * len(batches)) as tick:
-        try:
-            for rows in batches:
-                source, own = rows_of(generator, rows), cond.take(rows)
-                z1 = model.sample_prior(len(rows), generator=source, dtype=dtype, device=device)
-                model.validate_state(z1, own, sample, name="z1")
-                parts.append(_as_data(model, draw(z1, source, tick, own), own))
-        except KeyboardInterrupt:
-            if not parts:
-                raise
-            done, n = sum(len(part.x) for part in parts), sum(map(len, batches))
-            warnings.warn(f"interrupted: {done} of {n} samples are finished and returned.", stacklevel=3)
-    return parts
+
+        def drawn(rows: Tensor) -> Part:
+            source, own = rows_of(generator, rows), cond.take(rows)
+            z1 = model.sample_prior(len(rows), generator=source, dtype=dtype, device=device)
+            model.validate_state(z1, own, sample, name="z1")
+            return _as_data(model, draw(z1, source, tick, own), own)
+
+        return until_interrupted(((len(rows), drawn(rows)) for rows in batches), sum(map(len, batches)), stacklevel=4)
 
 
 def _states(model: NDM, dtype: torch.dtype | None) -> torch.dtype:
