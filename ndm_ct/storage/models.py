@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from ndm_ct._core.config import EXTERNAL, Configurable, from_config, to_config
 from ndm_ct._core.errors import CheckpointError
 from ndm_ct._core.parallel import Group, is_sharded, plain_class, whole
 from ndm_ct.model import NDM
+from ndm_ct.prior import DataPrior
 from ndm_ct.process import ForwardProcess
 from ndm_ct.samplers.frozen import Residuals
 from ndm_ct.schedules import Schedule
@@ -42,6 +43,8 @@ _PREFIXES = {
 """Where the tensors of a part are, by its name."""
 _OPTIONAL = ("noise_scale", "prior")
 """Parts that a description leaves out where a model has none of its own."""
+_MARKED = ("schedule", "volatility", "prior")
+"""Parts of which a file keeps marks if they have to be passed."""
 _AGREEMENT = 1e-5
 """Relative difference of marks that rounding explains, on another device or by another version of torch."""
 _MOST_OBJECTS = 1000
@@ -82,7 +85,7 @@ def save(model: NDM, path: PathLike, *, residuals: Residuals | None = None) -> N
     if residuals is not None:
         tensors[RESIDUALS] = torch.cat([residuals.times[None], residuals.moments, residuals.stderr])
     description = describe(model)
-    marks = {name: values for name, values in _marks(model).items() if _is_external(description.get(name))}
+    marks = _marks(model, [name for name in _MARKED if _is_external(description.get(name))])
     write(path, tensors, {"kind": "model", "model": description | ({"marks": marks} if marks else {})})
 
 
@@ -214,8 +217,8 @@ def _is_external(config: Any) -> bool:
     return config == EXTERNAL or json.dumps({"type": EXTERNAL}) in json.dumps(config)
 
 
-def _marks(model: NDM) -> dict[str, list[float]]:
-    """Values by which a schedule, a volatility and a prior are told from others."""
+def _marks(model: NDM, names: Iterable[str]) -> dict[str, list[float]]:
+    """Values by which some of schedule, volatility and prior are told from others; none of a prior without density."""
     times = torch.linspace(0.15, 0.95, 5, dtype=torch.float64, device=model.device)
     z = torch.linspace(-1.5, 1.5, event_size(model.event_shape), device=model.device).reshape(1, *model.event_shape)
     marks: dict[str, Callable[[], Tensor]] = {
@@ -225,14 +228,15 @@ def _marks(model: NDM) -> dict[str, list[float]]:
     }
     found = {}
     with model.evaluating(), torch.no_grad():
-        for name, values in marks.items():
-            found[name] = [float(value) for value in values().double().reshape(-1)]
+        for name in names:
+            if name != "prior" or not isinstance(model.prior, DataPrior):
+                found[name] = marks[name]().double().reshape(-1).tolist()
     return found
 
 
 def _validate_marks(model: NDM, marks: Mapping[str, list[float]]) -> None:
     """Raise ValueError if a schedule, volatility or prior that was passed is not the one that was saved."""
-    found = _marks(model) if marks else {}
+    found = _marks(model, marks)
     for name, saved in marks.items():
         pairs = zip(saved, found[name], strict=True)
         if not all(math.isclose(a, b, rel_tol=_AGREEMENT, abs_tol=_AGREEMENT) for a, b in pairs):

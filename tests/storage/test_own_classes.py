@@ -6,6 +6,7 @@ import torch
 import ndm_ct
 from ndm_ct import adapters, schedules, transforms
 from ndm_ct._core.config import Configurable
+from ndm_ct.prior import DataPrior
 
 X = torch.linspace(-1.0, 1.0, 6).reshape(3, 2)
 NORMAL = torch.distributions.MultivariateNormal(torch.zeros(2), 1.5 * torch.eye(2))
@@ -127,6 +128,14 @@ def test_an_adapted_network_is_passed_without_its_adapter(tmp_path):
     assert torch.equal(ndm_ct.loglik(saved, X), ndm_ct.loglik(loaded, X))
     whole = ndm_ct.load(tmp_path / "m", predictor=type(saved.predictor)(OwnNet(), 1000))
     assert torch.equal(ndm_ct.loglik(saved, X), ndm_ct.loglik(whole, X))
+
+
+def test_a_data_set_in_place_of_noise_is_passed_again(tmp_path):
+    """It has no density, by which it could be told from another."""
+    saved = model(prior=DataPrior(X), schedule=schedules.Rectified())
+    ndm_ct.save(saved, tmp_path / "m")
+    loaded = ndm_ct.load(tmp_path / "m", prior=DataPrior(X))
+    assert torch.equal(ndm_ct.sample(saved, 2, generator=0), ndm_ct.sample(loaded, 2, generator=0))
 
 
 def test_registered_classes_are_rebuilt(tmp_path, registry):
