@@ -41,6 +41,7 @@ from ndm_ct.model import NDM
 from ndm_ct.objectives.terms import times
 from ndm_ct.prior import IsotropicNormal
 from ndm_ct.quantisation import Quantisation, resolve_quantisation
+from ndm_ct.storage.tensors import hash_state, hash_values
 
 __all__ = ["CodecError", "compress", "decompress"]
 
@@ -108,7 +109,7 @@ def compress(model: NDM, x: Tensor, /, *, quantisation: int | Quantisation, step
             chain.push(stack, part, ranges)
     header = {
         "shape": list(x.shape), "dtype": dtype, "levels": bins.levels, "edges": list(bins.edges), "steps": steps,
-        "rows": rows, "ranges": ranges, "model": _fingerprint(model), "data": _digest(levels),
+        "rows": rows, "ranges": ranges, "model": _fingerprint(model), "data": hash_values([levels]),
     }  # fmt: skip
     words = json.dumps(header).encode()
     content = _MAGIC + len(words).to_bytes(4, "little") + words + stack.get_compressed().astype("<u4").tobytes()
@@ -152,7 +153,7 @@ def decompress(model: NDM, content: bytes, /) -> Tensor:
                 raise differs from error
             _whiten(stack, chain.popped(size), number)
     levels = torch.cat(parts)
-    if _digest(levels) != header["data"]:
+    if hash_values([levels]) != header["data"]:
         raise differs
     return levels.to(getattr(torch, header["dtype"]))
 
@@ -308,21 +309,10 @@ def _parsed(content: bytes) -> tuple[dict[str, Any], np.ndarray]:
 
 def _fingerprint(model: NDM) -> str:
     """A digest of what the model computes with: weights, schedule, prediction."""
-    found = hashlib.sha256(f"{model.event_shape} {model.prediction} {model.t_min!r}".encode())
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            found.update(
-                f"{name} {value.dtype} {tuple(value.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
-            )
     with torch.no_grad():
         c = model.schedule(as_time([0.1, 0.5, 0.9], model.schedule.device))
-    found.update(torch.stack([c.alpha, c.sigma]).cpu().numpy().round(12).tobytes())
-    return found.hexdigest()
-
-
-def _digest(levels: Tensor) -> str:
-    return hashlib.sha256(levels.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+    numbers = torch.stack([c.alpha, c.sigma]).cpu().numpy().round(12).tolist()
+    return hash_state(model.state_dict(), f"{model.event_shape} {model.prediction} {model.t_min!r} {numbers}")
 
 
 def _constriction() -> Any:
