@@ -32,7 +32,6 @@ from ndm_ct.columns import (
     OBSERVED,
     SAMPLES,
     TARGET,
-    UNKNOWN,
     Coding,
     Column,
     Table,
@@ -42,6 +41,7 @@ from ndm_ct.columns import (
     masked_to_nan,
     numbers_and_words,
     repeated_values,
+    row_generators,
     summary,
     values_in,
 )
@@ -237,15 +237,16 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         numbers = _numbers(self, X)
         K = validate_count("samples", samples)
         size = max(1, _ROWS_AT_ONCE // K) if batch_size is None else validate_count("batch_size", batch_size)
-        roles = _roles(self.table_, numbers, given)
+        observed = [_place(self.table_, name) for name in given]
+        roles = self.table_.roles(numbers, observed, _NEEDS_CONDITIONALS)
         found = []
         for start in range(0, len(numbers), size):
             part = slice(start, start + size)
             rows = numbers[part]
             found.append(self.table_.score(
-                self.model_, rows, draw_noise(_generators(rows, "bins"), K, self.table_.coding.noises),
+                self.model_, rows, draw_noise(row_generators(rows, "bins"), K, self.table_.coding.noises),
                 roles=None if roles is None else roles[part],
-                generator=_generators(rows, "row", self.model_.device), batch_size=batch_size,
+                generator=row_generators(rows, "row", self.model_.device), batch_size=batch_size,
             ))  # fmt: skip
         scores, errors = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return (scores, errors) if return_std else scores
@@ -337,7 +338,7 @@ def _measure(
     density: NDMDensity, numbers: np.ndarray, weights: np.ndarray | None, random: np.random.RandomState
 ) -> Table:
     """Scales and map of the table."""
-    gaps = bool(np.isnan(numbers[:, Coding(density.columns_).modelled]).any())
+    gaps = Coding(density.columns_).has_gaps(numbers)
     if density.conditionals not in (True, False, "auto"):
         raise ValueError(f"conditionals must be True, False or 'auto', got {density.conditionals!r}.")
     conditionals = gaps if density.conditionals == "auto" else bool(density.conditionals)
@@ -399,19 +400,6 @@ def _place(table: Table, name: Any) -> int:
     return names.index(known)
 
 
-def _roles(table: Table, numbers: np.ndarray, given: Sequence[Any]) -> np.ndarray | None:
-    """The roles of values to score; None for a model without conditionals."""
-    missing = np.isnan(numbers)
-    if not table.conditionals:
-        if len(given) or missing[:, table.coding.modelled].any():
-            raise ValueError(_NEEDS_CONDITIONALS)
-        return None
-    roles = np.where(missing, UNKNOWN, TARGET)
-    for place in (_place(table, name) for name in given):
-        roles[:, place] = np.where(missing[:, place], UNKNOWN, OBSERVED)
-    return roles
-
-
 def _given(table: Table, n: int, given: Mapping[Any, Any]) -> np.ndarray:
     """Rows ``(n, D)`` with the given values, one or n of each, and NaN elsewhere."""
     columns = table.coding.columns
@@ -437,11 +425,6 @@ def _drawn(density: NDMDensity, numbers: np.ndarray, random_state: Any) -> np.nd
         batch_size=_ROWS_AT_ONCE,
     )  # fmt: skip
     return table.coding.values_of(drawn)
-
-
-def _generators(rows: np.ndarray, word: str, device: Any = None) -> list[torch.Generator]:
-    """A generator for every row, seeded by the row."""
-    return [make_generator(word, row.tobytes(), device=device or "cpu") for row in rows]
 
 
 def _unit(columns: Sequence[Column]) -> str:

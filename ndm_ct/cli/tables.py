@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import some
-from ndm_ct._core.seeds import derive_seeds, make_generator, seeded_weights
+from ndm_ct._core.seeds import derive_seeds, seeded_weights
 from ndm_ct.cli.batches import finished_columns, generators_of
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run
@@ -21,13 +21,12 @@ from ndm_ct.columns import (
     OBSERVED,
     SAMPLES,
     TARGET,
-    UNKNOWN,
     Coding,
-    Column,
     Table,
     Values,
     columns_of,
     draw_noise,
+    row_generators,
     summary,
 )
 from ndm_ct.files import Rows, read, write_table
@@ -60,9 +59,10 @@ def prepare_table(
     columns = columns_of(values, schema)
     print(summary(columns, values))
     random = np.random.default_rng(derive_seeds(settings.seed, "columns"))
-    numbers = Coding(columns).places_of(values)
+    coding = Coding(columns)
+    numbers = coding.places_of(values)
     table = Table.of(
-        columns, numbers[chosen], conditionals=_wants_conditionals(settings, columns, numbers),
+        columns, numbers[chosen], conditionals=_wants_conditionals(settings, coding, numbers),
         marginals=settings.marginals, gamma_min=settings.gamma_min, random=random,
     )  # fmt: skip
     with seeded_weights(settings.seed):
@@ -83,8 +83,8 @@ def prepare_table(
     return run, x, options, json.loads(json.dumps(config))
 
 
-def _wants_conditionals(settings: Settings, columns: Sequence[Column], numbers: np.ndarray) -> bool:
-    gaps = any(np.isnan(x).any() for x, column in zip(numbers.T, columns, strict=True) if column.is_modelled)
+def _wants_conditionals(settings: Settings, coding: Coding, numbers: np.ndarray) -> bool:
+    gaps = coding.has_gaps(numbers)
     if settings.conditionals == "no" and gaps:
         raise ValueError("conditionals=no: values are missing, which only a model of all conditionals takes.")
     return gaps or settings.conditionals == "yes"
@@ -116,17 +116,11 @@ def _rows_of(options: argparse.Namespace, run: Run) -> np.ndarray:
 def _roles(run: Run, numbers: np.ndarray, given: list[str]) -> np.ndarray | None:
     """The roles of values to score."""
     assert run.table is not None
-    table, missing = run.table, np.isnan(numbers)
-    if not table.conditionals:
-        if given or missing[:, table.coding.modelled].any():
-            raise ValueError("missing values and --given need a model trained with --conditionals yes.")
-        return None
-    roles = np.where(missing, UNKNOWN, TARGET)
-    for name in given:
-        if name not in run.names:
-            raise UsageError(f"--given {name}: there are the columns {', '.join(run.names)}.")
-        roles[:, run.names.index(name)] = np.where(missing[:, run.names.index(name)], UNKNOWN, OBSERVED)
-    return roles
+    unknown = [name for name in given if name not in run.names]
+    if unknown:
+        raise UsageError(f"--given {unknown[0]}: there are the columns {', '.join(run.names)}.")
+    refusal = "missing values and --given need a model trained with --conditionals yes."
+    return run.table.roles(numbers, [run.names.index(name) for name in given], refusal)
 
 
 def score_table(options: argparse.Namespace, run: Run) -> int:
@@ -168,7 +162,7 @@ def evaluate_table(options: argparse.Namespace, run: Run) -> int:
     order = np.random.default_rng(derive_seeds(options.seed, "evaluate")).permutation(len(numbers))[: options.max_rows]
     found = []
     for part in np.array_split(numbers[order], max(1, len(order) // options.batch_size)):
-        generators = [make_generator("row", row.tobytes(), device=options.device) for row in part]
+        generators = row_generators(part, "row", options.device)
         found.append(_scored(run.table, run, part, _roles(run, part, []), generators, None))
     scores, errors = (np.concatenate(each) for each in zip(*found, strict=True))
     good = np.isfinite(scores)

@@ -78,6 +78,10 @@ class Coding:
         self.mean = np.zeros(len(owners)) if mean is None else np.asarray(mean, dtype=np.float64)
         self.scale = np.ones(len(owners)) if scale is None else np.asarray(scale, dtype=np.float64)
 
+    def has_gaps(self, numbers: np.ndarray) -> bool:
+        """Whether a value that the model gives is missing in some row of ``(N, D)``."""
+        return bool(np.isnan(numbers[:, self.modelled]).any())
+
     @property
     def is_plain(self) -> bool:
         """Whether all columns go to the model as they are."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.noise import as_randomness, repeated
+from ndm_ct._core.seeds import make_generator
 from ndm_ct.columns.coding import Coding
 from ndm_ct.columns.kinds import Column
 from ndm_ct.columns.marginals import ColumnMap, InTurn, fit_column_map
@@ -37,16 +38,40 @@ from ndm_ct.samplers.sample import sample
 from ndm_ct.schedules import Schedule
 from ndm_ct.transforms import Flow, Identity, Transform
 
-__all__ = ["SAMPLES", "Table", "draw_noise"]
+__all__ = ["SAMPLES", "Table", "draw_noise", "fit_table", "row_generators"]
 
 SAMPLES = 16
 """K, draws of the noise in a score."""
 
 _MOST_COPIES, _NUMBERS = 32, 2**24
 _ROWS_WANTED = 2**18
+_GAMMA_MIN = -9.0
+"""The noise of a table without real coordinates, where it means nothing."""
 _LOG_NORMAL = 0.5 * math.log(2.0 * math.pi)
 _EVERYTHING = 0.3
 """Share of the training rows of which all values that are there are targets."""
+
+
+def fit_table(
+    rows: np.ndarray, marginals: str, gamma_min: float | None, *, plain: np.ndarray | None = None, whiten: bool = True
+) -> tuple[ColumnMap | None, float]:
+    """The map of a table's columns, and the noise at t = 0 of the mapped rows.
+
+    Args:
+        rows: standardised rows ``(N, d)``.
+        marginals: "spline", or "linear", for which there is no map.
+        gamma_min: the noise, if it is given; None chooses it from the rows.
+        plain: columns that repeated values may be found in, a bool for each; None is all.
+        whiten: whether the map ends with whitening.
+    """
+    column_map = None
+    if marginals == "spline":
+        repeating = is_repeating(rows)
+        column_map = fit_column_map(rows, repeating if plain is None else repeating & plain, whiten=whiten)
+    if gamma_min is not None:
+        return column_map, gamma_min
+    y = compared(torch.from_numpy(rows)).double()
+    return column_map, gamma_of(y if column_map is None else column_map(y)[0])
 
 
 @dataclass
@@ -63,7 +88,7 @@ class Table:
     coding: Coding
     conditionals: bool
     column_map: ColumnMap | None = None
-    gamma_min: float = -9.0
+    gamma_min: float = _GAMMA_MIN
 
     @staticmethod
     def of(
@@ -85,17 +110,11 @@ class Table:
         noise = random.random((len(numbers), coding.noises))
         coding.fit_scale(numbers, noise, weights)
         z = coding.encode(numbers, noise).features
-        found = Table(coding, conditionals)
-        if z.shape[1]:
-            z = _filled(z, random)
-            if marginals == "spline":
-                plain = is_repeating(z) & np.array([columns[owner].is_plain for owner in coding.owners])
-                found.column_map = fit_column_map(z, plain, whiten=not conditionals)
-            y = compared(torch.from_numpy(z))
-            found.gamma_min = gamma_of(y if found.column_map is None else found.column_map(y)[0])
-        if gamma_min is not None:
-            found.gamma_min = gamma_min
-        return found
+        if not z.shape[1]:
+            return Table(coding, conditionals, None, _GAMMA_MIN if gamma_min is None else gamma_min)
+        z = _filled(z, random)
+        plain = np.array([columns[owner].is_plain for owner in coding.owners])
+        return Table(coding, conditionals, *fit_table(z, marginals, gamma_min, plain=plain, whiten=not conditionals))
 
     def to_json(self) -> dict[str, Any]:
         """For :meth:`restored`; the map is part of the model."""
@@ -224,6 +243,26 @@ class Table:
         added[((roles == OBSERVED) & ~coded.possible).any(1)] = np.nan
         return torch.from_numpy(x), cond, added
 
+    def roles(self, numbers: np.ndarray, observed: Sequence[int], refusal: str) -> np.ndarray | None:
+        """The roles of values to score, ``(N, D)``; None for a model without conditionals.
+
+        Args:
+            numbers: ``(N, D)``; NaN is missing.
+            observed: places of the columns to condition on.
+            refusal: what to tell if only a model of all conditionals could do it.
+
+        Raises:
+            ValueError: the model lacks conditionals, and values are missing or observed.
+        """
+        if not self.conditionals:
+            if len(observed) or self.coding.has_gaps(numbers):
+                raise ValueError(refusal)
+            return None
+        missing = np.isnan(numbers)
+        roles = np.where(missing, UNKNOWN, TARGET)
+        roles[:, observed] = np.where(missing[:, observed], UNKNOWN, OBSERVED)
+        return roles
+
     def score(
         self, model: NDM, numbers: np.ndarray, noise: Tensor | None, *, roles: np.ndarray | None = None,
         generator: Any = None, **options: Any,
@@ -297,6 +336,11 @@ class Table:
 def _as_of(model: NDM, value: Tensor) -> Tensor:
     """The tensor on the model's device, in its precision."""
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+
+def row_generators(rows: np.ndarray, word: str, device: Any = None) -> list[torch.Generator]:
+    """A generator for every row, seeded by the word and the row, so that equal rows get equal noise."""
+    return [make_generator(word, row.tobytes(), device=device or "cpu") for row in rows]
 
 
 def draw_noise(generators: Sequence[torch.Generator], samples: int, noises: int) -> Tensor | None:
