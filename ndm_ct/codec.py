@@ -183,7 +183,11 @@ class _Chain:
         self.cells = [std / _CELLS for std in self.stds]
 
     def popped(self, rows: int) -> int:
-        """Numbers of 16 bits that the latents of so many events take from the stack at most."""
+        """The largest count of 16-bit numbers that the latents of these events take from the stack.
+
+        Args:
+            rows: number of events.
+        """
         return math.ceil(rows * math.prod(self.model.event_shape) * len(self.times) * _FIRST_BITS / 16.0)
 
     def ranges(self, levels: Tensor) -> list[int]:

@@ -229,7 +229,7 @@ def pairs(
     Args:
         data: rows ``(N, d)``.
         samples: rows of a model ``(M, d)``, in the same units.
-        names: of the columns; x0, x1, ... if there are none.
+        names: of the columns. Columns without a name are called x0, x1, ...
         most: columns to draw at most, the first ones.
 
     Raises:

@@ -57,7 +57,7 @@ def normal_like(z: Tensor, generator: Randomness) -> Tensor:
     Returns:
         Shape of ``z``; with one generator per row, a row does not depend on the others.
     """
-    if generator is None:  # torch.export knows no other draw of a number of rows that it leaves open
+    if generator is None:  # torch.export takes this draw alone where the number of rows is open
         return torch.randn_like(z, memory_format=torch.contiguous_format)
     return drawn(z.shape, generator, lambda shape, g: torch.randn(shape, dtype=z.dtype, device=z.device, generator=g))
 

@@ -58,7 +58,7 @@ def conditions(options: argparse.Namespace, total: int, run: Run) -> dict[str, A
 
 
 def written_conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """The conditions as a setting of finished batches; empty if there are none."""
+    """The conditions as finished batches keep them. Without conditions they keep nothing."""
     return {"cond": dict(sorted(_given(options).items()))} if options.cond else {}
 
 

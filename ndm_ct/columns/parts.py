@@ -216,7 +216,7 @@ class TableNet(nn.Module, Configurable):
         return target * self.net(torch.where(target, z, known), t, context=context)
 
     def validate_event(self, event_shape: tuple[int, ...]) -> None:
-        """Raise if events are no vectors of so many features."""
+        """Raise ValueError unless an event is a vector with one entry for each feature."""
         if event_shape != (max(self.features, 1),):
             raise ValueError(
                 f"event_shape={event_shape}, but the network was built for {max(self.features, 1)} columns."

@@ -72,7 +72,9 @@ def is_repeating(values: np.ndarray) -> np.ndarray:
 
 
 def grid_of(distinct: np.ndarray) -> float | None:
-    """The width w of which all values are whole multiples apart, with at most six decimals; None if there is none.
+    """The largest width w whose whole multiples separate all values. It has at most six decimals.
+
+    None means that no such width exists.
 
     Args:
         distinct: different values, increasing.

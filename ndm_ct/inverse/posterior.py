@@ -135,9 +135,9 @@ def posterior(
         observe: f, a differentiable function ``(B, *E)`` to ``(B, ...)``; or a boolean mask of shape E, True where
             x was observed.
         n: number of samples.
-        noise: s, the standard deviation of the observation's noise, a positive number or one per value of y; if there
-            is none, take one that is small against the spread of f(x). Not for "dps" and "replacement", which take y
-            as exact.
+        noise: s, the standard deviation of the observation's noise, a positive number or one per value of y. For an
+            exact observation take a number that is small against the spread of f(x). "dps" and "replacement" refuse it,
+            because they take y as exact.
         method: one of ``METHODS``, see :mod:`ndm_ct.inverse.posterior`.
         steps: steps of the chain.
         grid: where they are, as in :func:`ndm_ct.sample`.
