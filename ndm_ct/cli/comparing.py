@@ -19,33 +19,14 @@ import torch
 from torch import Tensor
 
 from ndm_ct import plots
-from ndm_ct.cli.batches import conditions, rows_of
 from ndm_ct.cli.models import load_run
 from ndm_ct.cli.runs import Run
-from ndm_ct.evaluation import Evaluation, evaluate
-from ndm_ct.evaluation.results import figures, mean
+from ndm_ct.cli.score import evaluate_run
+from ndm_ct.evaluation import Evaluation
+from ndm_ct.evaluation.results import figures, paired
 from ndm_ct.storage import write_atomically
 
-__all__ = ["evaluate_run", "run_compare"]
-
-
-def evaluate_run(options: argparse.Namespace, run: Run, folder: Path | None) -> Evaluation:
-    """The mean negative log-likelihood of the file that is named, in the units of the model.
-
-    Args:
-        options: of the command.
-        run: the model.
-        folder: where scores are kept; None for nowhere.
-    """
-    rows, elbo = rows_of(options, run), options.bound == "elbo"
-    return evaluate(
-        run.model, rows, quantisation=run.bins, cond=conditions(options, len(rows), run),
-        dequantisation=run.dequantisation if run.bins is not None and not elbo else "uniform",
-        bound=options.bound, samples=(64 if options.samples is None else options.samples) if elbo else None,
-        stderr=options.stderr, batch_size=options.batch_size, max_rows=options.max_rows,
-        on_failure="raise" if elbo else "nan", seed=options.seed, run_dir=folder, progress=not options.quiet,
-        time_limit=options.time_limit,
-    )  # fmt: skip
+__all__ = ["run_compare"]
 
 
 def run_compare(options: argparse.Namespace) -> int:
@@ -83,14 +64,14 @@ def _paired(runs: list[Run], results: list[Evaluation]) -> Tensor:
 
 
 def _compared(options: argparse.Namespace, both: Tensor, dims: int | None) -> dict[str, Any]:
-    (a, error_a), (b, error_b), (d, error) = (mean(values) for values in (*both.T, both[:, 0] - both[:, 1]))
     found = {
         "model_a": str(options.model_a), "model_b": str(options.model_b), "data": str(options.data),
-        "bound": options.bound, "seed": options.seed, "rows": len(both), "difference": d, "stderr": error, "nll_a": a,
-        "stderr_a": error_a, "nll_b": b, "stderr_b": error_b,
-    }  # fmt: skip
-    per_bit = None if dims is None else dims * math.log(2.0)
-    return found | ({} if per_bit is None else {"bits_per_dim": d / per_bit, "bits_stderr": error / per_bit})
+        "bound": options.bound, "seed": options.seed, "rows": len(both),
+    } | paired(*both.T)  # fmt: skip
+    if dims is None:
+        return found
+    per_bit = dims * math.log(2.0)
+    return found | {"bits_per_dim": found["difference"] / per_bit, "bits_stderr": found["stderr"] / per_bit}
 
 
 def _sentence(options: argparse.Namespace, found: dict[str, Any]) -> str:

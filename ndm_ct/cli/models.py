@@ -38,11 +38,14 @@ def load_run(options: argparse.Namespace, name: str | None = None) -> Run:
         name: of the model; None is ``options.model``.
 
     Raises:
-        UsageError: options that say where integers lie, for a run, which knows it.
+        UsageError: options that say where integers lie, for a run, which knows it; ``--given`` for a model of another
+            kind than tables.
     """
     name = options.model if name is None else name
     given = {each: getattr(options, each, None) for each in _PLACES}
     run = find_model(name, given)
+    if run.table is None and getattr(options, "given", None) is not None:
+        raise UsageError("--given is for tables trained with --columns and --conditionals yes.")
     run.model.to(usable_device(options.device))
     return run
 

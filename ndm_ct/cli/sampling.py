@@ -30,16 +30,10 @@ def run_sample(options: argparse.Namespace) -> int:
         raise UsageError("images are written as .npz or .png." if images else "a png is for images; write a table.")
     if run.table is not None:
         return draw_table(options, run)
-    if options.given is not None:
-        raise UsageError("--given is for tables trained with --columns and --conditionals yes.")
 
     method = options.method
     if method == "ddpm_analytic":
-        method = partial(
-            DDPM,
-            variance="analytic",
-            residuals=load_residuals(_weights(Path(options.model))),
-        )
+        method = partial(DDPM, variance="analytic", residuals=load_residuals(_weights(Path(options.model))))
 
     def make(rows: slice) -> dict[str, Tensor]:
         n, generators = rows.stop - rows.start, generators_of(options, rows)

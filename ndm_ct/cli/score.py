@@ -2,23 +2,24 @@
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ndm_ct.cli.batches import batches_of, conditions, finished_columns, generators_of, rows_of, written_conditions
-from ndm_ct.cli.comparing import evaluate_run
 from ndm_ct.cli.models import load_run
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import Run
 from ndm_ct.cli.tables import evaluate_table, score_table
+from ndm_ct.evaluation import Evaluation, evaluate
 from ndm_ct.files import TABLES, write_table
 from ndm_ct.likelihood.api import loglik
 from ndm_ct.likelihood.bits import bits_per_dim
 from ndm_ct.storage.tensors import hash_values
 
-__all__ = ["run_evaluate", "run_loglik"]
+__all__ = ["evaluate_run", "run_evaluate", "run_loglik"]
 
 
 def run_loglik(options: argparse.Namespace) -> int:
@@ -29,8 +30,6 @@ def run_loglik(options: argparse.Namespace) -> int:
         raise UsageError("--stderr is for real values; integers are scored through noise in their bins.")
     if run.table is not None:
         return score_table(options, run)
-    if options.given is not None:
-        raise UsageError("--given is for tables trained with --columns and --conditionals yes.")
     values = rows_of(options, run)
     given = conditions(options, len(values), run)
 
@@ -75,6 +74,25 @@ def _scores(
         "stderr": per_bit * levels.stderr.double().cpu(),
         "bits_per_dim": bits.double().cpu(),
     }
+
+
+def evaluate_run(options: argparse.Namespace, run: Run, folder: Path | None) -> Evaluation:
+    """The mean negative log-likelihood of the file that is named, in the units of the model.
+
+    Args:
+        options: of the command.
+        run: the model.
+        folder: where scores are kept; None for nowhere.
+    """
+    rows, elbo = rows_of(options, run), options.bound == "elbo"
+    return evaluate(
+        run.model, rows, quantisation=run.bins, cond=conditions(options, len(rows), run),
+        dequantisation=run.dequantisation if run.bins is not None and not elbo else "uniform",
+        bound=options.bound, samples=(64 if options.samples is None else options.samples) if elbo else None,
+        stderr=options.stderr, batch_size=options.batch_size, max_rows=options.max_rows,
+        on_failure="raise" if elbo else "nan", seed=options.seed, run_dir=folder, progress=not options.quiet,
+        time_limit=options.time_limit,
+    )  # fmt: skip
 
 
 def run_evaluate(options: argparse.Namespace) -> int:

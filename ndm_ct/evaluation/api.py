@@ -33,15 +33,12 @@ All randomness is a function of the seed and of a row's position in the random o
 and continued gives the same bits as one that was not. Batches of another size give the same values up to rounding.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
-import torch
-
 from ndm_ct.data.containers import CondFrom
-from ndm_ct.evaluation.results import Comparison, Evaluation, mean
+from ndm_ct.evaluation.results import Comparison, Evaluation, mean, paired
 from ndm_ct.evaluation.run import Limits, Run
 from ndm_ct.evaluation.scores import Settings
 from ndm_ct.likelihood.options import Trace
@@ -253,14 +250,10 @@ def compare(
     with run.in_folder():
         reason = run.run(progress)
         a, b = run.values()
-        (nll_a, error_a), (nll_b, error_b), (difference, error) = mean(a), mean(b), mean(a - b)
-        total = error_a**2 + error_b**2
+        found = paired(a, b)
         result = Comparison(
-            difference=difference, stderr=error, nll_a=nll_a, nll_b=nll_b, stderr_a=error_a, stderr_b=error_b,
-            correlation=float(torch.corrcoef(run.values())[0, 1]) if len(a) > 1 else math.nan,
-            variance_reduction=1.0 - error**2 / total if total > 0.0 else math.nan,
-            bits_per_dim=run.bits(difference), bits_stderr=run.bits(error), values_a=a, values_b=b, nfe_a=run.nfe(0),
-            nfe_b=run.nfe(1), **run.shared(reason),
+            **found, bits_per_dim=run.bits(found["difference"]), bits_stderr=run.bits(found["stderr"]), values_a=a,
+            values_b=b, nfe_a=run.nfe(0), nfe_b=run.nfe(1), **run.shared(reason),
         )  # fmt: skip
         run.summarise(result)
     return result

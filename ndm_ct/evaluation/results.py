@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Comparison", "Evaluation", "figures", "mean"]
+__all__ = ["Comparison", "Evaluation", "figures", "mean", "paired"]
 
 _REASONS = {
     "target": "the target was reached",
@@ -133,6 +135,23 @@ def mean(values: Tensor) -> tuple[float, float]:
     """Mean and standard error; NaN where there are too few values."""
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), error
+
+
+def paired(a: Tensor, b: Tensor) -> dict[str, Any]:
+    """What a comparison says of two models' values of the same rows, by the names of :class:`Comparison`.
+
+    Args:
+        a: negative log-likelihood of each row under model a, nats, ``(rows,)``.
+        b: the same under model b.
+    """
+    (nll_a, error_a), (nll_b, error_b), (difference, error) = mean(a), mean(b), mean(a - b)
+    total = error_a**2 + error_b**2
+    correlation = float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if len(a) > 1 else math.nan
+    return {
+        "difference": difference, "stderr": error, "nll_a": nll_a, "nll_b": nll_b, "stderr_a": error_a,
+        "stderr_b": error_b, "correlation": correlation,
+        "variance_reduction": 1.0 - error**2 / total if total > 0.0 else math.nan,
+    }  # fmt: skip
 
 
 def figures(value: float, error: float) -> str:

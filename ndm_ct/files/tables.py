@@ -297,7 +297,7 @@ def _fault(table: _Text, columns: tuple[str, ...] | None, chosen: range) -> str 
     """What is wrong with the first line that is not a row of numbers, and the cure; None if all are."""
     for number, cells in islice(table.records(), 1 if columns else 0, None):
         if len(cells) != chosen.stop:
-            return f"line {number} has {len(cells)} cells separated by {table.shown}, those before have {chosen.stop}."
+            return _of_length(table, number, cells, chosen)
         for place in chosen:
             text = cells[place].replace(",", ".") if table.comma else cells[place]
             try:
@@ -312,6 +312,10 @@ def _fault(table: _Text, columns: tuple[str, ...] | None, chosen: range) -> str 
     return None
 
 
+def _of_length(table: _Text, number: int, cells: Sequence[str], chosen: range) -> str:
+    return f"line {number} has {len(cells)} cells separated by {table.shown}, those before have {chosen.stop}."
+
+
 def _with_words(
     table: _Text, named: bool, columns: tuple[str, ...] | None, chosen: range
 ) -> tuple[np.ndarray, dict[int, tuple[str, ...]]]:
@@ -323,10 +327,7 @@ def _with_words(
     parts: list[list[Any]] = [[] for _ in chosen]
     for number, cells in islice(table.records(), int(named), None):
         if len(cells) != chosen.stop:
-            raise ValueError(
-                f"{table.path}: line {number} has {len(cells)} cells separated by {table.shown}, those before have "
-                f"{chosen.stop}."
-            )
+            raise ValueError(f"{table.path}: {_of_length(table, number, cells, chosen)}")
         for part, place in zip(parts, chosen, strict=True):
             part.append(None if cells[place].lower() in _MISSING else cells[place])
     names = (columns or tuple(f"x{place}" for place in range(chosen.stop)))[-len(parts) :]
