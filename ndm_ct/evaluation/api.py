@@ -134,7 +134,7 @@ def evaluate(
         KeyboardInterrupt: Ctrl-C came before any batch was finished.
 
     Example:
-        >>> import ndm_ct
+        >>> import torch, ndm_ct
         >>> model = ndm_ct.reference.Gaussian(torch.zeros(2), torch.eye(2))
         >>> x = model.sample_data(64)
         >>> result = evaluate(model, x, progress=False)
@@ -235,7 +235,7 @@ def compare(
         ValueError: the models differ in event shape, dtype or device.
 
     Example:
-        >>> import ndm_ct
+        >>> import torch, ndm_ct
         >>> wide, right = (ndm_ct.reference.Gaussian(torch.zeros(2), s * torch.eye(2)) for s in (4.0, 1.0))
         >>> x = right.sample_data(64, generator=torch.Generator().manual_seed(0))
         >>> result = compare(wide, right, x, progress=False)
