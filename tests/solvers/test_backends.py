@@ -274,6 +274,8 @@ def learned():
     return model
 
 
+SLOW = [("torchsde:srk", "adjoint"), ("torchsde:midpoint", "adjoint"), ("torchsde:midpoint", True)]
+"""Of each calculus another method is tried at once."""
 METHODS = {
     "ode": ({}, [True]), "dopri5": ({}, [True, "adjoint"]),
     **{name: ({"steps": 20}, [True, "adjoint"]) for name in NAMES},
@@ -281,8 +283,12 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    ("method", "differentiable"), [(name, how) for name, (_, hows) in METHODS.items() for how in hows]
-)
+    ("method", "differentiable"),
+    [
+        pytest.param(name, how, marks=[pytest.mark.slow] * ((name, how) in SLOW))
+        for name, (_, hows) in METHODS.items() for how in hows
+    ],
+)  # fmt: skip
 def test_gradients_are_finite_differences(method, differentiable):
     """With respect to every parameter and condition, along one Brownian path."""
     options, model = METHODS[method][0], learned()
