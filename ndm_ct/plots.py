@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ndm_ct.columns import Diagnosis
 from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.storage.atomic import PathLike, as_path, write_atomically
@@ -20,12 +21,13 @@ from ndm_ct.training.loop import FitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
-__all__ = ["forward_process", "image_rows", "pairs", "save", "training", "work_precision"]
+__all__ = ["diagnosis", "forward_process", "image_rows", "pairs", "save", "training", "work_precision"]
 
 _TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _MOST_POINTS = 2000
+_RAREST = 10
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -245,17 +247,64 @@ def pairs(
         raise ValueError(f"data and samples must be tables of the same columns, got {real.shape} and {drawn.shape}.")
     d = min(most, real.shape[1])
     labels = [names[i] if i < len(names) else f"x{i}" for i in range(d)]
-    ranges = [tuple(np.nanquantile(np.concatenate([real[:, i], drawn[:, i]]), [0.002, 0.998])) for i in range(d)]
     figure = _figure(1.8 * d + 0.6, 1.8 * d + 0.4)
+    _draw_pairs(figure, real[:, :d], drawn[:, :d], labels, np.empty((0, d)))
+    return figure
+
+
+def _draw_pairs(
+    figure: "FigureBase", real: np.ndarray, drawn: np.ndarray, labels: Sequence[str], marked: np.ndarray
+) -> None:
+    """Marginals and pairs of all columns; the marked rows get rings, and are inside the axes."""
+    d = len(labels)
+    both = np.concatenate([real, drawn])
+    inside = [np.append(np.nanquantile(both[:, i], [0.002, 0.998]), marked[:, i]) for i in range(d)]
+    ranges = [(np.nanmin(values), np.nanmax(values)) for values in inside]
     axes = figure.subplots(d, d, squeeze=False, sharex="col")
     for i in range(d):
         for j in range(d):
             _draw_pair(axes[i, j], real, drawn, i, j, ranges)
+            if i != j and len(marked):
+                axes[i, j].scatter(marked[:, j], marked[:, i], s=18, facecolors="none", edgecolors="black",
+                                   linewidths=0.7, label="rarest held-out rows")  # fmt: skip
             if i == d - 1:
                 axes[i, j].set_xlabel(labels[j], fontsize=8)
         axes[i, 0].set_ylabel(labels[i] if i else "share", fontsize=8)
-    handles, words = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, words, loc="outside upper right", ncols=2, fontsize=8)
+    handles, words = (a + b for a, b in zip(*(axes[0, k].get_legend_handles_labels() for k in {0, d - 1}), strict=True))
+    figure.legend(handles, words, loc="outside upper right", ncols=3, fontsize=8)
+
+
+def diagnosis(found: Diagnosis, /, *, most: int = 6) -> "Figure":
+    """A page on a table's density: pairs of columns with the rarest rows marked, and what should be uniform.
+
+    Args:
+        found: what ``NDMDensity.diagnose`` returned.
+        most: columns to draw at most: those in which samples and held-out rows differ most.
+
+    The lower panels show, for each column, the share of samples below every held-out value. Bars of equal height mean
+    equal laws; a hump means samples that are too wide, a trough samples that are too narrow, a slope a shift.
+
+    Example:
+        >>> import numpy as np
+        >>> from ndm_ct import plots
+        >>> from ndm_ct.estimator import NDMDensity
+        >>> rows = np.random.default_rng(0).normal(size=(1000, 2))
+        >>> density = NDMDensity(width=16, steps=50, random_state=0).fit(rows)
+        >>> figure = plots.diagnosis(density.diagnose(n=100, random_state=0))
+    """
+    chosen = np.sort(np.argsort(-found.distances, kind="stable")[:most]).tolist()
+    names = [found.names[k] for k in chosen]
+    figure = _figure(1.8 * len(chosen) + 0.6, 1.8 * len(chosen) + 2.4)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.8 * len(chosen) + 0.4, 2.0), squeeze=False)[:, 0]
+    rarest = found.held_out[np.argsort(found.anomalies.scores, kind="stable")[:_RAREST]]
+    _draw_pairs(upper, found.held_out[:, chosen], found.samples[:, chosen], names, rarest[:, chosen])
+    for axis, place, name in zip(lower.subplots(1, len(chosen), squeeze=False)[0], chosen, names, strict=True):
+        ranks = found.ranks[:, place]
+        axis.hist(ranks[~np.isnan(ranks)], bins=10, range=(0.0, 1.0), density=True, color="0.6")
+        axis.axhline(1.0, color="0.2", linewidth=0.8)
+        axis.set(xlabel=name, yticks=[], xlim=(0.0, 1.0))
+        axis.tick_params(labelsize=6)
+    lower.suptitle("share of samples below a held-out value: flat if the laws are equal", fontsize=8)
     return figure
 
 

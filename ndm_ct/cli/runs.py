@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct._core.checks import some
+from ndm_ct._core.seeds import derive_seeds
 from ndm_ct.cli.settings import Settings
 from ndm_ct.columns import Table
 from ndm_ct.data.sources import Standardised
@@ -33,7 +34,7 @@ from ndm_ct.model import NDM
 from ndm_ct.quantisation import Quantisation
 from ndm_ct.storage import PathLike, load
 
-__all__ = ["FORMAT", "Run", "fingerprint", "read_config", "run_of", "settings_of"]
+__all__ = ["FORMAT", "Run", "fingerprint", "read_config", "run_of", "settings_of", "split"]
 
 FORMAT = 3
 """Format of new configurations. Trainings of format 1 hold out the last rows; later they are drawn. Those of formats 1
@@ -209,3 +210,22 @@ def run_of(model: NDM, config: dict[str, Any]) -> Run:
     columns = None if config["columns"] is None else tuple(config["columns"])
     table = Table.restored(config["table"], model) if config.get("table") else None
     return Run(model, Settings.of(config["settings"], "config.json"), mean, scale, bins, columns, table=table)
+
+
+def split(total: int, fraction: float, seed: int, *, drawn: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the rows to hold out for validation, so that the order of a file plays no part.
+
+    Args:
+        total: number of rows.
+        fraction: share of them to hold out, rounded down.
+        seed: of the draw.
+        drawn: False holds out the last rows, as trainings of format 1 did.
+
+    Returns:
+        The numbers of the rows to train on, and of those held out, both increasing.
+    """
+    held_out = int(fraction * total)
+    if not drawn:
+        return np.arange(total - held_out), np.arange(total - held_out, total)
+    order = np.random.default_rng(derive_seeds(seed, "validation")).permutation(total)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ndm_ct.cli.batches import batches_of, conditions, finished_columns, generators_of, rows_of, written_conditions
+from ndm_ct.cli.diagnosis import p_values, say_hidden
 from ndm_ct.cli.models import load_run
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import Run
@@ -40,7 +41,8 @@ def run_loglik(options: argparse.Namespace) -> int:
     data = hash_values(values[rows] for rows in batches_of(options, len(values)))
     settings = {"data": data, "stderr": options.stderr} | written_conditions(options)
     with finished_columns(options, run, len(values), settings, make) as columns:
-        write_table(options.out, {"row": torch.arange(len(values))} | columns)
+        say_hidden(columns.pop("truncation", torch.zeros(0)).numpy())
+        write_table(options.out, {"row": torch.arange(len(values))} | columns | p_values(options.model, columns))
     good = columns["log_p"][columns["log_p"].isfinite()]
     failed = len(values) - len(good)
     print(
@@ -58,7 +60,8 @@ def _scores(
         log_p, info = loglik(
             run.model, x, stderr=stderr, on_failure="nan", generator=generators, return_info=True, **cond
         )
-        return {"log_p": log_p.double().cpu() - run.log_scale, "stderr": info.stderr.double().cpu()}
+        log_p = log_p.double().cpu() - run.log_scale
+        return {"log_p": log_p, "stderr": info.stderr.double().cpu(), "truncation": info.truncation.double().cpu()}
     bits, levels = bits_per_dim(
         run.model,
         x,

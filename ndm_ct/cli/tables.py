@@ -14,6 +14,7 @@ from torch import Tensor
 from ndm_ct._core.checks import some
 from ndm_ct._core.seeds import derive_seeds, seeded_weights
 from ndm_ct.cli.batches import finished_columns, generators_of
+from ndm_ct.cli.diagnosis import p_values, say_hidden
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run
 from ndm_ct.cli.settings import Settings, settings_from_file
@@ -22,6 +23,7 @@ from ndm_ct.columns import (
     SAMPLES,
     TARGET,
     Coding,
+    Scored,
     Table,
     Values,
     columns_of,
@@ -131,14 +133,15 @@ def score_table(options: argparse.Namespace, run: Run) -> int:
     roles = _roles(run, numbers, given)
 
     def make(rows: slice) -> dict[str, Tensor]:
-        scores, errors = _scored(table, run, numbers[rows], None if roles is None else roles[rows],
-                                 generators_of(options, rows), options.stderr)  # fmt: skip
-        return {"log_p": torch.from_numpy(scores), "stderr": torch.from_numpy(errors)}
+        found = _scored(table, run, numbers[rows], None if roles is None else roles[rows],
+                        generators_of(options, rows), options.stderr)  # fmt: skip
+        return {name: torch.from_numpy(values) for name, values in found._asdict().items()}
 
     settings = {"data": hash_values([torch.from_numpy(numbers)]), "stderr": options.stderr, "given": given}
     with finished_columns(options, run, len(numbers), settings, make) as columns:
-        write_table(options.out, {"row": torch.arange(len(numbers))} | columns)
-    found = columns["log_p"]
+        say_hidden(columns.pop("truncation").numpy())
+        found, rare = columns["log_p"], {} if given else p_values(options.model, columns)
+        write_table(options.out, {"row": torch.arange(len(numbers))} | columns | rare)
     none = int((found == -math.inf).sum())
     print(f"{options.out}: {len(numbers)} rows, mean log p {float(found[found.isfinite()].mean()):.6g} nats"
           + f", {none} with values that have no mass, -inf, left out of the mean" * bool(none))  # fmt: skip
@@ -147,7 +150,7 @@ def score_table(options: argparse.Namespace, run: Run) -> int:
 
 def _scored(
     table: Table, run: Run, numbers: np.ndarray, roles: np.ndarray | None, generators: Any, stderr: float | None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Scored:
     noise = draw_noise(generators, SAMPLES, table.coding.noises)
     return table.score(run.model, numbers, noise, roles=roles, generator=generators, stderr=stderr, on_failure="nan")
 
@@ -164,7 +167,8 @@ def evaluate_table(options: argparse.Namespace, run: Run) -> int:
     for part in np.array_split(numbers[order], max(1, len(order) // options.batch_size)):
         generators = row_generators(part, "row", options.device)
         found.append(_scored(run.table, run, part, _roles(run, part, []), generators, None))
-    scores, errors = (np.concatenate(each) for each in zip(*found, strict=True))
+    scores, errors, truncations = (np.concatenate(each) for each in zip(*found, strict=True))
+    say_hidden(truncations)
     good = np.isfinite(scores)
     error = scores[good].std(ddof=1) / math.sqrt(good.sum())
     print(f"NLL {-scores[good].mean():.6g} ± {error:.2g} nats per row, in the units of the data; "

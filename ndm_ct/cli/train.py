@@ -16,10 +16,11 @@ from torch import nn
 
 from ndm_ct import plots, transforms
 from ndm_ct._core.checks import usable_device
-from ndm_ct._core.seeds import derive_seeds, seeded_weights
+from ndm_ct._core.seeds import seeded_weights
 from ndm_ct._core.versions import versions
+from ndm_ct.cli.diagnosis import diagnose_run
 from ndm_ct.cli.parser import UsageError
-from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of
+from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of, split
 from ndm_ct.cli.settings import Settings, settings_from_file
 from ndm_ct.cli.tables import prepare_table
 from ndm_ct.columns import ROWS_LOOKED_AT, ColumnMap, fit_table, repeated_values
@@ -31,7 +32,7 @@ from ndm_ct.schedules.fixed import LearnedLogSNR, LinearLogSNR
 from ndm_ct.storage import PathLike, RunFolder, write_atomically
 from ndm_ct.training import FitResult, fit
 
-__all__ = ["build", "run_train", "split", "train"]
+__all__ = ["build", "run_train", "train"]
 
 _SCHEDULES = {"linear": LinearLogSNR, "learned": LearnedLogSNR}
 _ROWS_OF_A_MAP = 200_000
@@ -48,6 +49,7 @@ def run_train(options: argparse.Namespace) -> int:
         print(f"stopped at step {result.step} of {settings.steps}; go on with: ndm-ct train --out {options.out}")
         return 130
     print(f"trained {result.step} steps: {options.out / 'model.safetensors'}")
+    diagnose_run(run, options.out)
     if result.validation and run.table is None:
         last = result.validation[-1]
         nats = last["validation_elbo"] - run.log_scale
@@ -232,25 +234,6 @@ def _units(
         column_map, gamma_min = _fit_columns(settings, rows, chosen, np.array(mean), np.array(scale))
         config["gamma_0"] = saved.get("gamma_0", gamma_min)
     return json.loads(json.dumps(config)), column_map
-
-
-def split(total: int, fraction: float, seed: int, *, drawn: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the rows to hold out for validation, so that the order of a file plays no part.
-
-    Args:
-        total: number of rows.
-        fraction: share of them to hold out, rounded down.
-        seed: of the draw.
-        drawn: False holds out the last rows, as trainings of format 1 did.
-
-    Returns:
-        The numbers of the rows to train on, and of those held out, both increasing.
-    """
-    held_out = int(fraction * total)
-    if not drawn:
-        return np.arange(total - held_out), np.arange(total - held_out, total)
-    order = np.random.default_rng(derive_seeds(seed, "validation")).permutation(total)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
 def _describe(rows: Rows, source: str, held_out: int) -> None:

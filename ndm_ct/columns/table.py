@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from ndm_ct.samplers.sample import sample
 from ndm_ct.schedules import Schedule
 from ndm_ct.transforms import Flow, Identity, Transform
 
-__all__ = ["SAMPLES", "Table", "draw_noise", "fit_table", "row_generators"]
+__all__ = ["SAMPLES", "Scored", "Table", "draw_noise", "fit_table", "row_generators"]
 
 SAMPLES = 16
 """K, draws of the noise in a score."""
@@ -72,6 +72,20 @@ def fit_table(
         return column_map, gamma_min
     y = compared(torch.from_numpy(rows)).double()
     return column_map, gamma_of(y if column_map is None else column_map(y)[0])
+
+
+class Scored(NamedTuple):
+    """What :meth:`Table.score` finds, nats, ``(N,)`` each.
+
+    Args:
+        log_p: log-densities, or log-probabilities.
+        stderr: their standard errors.
+        truncation: change of log p by the noise left at t = 0 (:class:`ndm_ct.LikelihoodInfo`); NaN where unknown.
+    """
+
+    log_p: np.ndarray
+    stderr: np.ndarray
+    truncation: np.ndarray
 
 
 @dataclass
@@ -266,8 +280,8 @@ class Table:
     def score(
         self, model: NDM, numbers: np.ndarray, noise: Tensor | None, *, roles: np.ndarray | None = None,
         generator: Any = None, **options: Any,
-    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """Log-density or log-probability of rows, and its standard error, nats, ``(N,)`` each.
+    ) -> Scored:  # fmt: skip
+        """Log-density or log-probability of rows.
 
         Args:
             model: the model.
@@ -281,7 +295,7 @@ class Table:
         flat = np.zeros((n, 0)) if noise is None else noise.flatten(0, 1).cpu().double().numpy()
         again = None if roles is None else roles.repeat(K, 0)
         x, cond, added = self.inputs(numbers.repeat(K, 0), flat, again)
-        values, errors = added.copy(), np.zeros(n * K)
+        values, errors, hidden = added.copy(), np.zeros(n * K), np.full(n * K, np.nan)
         possible = np.isfinite(added)  # the same for all K
         if possible.any():
             if generator is not None:
@@ -295,7 +309,8 @@ class Table:
             )  # fmt: skip
             values[possible] += log_p.double().cpu().numpy()
             errors[possible] = info.stderr.double().cpu().numpy()
-        return _averaged(values.reshape(n, K), errors.reshape(n, K))
+            hidden[possible] = info.truncation.double().cpu().numpy()
+        return Scored(*_averaged(values.reshape(n, K), errors.reshape(n, K)), hidden.reshape(n, K).mean(1))
 
     def draw(
         self, model: NDM, n: int, generators: Any, *, numbers: np.ndarray | None = None,

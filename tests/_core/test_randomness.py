@@ -16,7 +16,7 @@ import torch
 import ndm_ct
 from ndm_ct import NDM, discrete, nn, objectives, process, reference, samplers, schedules, solvers
 from ndm_ct._core.seeds import derive_seeds, make_generator
-from ndm_ct.cli import selfcheck, settings, train
+from ndm_ct.cli import runs, selfcheck, settings, train
 from ndm_ct.data.containers import fixed_seeds
 from ndm_ct.data.sources import Bins, Source
 from ndm_ct.divergence import Hutchinson
@@ -237,7 +237,7 @@ SEEDED = {
     "training.fit": trained,
     "estimator.NDMDensity": lambda seed: torch.tensor(density(random_state=seed).score_samples(X.numpy())),
     "cli.Settings": lambda seed: next(train.build(settings.Settings(seed=seed), (2,), None).parameters()),
-    "cli.split": lambda seed: torch.cat([torch.as_tensor(part) for part in train.split(20, 0.4, seed)]),
+    "cli.split": lambda seed: torch.cat([torch.as_tensor(part) for part in runs.split(20, 0.4, seed)]),
     "cli.run": checked,
     "estimator.NDMDensity.impute": lambda seed: torch.tensor(
         density(random_state=0, conditionals=True).impute([[1.0, np.nan]], random_state=seed)

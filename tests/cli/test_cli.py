@@ -14,7 +14,7 @@ import torch
 
 import ndm_ct
 from ndm_ct._core.seeds import make_generator
-from ndm_ct.cli import batches, runs, sampling, score, selfcheck, train
+from ndm_ct.cli import batches, runs, sampling, score, selfcheck
 from ndm_ct.cli import commands as cli
 from ndm_ct.cli.settings import settings_from_file
 from ndm_ct.files import read, write_table
@@ -68,7 +68,7 @@ def test_densities_are_those_of_the_file(trained):
     ok("loglik", trained / "run", trained / "test.csv", "--out", out, "--quiet")
     scores = read_csv(out)
     rows, model = table(40, seed=1), ndm_ct.load(trained / "run" / "model.safetensors")
-    fitted = table(400)[train.split(400, 0.1, 0)[0]]
+    fitted = table(400)[runs.split(400, 0.1, 0)[0]]
     mean, std = fitted.mean(0), fitted.std(0)
     expected = ndm_ct.loglik(model, torch.tensor((rows - mean) / std, dtype=torch.float32)).double() - np.log(std).sum()
     assert scores["row"].tolist() == list(range(40))

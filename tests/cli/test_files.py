@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ndm_ct.cli import commands as cli
-from ndm_ct.cli import train
+from ndm_ct.cli import runs, train
 from ndm_ct.cli.runs import Run
 from ndm_ct.cli.settings import Settings, settings_from_file
 from ndm_ct.files import Rows
@@ -70,14 +70,14 @@ def test_other_streams_are_left_alone(here, monkeypatch):
 
 @pytest.mark.parametrize("total", [10, 400])
 def test_rows_to_hold_out_are_drawn(total):
-    chosen, held_out = train.split(total, 0.1, seed=3)
+    chosen, held_out = runs.split(total, 0.1, seed=3)
     assert sorted([*chosen, *held_out]) == list(range(total))
     assert len(held_out) == total // 10
-    assert [each.tolist() for each in train.split(total, 0.1, seed=3)] == [chosen.tolist(), held_out.tolist()]
+    assert [each.tolist() for each in runs.split(total, 0.1, seed=3)] == [chosen.tolist(), held_out.tolist()]
     if total == 400:
         assert held_out.min() < 40
         assert held_out.max() > 360
-        assert held_out.tolist() != train.split(total, 0.1, seed=4)[1].tolist()
+        assert held_out.tolist() != runs.split(total, 0.1, seed=4)[1].tolist()
 
 
 def test_each_part_of_the_data_is_used_once(here, monkeypatch, capsys):
@@ -90,7 +90,7 @@ def test_each_part_of_the_data_is_used_once(here, monkeypatch, capsys):
     for name in ("t.csv", "t.npy"):
         assert cli.main(["train", name, "--out", name + ".run", *TINY]) == 0
         assert "40 rows of shape (2,), of which 4, drawn at random, are held out" in capsys.readouterr().out
-    chosen, held_out = train.split(40, 0.1, 0)
+    chosen, held_out = runs.split(40, 0.1, 0)
     mean, scale = ROWS[chosen].mean(0), ROWS[chosen].std(0)
     for data, validation in seen:
         np.testing.assert_allclose(data.numpy(), (ROWS[chosen] - mean) / scale, atol=1e-6)

@@ -131,3 +131,39 @@ def test_parquet_files_hold_words(tmp_path):
     found = read(tmp_path / "t.parquet", words=True)
     np.testing.assert_array_equal(found.values, [[0.0, 1.0], [np.nan, 2.0], [1.0, np.nan]])
     assert found.words == {0: ("p", "q")}
+
+
+@pytest.mark.parametrize("columns", [[], ["--columns", "infer"]])
+def test_a_training_says_whether_to_trust_its_density(columns, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(800, 2))
+    np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="a,b", comments="")
+    code = ["--validation-fraction", "0.2", "--steps", "150", "--width", "16", "--depth", "1", "--quiet"]
+    ok("train", tmp_path / "t.csv", "--out", tmp_path / "run", *columns, *code)
+    printed, report = capsys.readouterr().out, json.loads((tmp_path / "run" / "diagnosis.json").read_text())
+    assert report["verdict"] in printed
+    assert report["trusted"]
+    assert (report["held_out"], report["samples"], len(report["rows"])) == (160, 160, 160)
+    assert [each["columns"] for each in report["differences"]] != []
+    assert (tmp_path / "run" / "diagnosis.png").stat().st_size > 10_000
+    np.savetxt(tmp_path / "new.csv", np.array([[0.0, 0.0], [7.0, -7.0]]), delimiter=",", header="a,b", comments="")
+    ok("loglik", tmp_path / "run", tmp_path / "new.csv", "--out", tmp_path / "scores.csv", "--quiet")
+    scores = np.genfromtxt(tmp_path / "scores.csv", delimiter=",", names=True)
+    assert scores.dtype.names == ("row", "log_p", "stderr", "p_value")
+    assert scores["p_value"][0] > 0.8
+    assert scores["p_value"][1] == pytest.approx(1.0 / 161.0)
+    seen = x[report["rows"]]
+    np.savetxt(tmp_path / "seen.csv", seen, delimiter=",", header="a,b", comments="")
+    ok("loglik", tmp_path / "run", tmp_path / "seen.csv", "--out", tmp_path / "seen_scores.csv", "--quiet")
+    found = np.genfromtxt(tmp_path / "seen_scores.csv", delimiter=",", names=True)
+    np.testing.assert_allclose(found["log_p"], report["scores"], atol=1e-4)
+
+
+def test_noise_that_hides_structure_is_said(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(300, 1)) * 0.01 + np.repeat([[0.0], [1.0]], 150, 0)
+    np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="a", comments="")
+    code = ["--gamma-min", "-4", "--marginals", "linear", "--steps", "200", "--width", "32", "--depth", "1", "--quiet"]
+    ok("train", tmp_path / "t.csv", "--out", tmp_path / "run", *code)
+    capsys.readouterr()
+    ok("loglik", tmp_path / "run", tmp_path / "t.csv", "--out", tmp_path / "s.csv", "--quiet")
+    assert "hides structure of the data; train with a lower gamma_min" in capsys.readouterr().err

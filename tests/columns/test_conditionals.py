@@ -68,7 +68,7 @@ def test_every_conditional_is_the_exact_one(exact, target, seen):
     roles = np.full((2, D), UNKNOWN)
     roles[:, target], roles[:, seen] = TARGET, OBSERVED
     hidden = np.where(roles == UNKNOWN, np.nan, rows)
-    found, errors = table.score(model, hidden, None, roles=roles, method="ode", rtol=1e-7, atol=1e-7)
+    found, errors, _ = table.score(model, hidden, None, roles=roles, method="ode", rtol=1e-7, atol=1e-7)
     expected = [conditional(row, list(target), list(seen)) for row in rows]
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_array_equal(errors, 0.0)

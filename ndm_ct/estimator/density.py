@@ -23,6 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import nn
 
 from ndm_ct._core.checks import choose, usable_device, validate_count
@@ -33,42 +36,33 @@ from ndm_ct.columns import (
     SAMPLES,
     TARGET,
     Coding,
-    Column,
+    Scored,
     Table,
-    Values,
     columns_of,
     draw_noise,
-    masked_to_nan,
-    numbers_and_words,
-    repeated_values,
+    hidden_structure,
     row_generators,
     summary,
-    values_in,
 )
+from ndm_ct.estimator.diagnosed import Diagnosed
+from ndm_ct.estimator.tables import framed, given_rows, index_of, place_of, read_numbers, read_rows, say_kinds, unit_of
 from ndm_ct.model import NDM
 from ndm_ct.nn import FromZuko
 from ndm_ct.schedules.fixed import LinearLogSNR
 from ndm_ct.training.fit import fit
 
-try:
-    from sklearn.base import BaseEstimator, DensityMixin
-    from sklearn.utils import check_random_state
-    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-except ImportError as error:
-    raise ImportError("ndm_ct.estimator needs scikit-learn 1.6 or later: pip install 'ndm-ct[demo]'.") from error
-
 __all__ = ["NDMDensity"]
 
 _ROWS_AT_ONCE = 2048
 _LEAST_VALIDATION = 10
-_CURE = "add noise uniform over the width of a bin, or leave them out"
+_MOST_HELD_OUT = 1000
 _NEEDS_CONDITIONALS = (
     "NaN (missing values), given= and impute need a model of all conditionals: fit with conditionals=True, or with "
     "rows of which some have missing values."
 )
 
 
-class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
+class NDMDensity(Diagnosed, DensityMixin, BaseEstimator):  # type: ignore[misc]
     r"""The density of rows of a table.
 
     Args:
@@ -97,6 +91,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
             of which fewer than ten rows would be held out.
         patience: number of validations without improvement (out of 20 in total) after which training stops early. None
             trains all steps.
+        warm_start: whether ``fit`` goes on from the weights, and with the columns, of an earlier ``fit``.
         random_state: seed, or source of seeds, of weights, batches and held-out rows.
         device: device of torch; "auto" is a GPU if there is one.
         verbose: whether to show a progress bar.
@@ -109,6 +104,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         mean_: m of the columns with a density or bins, a number for each, two for circles.
         scale_: s of these.
         gamma_min_: :math:`\gamma(0)`.
+        held_out_: rows held out for validation, a thousand at most, categories by their number.
         n_steps_: optimiser steps done.
         validation_: rows of the training's validation, see :class:`~ndm_ct.FitResult`.
         n_features_in_: number of columns.
@@ -137,6 +133,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         conditionals: bool | str = "auto",
         validation_fraction: float = 0.1,
         patience: int | None = 4,
+        warm_start: bool = False,
         random_state: Any = None,
         device: str = "auto",
         verbose: int | bool = False,
@@ -154,6 +151,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.conditionals = conditionals
         self.validation_fraction = validation_fraction
         self.patience = patience
+        self.warm_start = warm_start
         self.random_state = random_state
         self.device = device
         self.verbose = verbose
@@ -178,25 +176,23 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(f"validation_fraction must be in [0, 1), got {self.validation_fraction!r}.")
         choose("marginals", self.marginals, MARGINALS)
-        values = _read(self, X, reset=True)
-        columns = columns_of(values, self.columns)
-        self.columns_, self.summary_, self.unit_ = columns, summary(columns, values), _unit(columns)
-        _say(self, values)
-        weights = None
-        if sample_weight is not None:
-            weights = _check_sample_weight(sample_weight, values.numbers, dtype=np.float64)
-            if (weights < 0.0).any() or (weights > 0.0).sum() < 2:
-                raise ValueError("sample_weight must be at least 0, and positive for two or more rows.")
-            values = Values(values.numbers[weights > 0.0], values.names, values.words)
-            weights = weights[weights > 0.0]
+        earlier: NDM | None = getattr(self, "model_", None) if self.warm_start else None
+        values = read_rows(self, X, reset=earlier is None)
+        if earlier is None:
+            self.columns_ = columns_of(values, self.columns)
+            self.summary_, self.unit_ = summary(self.columns_, values), unit_of(self.columns_)
+            say_kinds(self, values)
+        numbers, weights = _weighed(Coding(self.columns_).places_of(values), sample_weight)
         random = check_random_state(self.random_state)
-        numbers = Coding(columns).places_of(values)
-        self.table_ = _measure(self, numbers, weights, random)
-        self.mean_, self.scale_ = self.table_.coding.mean, self.table_.coding.scale
-        self.gamma_min_ = self.table_.gamma_min
+        if earlier is None:
+            self.table_ = _measure(self, numbers, weights, random)
+            self.mean_, self.scale_ = self.table_.coding.mean, self.table_.coding.scale
+            self.gamma_min_ = self.table_.gamma_min
         kept, held_out, options = _hold_out(self, len(numbers), weights, random)
         seed = int(random.randint(2**31 - 1))
         model = _untrained(self, seed, numbers).to(_device(self.device))
+        if earlier is not None:
+            model.load_state_dict(earlier.state_dict())
         draws = np.random.default_rng(derive_seeds(seed, "rows"))
         x, cond, places = self.table_.training_rows(numbers[kept], draws)
         if weights is not None:
@@ -212,12 +208,24 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         # In float64 the steps of the solver, and with them the scores, do not depend on the batch.
         self.model_ = model.eval().requires_grad_(False).double()
         self.n_steps_, self.validation_ = result.step, result.validation
+        self.held_out_, self._anomalies = numbers[held_out[:_MOST_HELD_OUT]], None
+        return self
+
+    def set_output(self, *, transform: str | None = None) -> "NDMDensity":
+        """Choose what rows and scores are given as, as in scikit-learn.
+
+        Args:
+            transform: "default" for arrays; "pandas" for DataFrames and Series with the columns' names and the index
+                of X. None changes nothing.
+        """
+        if transform is not None:
+            self._sklearn_output_config = {"transform": choose("transform", transform, ("default", "pandas"))}
         return self
 
     def score_samples(
         self, X: Any, *, given: Sequence[Any] = (), samples: int = SAMPLES, batch_size: int | None = None,
         return_std: bool = False,
-    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """Log-density of every row of X, in nats per row in the units of X, shape ``(n_samples,)``.
 
         Of rounded columns and categories it is a probability (``unit_``). Missing values are integrated out. A value
@@ -234,10 +242,20 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 memory.
             return_std: also return the standard errors of the estimates, ``(n_samples,)``, nats; 0 where exact.
         """
-        numbers = _numbers(self, X)
+        observed = [place_of(self.table_, name) for name in given] if hasattr(self, "table_") else []
+        found = self._scored(read_numbers(self, X), observed=observed, samples=samples, batch_size=batch_size)
+        said = hidden_structure(found.truncation)
+        if said:
+            warnings.warn(said + ".", stacklevel=2)
+        scores, errors = (framed(self, each, index_of(X)) for each in (found.log_p, found.stderr))
+        return (scores, errors) if return_std else scores
+
+    def _scored(
+        self, numbers: np.ndarray, *, observed: Sequence[int] = (), samples: int = SAMPLES,
+        batch_size: int | None = None,
+    ) -> Scored:  # fmt: skip
         K = validate_count("samples", samples)
         size = max(1, _ROWS_AT_ONCE // K) if batch_size is None else validate_count("batch_size", batch_size)
-        observed = [_place(self.table_, name) for name in given]
         roles = self.table_.roles(numbers, observed, _NEEDS_CONDITIONALS)
         found = []
         for start in range(0, len(numbers), size):
@@ -248,8 +266,7 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 roles=None if roles is None else roles[part],
                 generator=row_generators(rows, "row", self.model_.device), batch_size=batch_size,
             ))  # fmt: skip
-        scores, errors = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return (scores, errors) if return_std else scores
+        return Scored(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of :meth:`score_samples`, nats per row; y is ignored."""
@@ -265,11 +282,12 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 ``conditionals``.
 
         Returns:
-            An array of numbers; of objects where columns hold words. Columns that were left out are NaN.
+            An array of numbers, or of objects where columns hold words; a DataFrame after ``set_output``. Columns that
+            were left out are NaN.
         """
         check_is_fitted(self)
-        numbers = _given(self.table_, validate_count("n_samples", n_samples), given or {})
-        return _drawn(self, numbers, random_state)
+        numbers = given_rows(self.table_, validate_count("n_samples", n_samples), given or {})
+        return framed(self, self.table_.coding.values_of(self._draws(numbers, random_state)))
 
     def impute(self, X: Any, *, draws: int = 1, random_state: Any = None) -> Any:
         """Rows with their missing values drawn given the others. Needs ``conditionals``.
@@ -282,9 +300,22 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         Returns:
             As of :meth:`sample`: ``(n_samples, n_features)``, or ``(draws, n_samples, n_features)`` for several draws.
         """
-        numbers, count = _numbers(self, X), validate_count("draws", draws)
-        drawn = _drawn(self, np.tile(numbers, (count, 1)), random_state)
-        return drawn if count == 1 else drawn.reshape(count, *numbers.shape)
+        numbers, count = read_numbers(self, X), validate_count("draws", draws)
+        drawn = self.table_.coding.values_of(self._draws(np.tile(numbers, (count, 1)), random_state))
+        return framed(self, drawn, index_of(X)) if count == 1 else drawn.reshape(count, *numbers.shape)
+
+    def _draws(self, numbers: np.ndarray, random_state: Any) -> np.ndarray:
+        """Rows with missing values drawn given the others; all of them without a model of conditionals."""
+        table, roles = self.table_, None
+        if table.conditionals:
+            roles = np.where(np.isnan(numbers), TARGET, OBSERVED)
+        elif not np.isnan(numbers).all():
+            raise ValueError(_NEEDS_CONDITIONALS)
+        seed = int(check_random_state(random_state).randint(2**31 - 1))
+        return table.draw(
+            self.model_, len(numbers), (make_generator(seed, "categories"), seed), numbers=numbers, roles=roles,
+            batch_size=_ROWS_AT_ONCE,
+        )  # fmt: skip
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -292,46 +323,14 @@ class NDMDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
 
-def _read(density: NDMDensity, X: Any, *, reset: bool) -> Values:
-    """The values of a table, with names and number of columns checked against those of the training."""
-    X, least = masked_to_nan(X), 1 + reset
-    values = values_in(X)
-    if values is None:
-        rows = validate_data(
-            density, X, dtype=np.float64, reset=reset, ensure_all_finite="allow-nan", ensure_min_samples=least
-        )
-        return Values(rows, tuple(f"x{place}" for place in range(rows.shape[1])), {})
-    validate_data(density, X, reset=reset, skip_check_array=True)
-    for what, count, minimum in (("sample", len(values.numbers), least), ("feature", len(values.names), 1)):
-        if count < minimum:
-            raise ValueError(
-                f"Found array with {count} {what}(s) (shape={values.numbers.shape}) while a minimum of {minimum} is "
-                "required."
-            )
-    return values
-
-
-def _numbers(density: NDMDensity, X: Any) -> np.ndarray:
-    check_is_fitted(density)
-    return density.table_.coding.places_of(_read(density, X, reset=False))
-
-
-def _say(density: NDMDensity, values: Values) -> None:
-    """Print the summary; warn of kinds that were inferred, and of values that repeat without being rounded."""
-    columns = density.columns_
-    if density.verbose:
-        print(density.summary_)
-    plain = [place for place, column in enumerate(columns) if column.is_plain]
-    said = repeated_values(values.numbers[:, plain], [values.names[place] for place in plain], _CURE)
-    if said:
-        warnings.warn(said, stacklevel=3)
-    found = [f"{each.name!r} ({each.kind}: {each.note})" for each in columns if each.note]
-    if found:
-        shown = ", ".join(found[:5]) + f" and {len(found) - 5} more" * (len(found) > 5)
-        warnings.warn(
-            f"values repeat or are words in columns whose kinds were inferred: {shown}. columns= sets kinds.",
-            stacklevel=3,
-        )
+def _weighed(numbers: np.ndarray, sample_weight: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows of positive weight, and their weights."""
+    if sample_weight is None:
+        return numbers, None
+    weights = _check_sample_weight(sample_weight, numbers, dtype=np.float64)
+    if (weights < 0.0).any() or (weights > 0.0).sum() < 2:
+        raise ValueError("sample_weight must be at least 0, and positive for two or more rows.")
+    return numbers[weights > 0.0], weights[weights > 0.0]
 
 
 def _measure(
@@ -390,47 +389,3 @@ def _spline_flow(density: NDMDensity, columns: int) -> nn.Module:
 def _device(name: str) -> torch.device:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     return usable_device(default if name == "auto" else name)
-
-
-def _place(table: Table, name: Any) -> int:
-    names = [column.name for column in table.coding.columns]
-    known = f"x{name}" if isinstance(name, int | np.integer) else str(name)
-    if known not in names:
-        raise ValueError(f"given names the column {name!r}; there are {', '.join(names)}.")
-    return names.index(known)
-
-
-def _given(table: Table, n: int, given: Mapping[Any, Any]) -> np.ndarray:
-    """Rows ``(n, D)`` with the given values, one or n of each, and NaN elsewhere."""
-    columns = table.coding.columns
-    numbers, words = np.full((n, len(columns)), np.nan), dict[int, tuple[Any, ...]]()
-    for name, value in given.items():
-        place, each = _place(table, name), np.empty(n, dtype=object)
-        each[:] = value if np.ndim(value) else [value] * n
-        numbers[:, place], found = numbers_and_words(str(name), each)
-        words |= {} if found is None else {place: found}
-    return table.coding.places_of(Values(numbers, tuple(column.name for column in columns), words))
-
-
-def _drawn(density: NDMDensity, numbers: np.ndarray, random_state: Any) -> np.ndarray:
-    """Rows with missing values drawn given the others; all of them without a model of conditionals."""
-    table, roles = density.table_, None
-    if table.conditionals:
-        roles = np.where(np.isnan(numbers), TARGET, OBSERVED)
-    elif not np.isnan(numbers).all():
-        raise ValueError(_NEEDS_CONDITIONALS)
-    seed = int(check_random_state(random_state).randint(2**31 - 1))
-    drawn = table.draw(
-        density.model_, len(numbers), (make_generator(seed, "categories"), seed), numbers=numbers, roles=roles,
-        batch_size=_ROWS_AT_ONCE,
-    )  # fmt: skip
-    return table.coding.values_of(drawn)
-
-
-def _unit(columns: Sequence[Column]) -> str:
-    """What a score is, in words."""
-    kinds = {
-        "density": [column.name for column in columns if column.features and column.width is None],
-        "probability": [column.name for column in columns if column.is_probability and column.kind != "left out"],
-    }
-    return ", ".join(f"{word} of {', '.join(names)}" for word, names in kinds.items() if names) + "; nats"

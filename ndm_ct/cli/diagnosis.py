@@ -1,0 +1,120 @@
+"""What ``ndm-ct train`` says of a table's density after training, and the p-values of ``ndm-ct loglik``."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ndm_ct import plots
+from ndm_ct._core.seeds import derive_seeds, make_generator
+from ndm_ct.cli.runs import Run, split
+from ndm_ct.columns import (
+    COMPARED,
+    LEAST_COMPARED,
+    SAMPLES,
+    TARGET,
+    Anomalies,
+    Diagnosis,
+    Scored,
+    Table,
+    Values,
+    diagnose,
+    draw_noise,
+    hidden_structure,
+    row_generators,
+)
+from ndm_ct.files import read
+from ndm_ct.likelihood.api import loglik
+from ndm_ct.samplers.sample import sample
+from ndm_ct.storage import write_atomically
+
+__all__ = ["diagnose_run", "p_values", "say_hidden"]
+
+NAME = "diagnosis.json"
+
+
+def say_hidden(truncations: np.ndarray) -> None:
+    """Print a warning where the noise left at t = 0 hides structure of the data."""
+    said = hidden_structure(truncations)
+    if said:
+        print(f"warning: {said}", file=sys.stderr)
+
+
+def diagnose_run(run: Run, folder: Path) -> None:
+    """Compare samples of a trained table with the rows held out, say what was found, and write it beside the model.
+
+    Tables of fewer than 50 held-out rows, and arrays of more axes, are left alone.
+    """
+    settings = run.settings
+    rows = read(str(settings.data), settings.array, settings.header, words=run.table is not None)
+    held_out = split(len(rows.values), settings.validation_fraction, settings.seed)[1]
+    if rows.values.ndim != 2 or run.bins is not None or len(held_out) < LEAST_COMPARED:
+        return
+    random = np.random.default_rng(derive_seeds(settings.seed, "diagnosis"))
+    chosen = np.sort(random.permutation(held_out)[:COMPARED])
+    seed = int(random.integers(2**31))
+    if run.table is None:
+        numbers = np.asarray(rows.values[chosen], dtype=np.float64)
+        scored, samples = _plain(run, numbers, seed)
+    else:
+        values = Values(np.asarray(rows.values, dtype=np.float64), run.names, rows.words)
+        numbers = run.table.coding.places_of(values)[chosen]
+        scored, samples = _scored(run.table, run, numbers), _draw(run.table, run, len(chosen), seed)
+    found = diagnose(run.names, numbers, samples, Anomalies(scored.log_p, scored.stderr), scored.truncation, random)
+    _write(found, chosen, folder)
+
+
+def _plain(run: Run, numbers: np.ndarray, seed: int) -> tuple[Scored, np.ndarray]:
+    """Scores of rows without kinds, in the units of the file, and as many samples."""
+    assert run.mean is not None
+    assert run.scale is not None
+    x = ((torch.from_numpy(numbers) - run.mean) / run.scale).to(run.model.device, run.model.dtype)
+    log_p, info = loglik(
+        run.model, x, on_failure="nan", generator=row_generators(numbers, "row", run.model.device), return_info=True
+    )
+    columns = (each.double().cpu().numpy() for each in (log_p - run.log_scale, info.stderr, info.truncation))
+    drawn = run.units(sample(run.model, len(numbers), generator=seed).cpu())
+    return Scored(*columns), drawn.double().numpy()
+
+
+def _scored(table: Table, run: Run, numbers: np.ndarray) -> Scored:
+    """Scores of rows with kinds, each with noise seeded by itself; missing values are integrated out."""
+    noise = draw_noise(row_generators(numbers, "bins"), SAMPLES, table.coding.noises)
+    return table.score(
+        run.model, numbers, noise, roles=table.roles(numbers, [], "missing values need --conditionals yes."),
+        generator=row_generators(numbers, "row", run.model.device), on_failure="nan",
+    )  # fmt: skip
+
+
+def _draw(table: Table, run: Run, n: int, seed: int) -> np.ndarray:
+    roles = np.full((n, len(run.names)), TARGET) if table.conditionals else None
+    return table.draw(run.model, n, (make_generator(seed, "categories"), seed), roles=roles)
+
+
+def _write(found: Diagnosis, chosen: np.ndarray, folder: Path) -> None:
+    """The verdict on the screen; numbers and a picture in the folder."""
+    print(found)
+    report = found.to_json() | {"rows": chosen.tolist()}
+    write_atomically(folder / NAME, (json.dumps(report, indent=1) + "\n").encode())
+    try:
+        plots.save(plots.diagnosis(found), folder / "diagnosis.png")
+    except ImportError as error:
+        print(error, file=sys.stderr)
+
+
+def p_values(model: str, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rank of scores among those of the rows held out in training; nothing for models without a diagnosis.
+
+    Args:
+        model: the folder of the run.
+        scores: columns ``log_p`` and ``stderr``.
+    """
+    path = Path(model) / NAME
+    if not path.exists():
+        return {}
+    known = json.loads(path.read_text(encoding="utf-8"))
+    held = Anomalies(np.array(known["scores"]), np.array(known["errors"]))
+    return {"p_value": torch.from_numpy(held.p_values(scores["log_p"].numpy(), scores["stderr"].numpy())[0])}
