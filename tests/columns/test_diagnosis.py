@@ -110,6 +110,8 @@ def test_p_values_of_rows_are_uniform_with_noisy_scores_too():
     assert exact == pytest.approx((1.0 + (held[None] <= rows[:, None]).sum(1)) / 2001.0)
     for level in (0.01, 0.1, 0.5):
         assert (exact <= level).mean() == pytest.approx(level, abs=4.0 * math.sqrt(2.0 * level * (1.0 - level) / 2000))
+    one = Anomalies(np.zeros(1), np.ones(1)).p_values(np.ones(1), np.full(1, math.sqrt(3.0)))[0]
+    assert float(one[0]) == pytest.approx(0.5 * (1.0 + 0.5 * (1.0 + math.erf(0.5 / math.sqrt(2.0)))))
     errors = np.full(2000, 0.5)
     noisy = Anomalies(held + 0.5 * random.normal(size=2000), errors).p_values(
         rows + 0.5 * random.normal(size=2000), errors
