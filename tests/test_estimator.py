@@ -16,8 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import ndm_ct
-from ndm_ct.estimator import density as estimator
 from ndm_ct.estimator import NDMDensity
+from ndm_ct.estimator import density as estimator
 
 SCALES = np.array([1.0, 10.0, 0.01])
 
