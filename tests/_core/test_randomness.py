@@ -235,6 +235,9 @@ SEEDED = {
         ndm_ct.compare(model(), model(), X, trace="hutchinson", seed=seed, progress=False, **COARSE).values_a
     ),
     "training.fit": trained,
+    "estimator.Diagnosed.diagnose": lambda seed: torch.tensor(
+        density(random_state=0).diagnose(np.tile(X.numpy(), (15, 1)), random_state=seed).samples
+    ),
     "estimator.NDMDensity": lambda seed: torch.tensor(density(random_state=seed).score_samples(X.numpy())),
     "cli.Settings": lambda seed: next(train.build(settings.Settings(seed=seed), (2,), None).parameters()),
     "cli.split": lambda seed: torch.cat([torch.as_tensor(part) for part in runs.split(20, 0.4, seed)]),
