@@ -308,7 +308,7 @@ class _Probe:
         with model.evaluating(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             outputs = [*model.moments(z, t, **cond)]
             if model.prediction == "moments":
-                outputs += model.process.along(z, **cond).at(t).pair_at(z)
+                outputs += model.process.along(z, **cond).pair_at(t, z)
             if transform.latent:
                 noise = [torch.Generator(z.device).manual_seed(place) for place in places.tolist()]
                 latents, weight = transform.to_latent(x, generator=noise, **cond)

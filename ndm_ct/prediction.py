@@ -172,7 +172,7 @@ class PredictedProcess(nn.Module):
         """
         if self.prediction == "moments":
             return _validate_pair(self._predict(z, t, cond), z)
-        return self.process.along(self.predict_x(z, t, **cond), **cond).at(t).pair_at(z)
+        return self.process.along(self.predict_x(z, t, **cond), **cond).pair_at(t, z)
 
     def frozen(
         self, z: Tensor, t: Tensor, s: Tensor, std: float | Tensor = 0.0, /, **cond: Any

@@ -174,6 +174,10 @@ class ProcessPath:
         c, (F, dF) = self.process.schedule(t), self.F.with_derivative(t)
         return Instant(c, F, dF) if self.r is None else Instant(c, F, dF, *self.r.with_derivative(t))
 
+    def pair_at(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`Instant.pair` at the state ``z``, shape ``(B, *E)``; without S it takes no schedule."""
+        return self.F.with_derivative(t) if self.r is None else self.at(t).pair_at(z)
+
     def std(self, t: Tensor, like: Tensor) -> Tensor:
         r""":math:`\sigma_t S(x, t)`, broadcastable to ``like``, ``(B, *E)``."""
         sigma = expand(self.process.schedule(t).sigma, like)

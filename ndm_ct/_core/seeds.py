@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["Word", "derive_seeds", "make_generator", "seeded_weights"]
+__all__ = ["Word", "derive_seeds", "make_generator", "seed_networks", "seeded_weights"]
 
 Word = int | str | bytes
 
@@ -55,6 +55,16 @@ def make_generator(*words: Word, device: torch.device | str = "cpu") -> torch.Ge
         twister[:] = sequence.generate_state(_TWISTER, np.uint32)
         generator.set_state(state)
     return generator
+
+
+def seed_networks(seed: int, device: torch.device) -> None:
+    """Seed torch's own generators, from which networks draw dropout, on the CPU and on the device.
+
+    ``torch.manual_seed`` would do it for all kinds of devices that might be there, and take longer than small networks.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.parallel import is_sharded, whole
 from ndm_ct._core.precision import networks_in
-from ndm_ct._core.seeds import derive_seeds
+from ndm_ct._core.seeds import derive_seeds, seed_networks
 from ndm_ct.data.sources import Source
 from ndm_ct.guidance import nulled
 from ndm_ct.nn import null_of
@@ -91,7 +91,7 @@ class Gradient:
         """Mean loss over the rows of a part. Every part has noise of its own."""
         own, others = derive_seeds(self.settings.seed, self.state.step, *((part, _PART) if part else ()), count=2)
         generator = torch.Generator(self.state.device).manual_seed(own)
-        torch.manual_seed(others)  # for dropout and other noise inside the networks
+        seed_networks(others, self.state.device)  # for dropout and other noise inside the networks
         x, given = self.data.batch(rows, generator)
         cond = self._dropped(given, len(x), generator)
         with networks_in(PRECISIONS[self.settings.precision]):
