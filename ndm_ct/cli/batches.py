@@ -2,10 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,22 +15,66 @@ from ndm_ct._core.checks import validate_count
 from ndm_ct._core.seeds import make_generator
 from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import Run
-from ndm_ct.files import read
+from ndm_ct.files import read, with_bad_named
 from ndm_ct.storage import finished_batches
 
-__all__ = ["batches_of", "conditions", "finished_columns", "generators_of", "rows_of", "written_conditions"]
+__all__ = ["Usable", "batches_of", "conditions", "finished_columns", "generators_of", "rows_of", "written_conditions"]
 
 NOISE = "seed, command and row are hashed together"
 """How the noise of a row is derived. Finished batches keep it, so that batches of another derivation are refused."""
 
 
-def rows_of(options: argparse.Namespace, run: Run) -> Any:
-    """The rows of the file that is named, as the model takes them; what the reader decided goes to stderr."""
-    rows = read(options.data, options.array, options.header)
-    rows = run.matched(rows, str(options.data))
+class Usable(NamedTuple):
+    """Rows of a file that a model can score.
+
+    Args:
+        x: the rows as the model takes them.
+        places: their numbers in the file.
+        total: number of rows in the file.
+    """
+
+    x: Any
+    places: Sequence[int]
+    total: int
+
+    def spread(self, column: Tensor) -> Tensor:
+        """A column of all rows of the file, NaN where a row could not be used."""
+        if len(self.places) == self.total:
+            return column
+        found = torch.full((self.total,), torch.nan, dtype=column.dtype)
+        found[torch.tensor(self.places)] = column
+        return found
+
+
+def rows_of(options: argparse.Namespace, run: Run, *, gaps: bool = True) -> Usable:
+    """The usable rows of the file that is named.
+
+    What the reader decided goes to stderr.
+
+    Args:
+        options: of the command.
+        run: the model.
+        gaps: whether rows without finite numbers are left out; else they are an error.
+
+    Raises:
+        ValueError: no row is usable.
+    """
+    source = str(options.data)
+    raw = read(options.data, options.array, options.header, gaps=gaps)
+    try:
+        rows = with_bad_named(run.matched(raw, source))
+    except ValueError:
+        read(options.data, options.array, options.header)  # which says what is wrong with the first cell, if one is
+        raise
+    total = len(rows.values)
+    if len(rows.bad) == total:
+        read(options.data, options.array, options.header)  # which says what is wrong with the first row
     for note in rows.notes:
-        print(f"{options.data}: {note}", file=sys.stderr)
-    return run.of(rows, str(options.data))
+        print(f"{source}: {note}", file=sys.stderr)
+    if not rows.bad:
+        return Usable(run.of(rows, source), range(total), total)
+    good = np.delete(np.arange(total), rows.bad)
+    return Usable(run.of(rows, source, good), good.tolist(), total)
 
 
 def batches_of(options: argparse.Namespace, total: int) -> list[slice]:
@@ -38,10 +83,10 @@ def batches_of(options: argparse.Namespace, total: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
 
 
-def generators_of(options: argparse.Namespace, rows: slice) -> list[torch.Generator]:
-    """One generator per row, so that results do not depend on the batch size."""
+def generators_of(options: argparse.Namespace, rows: Iterable[int]) -> list[torch.Generator]:
+    """One generator for each row, by its number in the file, so that results do not depend on batches."""
     words = options.seed, options.command
-    return [make_generator(*words, row, device=options.device) for row in range(rows.start, rows.stop)]
+    return [make_generator(*words, row, device=options.device) for row in rows]
 
 
 def conditions(options: argparse.Namespace, total: int, run: Run) -> dict[str, Any]:

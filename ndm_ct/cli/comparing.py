@@ -22,7 +22,7 @@ from ndm_ct import plots
 from ndm_ct.cli.models import load_run
 from ndm_ct.cli.runs import Run
 from ndm_ct.cli.score import evaluate_run
-from ndm_ct.evaluation import Evaluation
+from ndm_ct.cli.tables import scored_rows
 from ndm_ct.evaluation.results import figures, paired
 from ndm_ct.storage import write_atomically
 
@@ -31,20 +31,22 @@ __all__ = ["run_compare"]
 
 def run_compare(options: argparse.Namespace) -> int:
     runs = [load_run(options, name) for name in (options.model_a, options.model_b)]
-    if any(run.table is not None for run in runs):
-        raise ValueError("compare takes models of real values; write the scores of tables with --columns by loglik.")
-    kinds = [run.bins is not None for run in runs]
-    if kinds[0] != kinds[1]:
-        raise ValueError("one model is of integers and the other of reals: a probability and a density do not compare.")
+    probabilities = [_of_probability(run) for run in runs]
+    if probabilities[0] != probabilities[1]:
+        raise ValueError(
+            "the models have densities and probabilities of different columns, which do not compare: "
+            f"{probabilities[0] or 'densities alone'} and {probabilities[1] or 'densities alone'} are probabilities."
+        )
     folders = [None if options.out is None else options.out / name for name in "ab"]
-    results = [evaluate_run(options, run, folder) for run, folder in zip(runs, folders, strict=True)]
-    both = _paired(runs, results)
+    results = [_scores(options, run, folder) for run, folder in zip(runs, folders, strict=True)]
+    both = _paired(results)
     if len(both) == 0:
         raise ValueError("no row was scored by both models; give more time, or see which rows fail: ndm-ct loglik.")
-    finished = all(result.finished for result in results)
-    found = _compared(options, both, math.prod(runs[0].model.data_shape) if kinds[0] else None)
+    finished = all(finished for _, finished in results)
+    found = _compared(options, both, math.prod(runs[0].model.data_shape) if runs[0].bins is not None else None)
     print(_sentence(options, found))
     if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
         write_atomically(options.out / "comparison.json", json.dumps(found | {"finished": finished}, indent=2).encode())
         try:
             _plot(both, found, options.out / "comparison.png")
@@ -53,14 +55,32 @@ def run_compare(options: argparse.Namespace) -> int:
     return 0 if finished else 130
 
 
-def _paired(runs: list[Run], results: list[Evaluation]) -> Tensor:
+def _of_probability(run: Run) -> list[str]:
+    """What a model gives probabilities of, in place of densities: columns, or whole rows of integers."""
+    if run.table is not None:
+        return [
+            column.name for column in run.table.coding.columns if column.is_probability and column.kind != "left out"
+        ]
+    return ["integers"] if run.bins is not None else []
+
+
+def _scores(options: argparse.Namespace, run: Run, folder: Path | None) -> tuple[dict[int, float], bool]:
+    """Negative log-likelihoods in the units of the file, nats, by the rows' numbers, and whether all were scored."""
+    if run.table is not None:
+        chosen, found = scored_rows(options, run)
+        scores = zip(chosen.tolist(), (-found.log_p).tolist(), strict=True)
+        return {place: value for place, value in scores if math.isfinite(value)}, True
+    result, places = evaluate_run(options, run, folder)
+    numbers = [places[index] for index in result.indices.tolist()]
+    values = zip(numbers, (result.values + run.log_scale).tolist(), strict=True)
+    return dict(values), result.finished
+
+
+def _paired(results: list[tuple[dict[int, float], bool]]) -> Tensor:
     """Negative log-likelihoods of both models, ``(rows, 2)``, nats, of the rows that both have scored."""
-    columns = []
-    for run, result in zip(runs, results, strict=True):
-        shift = run.log_scale
-        columns.append(dict(zip(result.indices.tolist(), (result.values + shift).tolist(), strict=True)))
-    shared = [index for index in columns[0] if index in columns[1]]
-    return torch.tensor([[column[index] for column in columns] for index in shared], dtype=torch.float64).reshape(-1, 2)
+    columns = [values for values, _ in results]
+    shared = [place for place in columns[0] if place in columns[1]]
+    return torch.tensor([[column[place] for column in columns] for place in shared], dtype=torch.float64).reshape(-1, 2)
 
 
 def _compared(options: argparse.Namespace, both: Tensor, dims: int | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def run_compress(options: argparse.Namespace) -> int:
     run = load_run(options)
     if run.bins is None:
         raise UsageError("the model is of real values; only integers can be compressed without loss.")
-    x = rows_of(options, run)
+    x = rows_of(options, run, gaps=False).x
     content = compress(run.model, x, quantisation=run.bins, steps=options.steps, rows=options.batch_size)
     write_atomically(options.out, content)
     bits = 8 * len(content) / max(x.numel(), 1)

@@ -26,7 +26,7 @@ from ndm_ct.columns import (
     hidden_structure,
     row_generators,
 )
-from ndm_ct.files import read
+from ndm_ct.files import read, spread_rows
 from ndm_ct.likelihood.api import loglik
 from ndm_ct.samplers.sample import sample
 from ndm_ct.storage import write_atomically
@@ -34,6 +34,7 @@ from ndm_ct.storage import write_atomically
 __all__ = ["diagnose_run", "p_values", "say_hidden"]
 
 NAME = "diagnosis.json"
+_ROWS_AT_ONCE = 64
 
 
 def say_hidden(truncations: np.ndarray) -> None:
@@ -57,7 +58,7 @@ def diagnose_run(run: Run, folder: Path) -> None:
     chosen = np.sort(random.permutation(held_out)[:COMPARED])
     seed = int(random.integers(2**31))
     if run.table is None:
-        numbers = np.asarray(rows.values[chosen], dtype=np.float64)
+        numbers = spread_rows(rows.values, chosen, COMPARED).astype(np.float64)
         scored, samples = _plain(run, numbers, seed)
     else:
         values = Values(np.asarray(rows.values, dtype=np.float64), run.names, rows.words)
@@ -73,8 +74,9 @@ def _plain(run: Run, numbers: np.ndarray, seed: int) -> tuple[Scored, np.ndarray
     assert run.scale is not None
     x = ((torch.from_numpy(numbers) - run.mean) / run.scale).to(run.model.device, run.model.dtype)
     log_p, info = loglik(
-        run.model, x, on_failure="nan", generator=row_generators(numbers, "row", run.model.device), return_info=True
-    )
+        run.model, x, on_failure="nan", generator=row_generators(numbers, "row", run.model.device), return_info=True,
+        batch_size=_ROWS_AT_ONCE,
+    )  # fmt: skip
     columns = (each.double().cpu().numpy() for each in (log_p - run.log_scale, info.stderr, info.truncation))
     drawn = run.units(sample(run.model, len(numbers), generator=seed).cpu())
     return Scored(*columns), drawn.double().numpy()

@@ -36,7 +36,7 @@ def run_sample(options: argparse.Namespace) -> int:
         method = partial(DDPM, variance="analytic", residuals=load_residuals(_weights(Path(options.model))))
 
     def make(rows: slice) -> dict[str, Tensor]:
-        n, generators = rows.stop - rows.start, generators_of(options, rows)
+        n, generators = rows.stop - rows.start, generators_of(options, range(rows.start, rows.stop))
         z = sample(
             run.model, n, method=method, steps=options.steps, nfe=options.nfe, grid=options.grid,
             guidance=options.guidance, denoise=options.denoise, generator=generators, **conditions(options, n, run),

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,27 @@ def run_loglik(options: argparse.Namespace) -> int:
         raise UsageError("--stderr is for real values; integers are scored through noise in their bins.")
     if run.table is not None:
         return score_table(options, run)
-    values = rows_of(options, run)
+    usable = rows_of(options, run)
+    values, places, total = usable
     given = conditions(options, len(values), run)
 
     def make(rows: slice) -> dict[str, Tensor]:
         cond = {name: value[rows] for name, value in given.items()}
-        return _scores(run, values[rows], options.stderr, generators_of(options, rows), cond)
+        return _scores(run, values[rows], options.stderr, generators_of(options, places[rows]), cond)
 
     data = hash_values(values[rows] for rows in batches_of(options, len(values)))
     settings = {"data": data, "stderr": options.stderr} | written_conditions(options)
+    if len(values) < total:
+        settings |= {"places": places}
     with finished_columns(options, run, len(values), settings, make) as columns:
         say_hidden(columns.pop("truncation", torch.zeros(0)).numpy())
-        write_table(options.out, {"row": torch.arange(len(values))} | columns | p_values(options.model, columns))
-    good = columns["log_p"][columns["log_p"].isfinite()]
-    failed = len(values) - len(good)
+        found = {name: usable.spread(column) for name, column in columns.items()}
+        write_table(options.out, {"row": torch.arange(total)} | found | p_values(options.model, found))
+    good = found["log_p"][found["log_p"].isfinite()]
     print(
-        f"{options.out}: {len(values)} rows, mean log p {float(good.mean()):.6g} nats"
-        + f", {failed} failed" * bool(failed)
+        f"{options.out}: {total} rows, mean log p {float(good.mean()):.6g} nats"
+        + f", {total - len(values)} without finite numbers" * (total > len(values))
+        + f", {len(values) - len(good)} failed" * (len(values) > len(good))
     )
     return 0
 
@@ -79,16 +84,16 @@ def _scores(
     }
 
 
-def evaluate_run(options: argparse.Namespace, run: Run, folder: Path | None) -> Evaluation:
-    """The mean negative log-likelihood of the file that is named, in the units of the model.
+def evaluate_run(options: argparse.Namespace, run: Run, folder: Path | None) -> tuple[Evaluation, Sequence[int]]:
+    """The mean negative log-likelihood of a file in the units of the model, and the numbers of its usable rows.
 
     Args:
         options: of the command.
         run: the model.
         folder: where scores are kept; None for nowhere.
     """
-    rows, elbo = rows_of(options, run), options.bound == "elbo"
-    return evaluate(
+    (rows, places, _), elbo = rows_of(options, run), options.bound == "elbo"
+    result = evaluate(
         run.model, rows, quantisation=run.bins, cond=conditions(options, len(rows), run),
         dequantisation=run.dequantisation if run.bins is not None and not elbo else "uniform",
         bound=options.bound, samples=(64 if options.samples is None else options.samples) if elbo else None,
@@ -96,6 +101,7 @@ def evaluate_run(options: argparse.Namespace, run: Run, folder: Path | None) -> 
         on_failure="raise" if elbo else "nan", seed=options.seed, run_dir=folder, progress=not options.quiet,
         time_limit=options.time_limit,
     )  # fmt: skip
+    return result, places
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -104,7 +110,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         raise UsageError("--samples is for --bound elbo.")
     if run.table is not None:
         return evaluate_table(options, run)
-    result = evaluate_run(options, run, options.out)
+    result, _ = evaluate_run(options, run, options.out)
     if run.mean is not None:
         print(f"NLL {result.nll + run.log_scale:.6g} ± {result.stderr:.2g} nats per row, in the units of the data")
     print(f"standardised: {result}" if run.mean is not None else result)

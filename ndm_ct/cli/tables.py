@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -35,7 +36,7 @@ from ndm_ct.files import Rows, read, write_table
 from ndm_ct.schedules.base import Schedule
 from ndm_ct.storage.tensors import hash_values
 
-__all__ = ["draw_table", "evaluate_table", "prepare_table", "score_table"]
+__all__ = ["draw_table", "evaluate_table", "prepare_table", "score_table", "scored_rows"]
 
 
 def prepare_table(
@@ -97,9 +98,16 @@ def _values(rows: Rows) -> Values:
     return Values(np.asarray(rows.values, dtype=np.float64), names, rows.words)
 
 
-def _rows_of(options: argparse.Namespace, run: Run) -> np.ndarray:
-    """The numbers ``(N, D)`` of the file that is named, its columns found by name; one that it lacks is missing."""
-    values = _values(read(options.data, options.array, options.header, words=True))
+def _rows_of(options: argparse.Namespace, run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers ``(N, D)`` of the file that is named, its columns found by name; one that it lacks is missing.
+
+    The second array, ``(N,)``, says which rows fit their columns. What the reader decided goes to stderr.
+    """
+    rows = read(options.data, options.array, options.header, words=True, gaps=True)
+    for note in rows.notes:
+        print(f"{options.data}: {note}", file=sys.stderr)
+    values, fits = _values(rows), np.ones(len(rows.values), dtype=bool)
+    fits[list(rows.bad)] = False
     assert run.table is not None
     needed = run.names
     lacking = [name for name in needed if name not in values.names]
@@ -112,7 +120,7 @@ def _rows_of(options: argparse.Namespace, run: Run) -> np.ndarray:
         if name in places:
             numbers[:, k] = values.numbers[:, places[name]]
             words |= {k: values.words[places[name]]} if places[name] in values.words else {}
-    return run.table.coding.places_of(Values(numbers, needed, words))
+    return run.table.coding.places_of(Values(numbers, needed, words)), fits
 
 
 def _roles(run: Run, numbers: np.ndarray, given: list[str]) -> np.ndarray | None:
@@ -128,16 +136,22 @@ def _roles(run: Run, numbers: np.ndarray, given: list[str]) -> np.ndarray | None
 def score_table(options: argparse.Namespace, run: Run) -> int:
     """``ndm-ct loglik`` of a table with kinds."""
     assert run.table is not None
-    table, numbers = run.table, _rows_of(options, run)
+    table, (numbers, fits) = run.table, _rows_of(options, run)
     given = options.given.split(",") if options.given else []
     roles = _roles(run, numbers, given)
 
     def make(rows: slice) -> dict[str, Tensor]:
         found = _scored(table, run, numbers[rows], None if roles is None else roles[rows],
-                        generators_of(options, rows), options.stderr)  # fmt: skip
+                        generators_of(options, range(rows.start, rows.stop)), options.stderr)  # fmt: skip
+        for values in found:
+            values[~fits[rows]] = np.nan
         return {name: torch.from_numpy(values) for name, values in found._asdict().items()}
 
-    settings = {"data": hash_values([torch.from_numpy(numbers)]), "stderr": options.stderr, "given": given}
+    settings = {
+        "data": hash_values([torch.from_numpy(numbers), torch.from_numpy(fits)]),
+        "stderr": options.stderr,
+        "given": given,
+    }
     with finished_columns(options, run, len(numbers), settings, make) as columns:
         say_hidden(columns.pop("truncation").numpy())
         found, rare = columns["log_p"], {} if given else p_values(options.model, columns)
@@ -158,16 +172,9 @@ def _scored(
 def evaluate_table(options: argparse.Namespace, run: Run) -> int:
     """``ndm-ct evaluate`` of a table with kinds: all rows, or ``--max-rows`` of them drawn by the seed."""
     assert run.table is not None
-    for name in ("out", "samples", "stderr", "time_limit"):
-        if getattr(options, name) is not None or options.bound != "ode":
-            raise UsageError(f"--{name.replace('_', '-')} and --bound are for tables of real values; use loglik.")
-    numbers = _rows_of(options, run)
-    order = np.random.default_rng(derive_seeds(options.seed, "evaluate")).permutation(len(numbers))[: options.max_rows]
-    found = []
-    for part in np.array_split(numbers[order], max(1, len(order) // options.batch_size)):
-        generators = row_generators(part, "row", options.device)
-        found.append(_scored(run.table, run, part, _roles(run, part, []), generators, None))
-    scores, errors, truncations = (np.concatenate(each) for each in zip(*found, strict=True))
+    if options.out is not None:
+        raise UsageError("--out is for tables of real values; loglik writes the scores of all rows.")
+    scores, errors, truncations = scored_rows(options, run)[1]
     say_hidden(truncations)
     good = np.isfinite(scores)
     error = scores[good].std(ddof=1) / math.sqrt(good.sum())
@@ -175,6 +182,22 @@ def evaluate_table(options: argparse.Namespace, run: Run) -> int:
           f"estimator's part ± {np.linalg.norm(errors[good]) / good.sum():.2g}; {good.sum()} rows"
           + f", {(~good).sum()} without a finite score left out" * bool((~good).any()))  # fmt: skip
     return 0
+
+
+def scored_rows(options: argparse.Namespace, run: Run) -> tuple[np.ndarray, Scored]:
+    """Numbers of all rows of the file, or of ``--max-rows`` of them drawn by the seed, and their scores."""
+    assert run.table is not None
+    for name in ("samples", "stderr", "time_limit"):
+        if getattr(options, name, None) is not None or options.bound != "ode":
+            raise UsageError(f"--{name.replace('_', '-')} and --bound are for tables of real values; use loglik.")
+    numbers, fits = _rows_of(options, run)
+    order = np.random.default_rng(derive_seeds(options.seed, "evaluate")).permutation(len(numbers))[: options.max_rows]
+    order = order[fits[order]]
+    found = []
+    for part in np.array_split(numbers[order], max(1, len(order) // options.batch_size)):
+        generators = row_generators(part, "row", options.device)
+        found.append(_scored(run.table, run, part, _roles(run, part, []), generators, None))
+    return order, Scored(*(np.concatenate(each) for each in zip(*found, strict=True)))
 
 
 def draw_table(options: argparse.Namespace, run: Run) -> int:
@@ -186,7 +209,8 @@ def draw_table(options: argparse.Namespace, run: Run) -> int:
     chosen = {name: getattr(options, name) for name in ("method", "steps", "nfe", "grid")}
 
     def make(rows: slice) -> dict[str, Tensor]:
-        n, generators = rows.stop - rows.start, generators_of(options, rows)
+        n = rows.stop - rows.start
+        generators = generators_of(options, range(rows.start, rows.stop))
         numbers = np.repeat(given, n, axis=0)
         roles = np.where(np.isnan(numbers), TARGET, OBSERVED) if table.conditionals else None
         return {"x": torch.from_numpy(

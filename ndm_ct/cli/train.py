@@ -24,7 +24,7 @@ from ndm_ct.cli.runs import FORMAT, Run, read_config, run_of, settings_of, split
 from ndm_ct.cli.settings import Settings, settings_from_file
 from ndm_ct.cli.tables import prepare_table
 from ndm_ct.columns import ROWS_LOOKED_AT, ColumnMap, fit_table, repeated_values
-from ndm_ct.files import Rows, blocks, read
+from ndm_ct.files import Rows, blocks, read, spread_rows
 from ndm_ct.model import NDM
 from ndm_ct.nn import MLP, Preconditioned, UNet
 from ndm_ct.schedules.base import Schedule
@@ -250,16 +250,9 @@ def _warn_of_repeats(rows: Rows) -> None:
         "--columns infer scores rounded values and categories by their probability, and so does --levels N for whole "
         "numbers 0 ... N-1 throughout; to other columns add noise uniform over a bin, or leave them out"
     )
-    said = repeated_values(_spread(rows.values, np.arange(len(rows.values)), ROWS_LOOKED_AT), rows.columns, cure)
+    said = repeated_values(spread_rows(rows.values, np.arange(len(rows.values)), ROWS_LOOKED_AT), rows.columns, cure)
     if said:
         print(f"warning: {said}", file=sys.stderr)
-
-
-def _spread(values: np.ndarray, chosen: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the chosen rows, evenly spaced; a mapped file leaves memory again, part by part."""
-    some = chosen[:: -(-len(chosen) // most)] if len(chosen) else chosen
-    # In many parts, because every row brings its neighbours in the file into memory.
-    return np.concatenate([np.array(rows) for part in np.array_split(some, 64) for _, rows in blocks(values, part)])
 
 
 def _fit_columns(
@@ -267,7 +260,7 @@ def _fit_columns(
 ) -> tuple[ColumnMap | None, float]:
     """The map of a table's columns, if the settings ask for it, and the noise at t = 0, from the rows to train on."""
     most = min(_ROWS_OF_A_MAP, max(_LEAST_ROWS_OF_A_MAP, _NUMBERS_OF_A_MAP // rows.values.shape[1]))
-    z = (_spread(rows.values, chosen, most).astype(np.float64) - mean) / scale
+    z = (spread_rows(rows.values, chosen, most).astype(np.float64) - mean) / scale
     return fit_table(z, settings.marginals, settings.gamma_min)
 
 

@@ -69,12 +69,13 @@ def idx(path: Path) -> np.ndarray:
     return raise_if_damaged(path, reading)
 
 
-def array_rows(array: np.ndarray, path: Path) -> Rows:
+def array_rows(array: np.ndarray, path: Path, *, gaps: bool = False) -> Rows:
     """The rows of an array: levels if it holds images of unsigned bytes, else floats.
 
     Args:
         array: ``(N, *E)``. Arrays of four axes are images, of three axes too if they hold unsigned bytes.
         path: its file, for messages.
+        gaps: whether values may be NaN or infinite.
 
     Raises:
         ValueError: no rows, values that are not numbers, or that are NaN or infinite.
@@ -96,7 +97,8 @@ def array_rows(array: np.ndarray, path: Path) -> Rows:
         array = array.astype(np.float64)
     if array.ndim == 4 and _has_channels_last(array.shape):
         array = array.transpose(0, 3, 1, 2)
-    return Rows(validate_finite(array[:, None] if array.ndim == 1 else array, path), notes=notes)
+    array = array[:, None] if array.ndim == 1 else array
+    return Rows(array if gaps else validate_finite(array, path), notes=notes)
 
 
 def levels_of_images(array: np.ndarray, path: PathLike) -> Tensor:

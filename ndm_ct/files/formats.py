@@ -26,7 +26,9 @@ __all__ = ["read"]
 _TEXT = (".csv", ".tsv", ".txt", ".data", ".dat")
 
 
-def read(path: PathLike, array: str | None = None, header: str | None = None, *, words: bool = False) -> Rows:
+def read(
+    path: PathLike, array: str | None = None, header: str | None = None, *, words: bool = False, gaps: bool = False
+) -> Rows:
     """Read the rows of a file or a folder, by its ending.
 
     Args:
@@ -35,6 +37,7 @@ def read(path: PathLike, array: str | None = None, header: str | None = None, *,
         header: "yes" if the first line of a text table names the columns, "no" if it is a row. None decides: a line of
             words is names, a line of numbers is a row; a line that may be both is an error.
         words: whether columns of a text table or a parquet file may hold words, and values may be missing.
+        gaps: whether numbers may be missing or not finite; :func:`with_bad_named` names the rows that have such.
 
     Returns:
         The rows, with notes on what was decided or left out.
@@ -62,15 +65,15 @@ def read(path: PathLike, array: str | None = None, header: str | None = None, *,
     if header is not None and not text:
         raise ValueError(f"header={header!r} has no effect on {path}; it is for tables of text.")
     if text:
-        return text_rows(path, header, words=words)
+        return text_rows(path, header, words=words, gaps=gaps)
     if ending == ".parquet" or (path.is_dir() and next(path.rglob("*.parquet"), None)):
-        return parquet_rows(path, words=words)
+        return parquet_rows(path, words=words, gaps=gaps)
     if path.is_dir():
         return image_rows(path)
     if ending == ".npz":
-        return array_rows(npz(path, array), path)
+        return array_rows(npz(path, array), path, gaps=gaps)
     if ending == ".npy":
-        return array_rows(npy(path), path)
+        return array_rows(npy(path), path, gaps=gaps)
     if "idx" in path.name or "ubyte" in path.name:
         return array_rows(idx(path), path)
     packed = f" Unpack {ending} files first." if ending in COMPRESSED else ""

@@ -5,13 +5,15 @@ import mmap
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["Rows", "blocks", "let_go", "raise_if_damaged", "validate_finite"]
+from ndm_ct._core.checks import some
+
+__all__ = ["Rows", "blocks", "let_go", "raise_if_damaged", "spread_rows", "validate_finite", "with_bad_named"]
 
 T = TypeVar("T")
 
@@ -30,6 +32,8 @@ class Rows:
         notes: sentences on what the reader decided, such as a column that was left out.
         words: the words of columns that hold words, by their places; the values are places of words, and NaN is
             missing.
+        bad: numbers of rows with a value that is missing or no finite number, as :func:`with_bad_named` finds them,
+            or with a word in a column of numbers.
     """
 
     values: Any
@@ -37,6 +41,7 @@ class Rows:
     levels: int | None = None
     notes: tuple[str, ...] = ()
     words: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    bad: tuple[int, ...] = ()
 
 
 def blocks(array: np.ndarray, rows: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
@@ -53,6 +58,14 @@ def blocks(array: np.ndarray, rows: np.ndarray | None = None) -> Iterator[tuple[
         yield start, array[chosen if rows is None else rows[chosen]]
         if isinstance(array, np.memmap):
             let_go(array)
+
+
+def spread_rows(values: np.ndarray, chosen: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the chosen rows, evenly spaced; a mapped file leaves memory again, part by part."""
+    some_rows = chosen[:: -(-len(chosen) // most)] if len(chosen) else chosen
+    # In many parts, because every row brings its neighbours in the file into memory.
+    parts = [np.array(rows) for part in np.array_split(some_rows, 64) for _, rows in blocks(values, part)]
+    return np.concatenate(parts)
 
 
 def let_go(array: np.memmap) -> None:
@@ -86,6 +99,19 @@ def validate_finite(array: np.ndarray, path: Path, columns: tuple[str, ...] | No
                 f"{array[(start + row, *place)]}; a density needs finite numbers. Drop such rows, or fill them in."
             )
     return array
+
+
+def with_bad_named(rows: Rows) -> Rows:
+    """The rows, with the numbers of those that hold no finite number in some place, and a note on them."""
+    bad: list[int] = []
+    if rows.levels is None:
+        for start, block in blocks(rows.values):
+            finite = np.isfinite(block.reshape(len(block), -1)).all(1)
+            bad += (start + np.flatnonzero(~finite)).tolist()
+    if not bad:
+        return rows
+    note = f"rows {some(bad)} hold values that are missing or no finite numbers; they have no score"
+    return replace(rows, bad=tuple(bad), notes=(*rows.notes, note))
 
 
 def raise_if_damaged(path: Path, reading: Callable[[], T]) -> T:

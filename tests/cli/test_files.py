@@ -187,3 +187,43 @@ def test_densities_hold_the_determinant_of_the_map(here, transform):
     expected = loglik(latent, y).double() + logdet.double() - run.scale.log().sum()
     np.testing.assert_allclose(np.load("s.npz")["log_p"], expected.detach().numpy(), atol=1e-3)
     assert cli.main(["sample", "run", "-n", "5", "--out", "x.npz", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("ending", ["csv", "npy"])
+def test_a_bad_row_has_no_score_and_changes_no_other(ending, tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    path, whole = tmp_path / f"new.{ending}", tmp_path / "whole.csv"
+    np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="a,b", comments="")
+    np.savetxt(whole, x[:6], delimiter=",", header="a,b", comments="")
+    if ending == "csv":
+        lines = whole.read_text().splitlines()
+        lines[2], lines[4], lines[6] = "0.5,", "oops,1.0", "inf,2.0"
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        broken = x[:6].copy()
+        broken[1, 1], broken[3, 0], broken[5, 0] = np.nan, np.nan, np.inf
+        np.save(path, broken)
+    run = str(tmp_path / "run")
+    quick = ["--steps", "5", "--width", "8", "--depth", "1", "--quiet"]
+    assert cli.main(["train", str(tmp_path / "t.csv"), "--out", run, *quick]) == 0
+    found = {}
+    for data in (path, whole):
+        assert cli.main(["loglik", run, str(data), "--out", str(tmp_path / "s.csv"), "--quiet"]) == 0
+        found[data] = np.genfromtxt(tmp_path / "s.csv", delimiter=",", names=True)["log_p"]
+    said = capsys.readouterr()
+    assert "rows [1, 3, 5] hold values that are missing or no finite numbers" in said.err
+    assert "6 rows, mean log p" in said.out
+    assert "3 without finite numbers" in said.out
+    assert np.isnan(found[path][[1, 3, 5]]).all()
+    np.testing.assert_array_equal(found[path][[0, 2, 4]], found[whole][[0, 2, 4]])
+    assert cli.main(["evaluate", run, str(path), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 rows, all data" in printed
+    assert float(printed.split()[1]) == pytest.approx(-found[path][[0, 2, 4]].mean(), abs=1e-3)
+    assert cli.main(["compare", run, run, str(path), "--quiet"]) == 0
+    assert "; 3 rows" in capsys.readouterr().out
+    assert cli.main(["train", str(path), "--out", str(tmp_path / "other"), "--steps", "5", "--quiet"]) == 1
+    path.write_bytes(b"a,b\n,5\n" if ending == "csv" else path.read_bytes())
+    if ending == "csv":
+        assert cli.main(["loglik", run, str(path), "--out", str(tmp_path / "s.csv"), "--quiet"]) == 1
+        assert "line 2, column 'a' is '', expected a number" in capsys.readouterr().err

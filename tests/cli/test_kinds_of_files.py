@@ -116,7 +116,7 @@ def test_values_are_drawn_of_their_kinds(trained):
     (["sample", "{}/run", "--out", "{}/a.csv", "--given", "hue"], "expected COLUMN=VALUE"),
     (["sample", "{}/run", "--out", "{}/a.csv", "--given", "hue=mauve"], "no mass"),
     (["evaluate", "{}/run", "{}/test.csv", "--bound", "elbo"], "--bound"),
-    (["compare", "{}/run", "{}/run", "{}/test.csv"], "compare takes"),
+    (["compare", "{}/run", "{}/run", "{}/test.csv", "--bound", "elbo"], "--bound"),
 ])  # fmt: skip
 def test_what_does_not_go_is_explained(trained, capsys, words, message):
     write(trained / "bad.csv", [*rows(9), ["red", "oops", 1, "a"]])
@@ -167,3 +167,41 @@ def test_noise_that_hides_structure_is_said(tmp_path, capsys):
     capsys.readouterr()
     ok("loglik", tmp_path / "run", tmp_path / "t.csv", "--out", tmp_path / "s.csv", "--quiet")
     assert "hides structure of the data; train with a lower gamma_min" in capsys.readouterr().err
+
+
+def test_tables_with_kinds_are_compared(trained, tmp_path, capsys):
+    faster = [*QUICK, "--lr", "1e-2"]
+    ok("train", trained / "train.csv", "--columns", trained / "schema.json", "--out", tmp_path / "b", *faster)
+    capsys.readouterr()
+    ok("compare", trained / "run", tmp_path / "b", trained / "test.csv", "--out", tmp_path / "compared", "--quiet")
+    printed, report = capsys.readouterr().out, json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    nll = []
+    for run in (trained / "run", tmp_path / "b"):
+        ok("evaluate", run, trained / "test.csv", "--quiet")
+        nll.append(float(capsys.readouterr().out.split()[1]))
+    assert report["rows"] == 30
+    assert report["difference"] == pytest.approx(nll[0] - nll[1], abs=1e-3)
+    assert printed.startswith("NLL a - b = ")
+    ok("train", trained / "train.csv", "--columns", "infer", "--out", tmp_path / "c", *QUICK)
+    schema = {"x": {"kind": "continuous", "low": -20}, "n": "continuous"}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    ok("train", trained / "train.csv", "--columns", tmp_path / "schema.json", "--out", tmp_path / "d", *QUICK)
+    assert cli.main(["compare", str(tmp_path / "c"), str(tmp_path / "d"), str(trained / "test.csv"), "--quiet"]) == 1
+    assert "which do not compare: ['hue', 'n'] and ['hue']" in capsys.readouterr().err
+
+
+def test_a_bad_cell_costs_the_score_of_its_row_alone(trained, tmp_path, capsys):
+    good = rows(12, seed=2)
+    bad = [list(row) for row in good]
+    bad[3][1], bad[7] = "oops", ["red"]
+    found = {}
+    for name, table in (("good", good), ("bad", bad)):
+        write(tmp_path / f"{name}.csv", table)
+        ok("loglik", trained / "run", tmp_path / f"{name}.csv", "--out", tmp_path / "s.csv", "--quiet")
+        found[name] = scores(tmp_path / "s.csv")
+    assert "rows [3, 7] hold cells that do not fit their columns" in capsys.readouterr().err
+    assert np.isnan(found["bad"][[3, 7]]).all()
+    kept = [k for k in range(12) if k not in (3, 7)]
+    np.testing.assert_array_equal(found["bad"][kept], found["good"][kept])
+    ok("evaluate", trained / "run", tmp_path / "bad.csv", "--quiet")
+    assert "10 rows" in capsys.readouterr().out
