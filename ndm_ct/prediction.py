@@ -47,12 +47,12 @@ from ndm_ct._core.conditioning import Conditioning
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import accepted_by, keyword_names
 from ndm_ct._core.parallel import unwrapped
-from ndm_ct._core.precision import HALVES, run_network, state_dtype
+from ndm_ct._core.precision import HALVES, autocast_in_networks, run_network, state_dtype
 from ndm_ct.process import ForwardProcess, denoised
 from ndm_ct.schedules import Schedule
 from ndm_ct.transforms import Identity, NoiseScale, Transform
 
-__all__ = ["PREDICTIONS", "PredictedProcess", "Predictor", "validate_finite", "validate_predictor"]
+__all__ = ["PREDICTIONS", "PredictedProcess", "Predictor", "explain", "validate_finite", "validate_predictor"]
 
 PREDICTIONS = ("x", "eps", "v", "velocity", "moments")
 
@@ -150,11 +150,15 @@ class PredictedProcess(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch to eval mode for the length of a solve; afterwards every submodule is in its mode from before."""
+        """Switch to eval mode for the length of a solve; afterwards every submodule is in its mode from before.
+
+        Autocast that is on runs the networks in its precision, and nothing else.
+        """
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            yield
+            with autocast_in_networks(self.device):
+                yield
         finally:
             for module, training in modes:
                 module.training = training
@@ -362,8 +366,9 @@ def _validate_output(output: Any, prediction: str, z: Tensor) -> Tensor:
     """The output if it is a tensor with the shape and dtype of the state; else raises PredictorError."""
     if not isinstance(output, Tensor):
         raise PredictorError(
-            f"the predictor returned {type(output).__name__}, expected a tensor of shape {tuple(z.shape)} for "
-            f"prediction={prediction!r}."
+            f"the predictor returned {type(output).__name__}, expected one tensor of shape {tuple(z.shape)} for "
+            f"prediction={prediction!r}, alone or in a tuple, dict or dataclass without another; return the one that "
+            "is the prediction."
         )
     if output.shape != z.shape:
         raise PredictorError(
@@ -405,3 +410,52 @@ def validate_finite(prediction: Tensor, t: Tensor) -> None:
             f"the predictor returned NaN or inf at t={time:.6g} in batch rows {some(rows)}; check its weights "
             "and its scale near the ends of the time interval."
         )
+
+
+def explain(model: PredictedProcess, z: Tensor, t: Tensor, cond: Conditioning, rows: int, error: Exception) -> None:
+    """Raise for a predictor that fails, with how it is called. What this library says of it is left to the work.
+
+    Args:
+        model: the model.
+        z: the states for which it fails, ``(N, *E)``.
+        t: their times, ``(N,)``.
+        cond: conditioning of the whole batch.
+        rows: rows of the batch.
+        error: what was raised.
+
+    Raises:
+        PredictorError: with the cure, from the error.
+    """
+    if _is_ours(error):
+        return
+    how = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    try:
+        model.moments(z[:1].expand(rows, *z.shape[1:]), t[:1].expand(rows), **cond)
+    except Exception:  # for all rows too
+        given = "".join(f", {name}={_described(value)}" for name, value in cond.items())
+        raise PredictorError(
+            f"the predictor fails ({how}) when it is called as predictor(z, t{given}) with z of shape "
+            f"{tuple(z.shape)} and t of shape {tuple(t.shape)}, one real time for each row. A network that takes the "
+            "time first needs time_first=True (from_velocity); one that takes times of another shape, such as (B, 1), "
+            "or whole numbers needs a module around it that converts them; what else it takes is passed by keyword."
+        ) from error
+    raise PredictorError(
+        f"the predictor takes {rows} rows, but not two of them ({how}). The time has shape (B,), one for each row: "
+        "where it multiplies or joins z, give it z's axes, t[:, None] for vectors. What belongs to rows is passed by "
+        "keyword, as tensors that may be in dicts, lists, tuples or dataclasses: rows are not taken out of tensors "
+        "that the predictor holds itself, nor out of lists of anything else."
+    ) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error was raised in this library, in whose words it is, and not by the call of a network."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    calls = where == run_network.__module__ and not isinstance(error, PredictorError)
+    return where.partition(".")[0] == "ndm_ct" and not calls
+
+
+def _described(value: Any) -> str:
+    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -454,3 +454,35 @@ def test_a_time_that_broadcasts_along_the_event_is_refused():
         ndm_ct.loglik(model(lambda z, t: 0.3 * z * t), X[:3])
     with pytest.raises(PredictorError, match="depends on the other rows"):
         ndm_ct.loglik(model(lambda z, t: 0.3 * z * t, event_shape=(2,)), X[:2, :2])
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.05])
+@pytest.mark.parametrize("hide", [lambda z: z.detach(), lambda z: torch.tensor(z.detach().numpy())])
+def test_a_lost_derivative_is_seen_where_the_algebra_hides_it(hide, slope):
+    """Between data and noise a velocity's own derivative is a small part of that of the field that is solved."""
+    velocity = adapters.from_velocity(lambda z, t: torch.tanh(slope * hide(z)), (3,))
+    with pytest.raises(PredictorError, match="autograd sees no dependence"):
+        ndm_ct.loglik(velocity, X)
+
+
+def test_a_network_that_fails_is_told_how_it_is_called():
+    def first(t, z):
+        return z * torch.ones(len(t), 1) + t.reshape(6, 1)
+
+    def column(z, t):
+        return torch.cat([z, t], 1)[:, :3]
+
+    def table(z, t):
+        return z + torch.zeros(10)[t]
+
+    for net in (first, column, table, lambda z, t, y: z):
+        with pytest.raises(
+            PredictorError, match=r"predictor\(z, t\) with z of shape \(2, 3\) and t of shape \(2,\)"
+        ) as raised:
+            ndm_ct.loglik(adapters.from_velocity(net, (3,)), X)
+        assert raised.value.__cause__ is not None
+    with pytest.raises(PredictorError, match=r"predictor\(z, t, y=tensor \(1, 2\)\).*what else it takes"):
+        ndm_ct.sample(model(lambda z, t, y: torch.cat([z, y], 1)[:, :3]), 4, method="ddim", steps=2, y=torch.ones(1, 2))
+    bound = torch.arange(6.0)[:, None]
+    with pytest.raises(PredictorError, match=r"takes 6 rows, but not two of them .* that the predictor holds itself"):
+        ndm_ct.loglik(model(lambda z, t: 0.3 * z + bound), X)

@@ -1,14 +1,15 @@
 """Conditioning: what networks are given besides state and time, and which rows of which batch it belongs to.
 
 A value is a tensor or an array of numbers, anything else that all rows share (a number, a string, None), or a dict,
-list or tuple of values. A tensor whose first axis has as many entries as the batch has rows is a candidate for one
-entry per row. Any other tensor is shared by all rows. Where rows are taken from a batch, the candidates are decided by
-what the networks do with them; ``shared(value)`` settles it beforehand.
+list, tuple or dataclass of values. A tensor whose first axis has as many entries as the batch has rows is a candidate
+for one entry per row. Any other tensor is shared by all rows. Where rows are taken from a batch, the candidates are
+decided by what the networks do with them; ``shared(value)`` settles it beforehand.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -41,7 +42,7 @@ def shared(value: Any) -> Any:
     not belong to the rows, and only where the network's output does not show it.
 
     Args:
-        value: a tensor, or a dict, list or tuple of tensors. The network gets exactly this value.
+        value: a tensor, or a dict, list, tuple or dataclass of tensors. The network gets exactly this value.
 
     Example:
         >>> import ndm_ct
@@ -53,13 +54,18 @@ def shared(value: Any) -> Any:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to what is no dict, list or tuple, and to the values in those."""
+    """Apply a function to what is no dict, list, tuple or dataclass, and to the values in those."""
     if isinstance(value, Mapping):
         return {key: map_leaves(function, each) for key, each in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_leaves(function, each) for each in value))
     if isinstance(value, list | tuple):
         return type(value)(map_leaves(function, each) for each in value)
+    if is_dataclass(value) and not isinstance(value, type | Shared):
+        made = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(made, field.name, map_leaves(function, getattr(value, field.name)))
+        return made
     return function(value)
 
 

@@ -24,9 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.checks import first_parameter
-from ndm_ct._core.conditioning import map_tensors
+from ndm_ct._core.conditioning import map_tensors, tensors_in
+from ndm_ct._core.errors import PredictorError
 
-__all__ = ["HALVES", "lowered", "networks_in", "resolution", "run_network", "state_dtype"]
+__all__ = [
+    "HALVES",
+    "autocast_in_networks",
+    "lowered",
+    "networks_in",
+    "resolution",
+    "run_for_tensor",
+    "run_network",
+    "state_dtype",
+]
 
 HALVES = (torch.bfloat16, torch.float16)
 """Precisions of networks that are too low for states."""
@@ -46,6 +56,21 @@ def networks_in(dtype: torch.dtype | None) -> Iterator[None]:
         _DTYPE.reset(before)
 
 
+@contextmanager
+def autocast_in_networks(device: torch.device | None) -> Iterator[None]:
+    """Context manager: an autocast that is on for a device concerns networks alone, and none of the algebra.
+
+    Args:
+        device: that of the states; None is the CPU.
+    """
+    kind = "cpu" if device is None else device.type
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    with networks_in(torch.get_autocast_dtype(kind)), torch.autocast(kind, enabled=False):
+        yield
+
+
 def state_dtype(*objects: Any) -> torch.dtype | None:
     """The precision of states for some networks: float32 or float64; None if they have no parameters.
 
@@ -60,21 +85,49 @@ def state_dtype(*objects: Any) -> torch.dtype | None:
 
 
 def resolution(module: nn.Module | None, dtype: torch.dtype) -> float:
-    """The relative rounding of what the networks of a module return for states of a dtype."""
-    found = set() if module is None else {p.dtype for p in module.parameters()}
-    return max(torch.finfo(each).eps for each in (dtype, *found & {*_WIDE, *HALVES}))
+    """The relative rounding of what the networks of a module return for states of a dtype, here and now."""
+    autocast = _DTYPE.get()
+    found = {p.dtype for p in module.parameters()} if module is not None else set()
+    found = found & {*_WIDE, *HALVES} | ({autocast} if autocast is not None else set())
+    return max(torch.finfo(each).eps for each in (dtype, *found))
 
 
 def run_network(network: Callable[..., Any], x: Tensor, /, *others: Any, **cond: Any) -> Any:
-    """``network(x, *others, **cond)``, its output (a tensor, or a pair of them) in the dtype of ``x``."""
+    """``network(x, *others, **cond)``, its output in the dtype of ``x``.
+
+    The only tensor of a tuple, dict or dataclass is the output. What holds several is returned as it is.
+    """
     if getattr(network, "runs_network", False) is True:
         return network(x, *others, **cond)
     dtype = _DTYPE.get()
     if dtype is None:
-        return _in_own_precision(network, x, others, cond)
+        return _lone(_in_own_precision(network, x, others, cond))
     with torch.autocast(x.device.type, dtype):
         output = network(x, *others, **cond)
-    return _restored(output, [dtype], x)
+    return _lone(_restored(output, [dtype], x))
+
+
+def run_for_tensor(network: Callable[..., Any], x: Tensor, /, *others: Any, **cond: Any) -> Tensor:
+    """:func:`run_network` for a network of one output.
+
+    Raises:
+        PredictorError: it returned several tensors or none.
+    """
+    output = run_network(network, x, *others, **cond)
+    if isinstance(output, Tensor):
+        return output
+    raise PredictorError(
+        f"the network returned a {type(output).__name__} with {len(list(tensors_in(output)))} tensors, expected one "
+        "tensor or a tuple, dict or dataclass with one; pass a module around it that returns the one it estimates."
+    )
+
+
+def _lone(output: Any) -> Any:
+    """The only tensor of an output; else the output as it is."""
+    if isinstance(output, Tensor):
+        return output
+    found = list(tensors_in(output))
+    return found[0] if len(found) == 1 else output
 
 
 def lowered(value: Any, dtype: torch.dtype) -> Any:
@@ -134,7 +187,5 @@ def _in_own_precision(network: Callable[..., Any], x: Tensor, others: tuple[Any,
 
 
 def _restored(output: Any, dtypes: list[torch.dtype], x: Tensor) -> Any:
-    if isinstance(output, tuple | list):
-        return type(output)(_restored(each, dtypes, x) for each in output)
     # Any other output dtype was chosen by the network itself and is rejected by the usual check.
-    return output.to(x.dtype) if isinstance(output, Tensor) and output.dtype in dtypes else output
+    return map_tensors(lambda each: each.to(x.dtype) if each.dtype in dtypes else each, output)

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_ct._core.parallel import unwrapped
-from ndm_ct._core.precision import run_network
+from ndm_ct._core.precision import run_for_tensor
 from ndm_ct.adapters.autoencoders import latent_transform
 from ndm_ct.adapters.clocks import Clock, clock_of
 from ndm_ct.adapters.networks import OnTable, adapted, from_velocity, tabulated, without_variance
@@ -71,7 +71,7 @@ class LogNoiseTime(Wrapper):
 
     def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor:
         """The network's output at state z ``(B, *E)`` and time t ``(B,)`` under a schedule."""
-        return run_network(self.net, z, (0.125 * schedule.gamma(t.double())).to(z.dtype), **cond)
+        return run_for_tensor(self.net, z, (0.125 * schedule.gamma(t.double())).to(z.dtype), **cond)
 
 
 class Called(nn.Module):

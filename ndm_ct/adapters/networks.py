@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ndm_ct._core.checks import validate_count, validate_positive
 from ndm_ct._core.errors import PredictorError
-from ndm_ct._core.precision import run_network
+from ndm_ct._core.precision import run_for_tensor
 from ndm_ct.model import NDM
 from ndm_ct.nn import FromDenoiser, FromScore
 from ndm_ct.nn.heads import Wrapper
@@ -117,9 +117,9 @@ class OnTable(Wrapper):
         """The network's output at state z ``(B, *E)`` and time t ``(B,)``."""
         k = (self.entries - 1) * t
         if self.nearest:
-            return without_variance(run_network(self.net, z, k.round().long(), **cond), z)
+            return without_variance(run_for_tensor(self.net, z, k.round().long(), **cond), z)
         try:
-            return without_variance(run_network(self.net, z, k, **cond), z)
+            return without_variance(run_for_tensor(self.net, z, k, **cond), z)
         except RuntimeError as error:
             if "indices" not in str(error):
                 raise
@@ -159,7 +159,7 @@ class FlowTime(Wrapper):
     def forward(self, z: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         """dz/dt at state z ``(B, *E)`` and time t ``(B,)``."""
         tau = self.time_scale * (1.0 - t if self.data_at == 1 else t)
-        velocity = run_network(self.net, *((tau, z) if self.time_first else (z, tau)), **cond)
+        velocity = run_for_tensor(self.net, *((tau, z) if self.time_first else (z, tau)), **cond)
         sign = (-1 if self.data_at == 1 else 1) if self.sign is None else self.sign
         return -velocity if sign == -1 else velocity
 

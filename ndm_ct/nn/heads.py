@@ -41,7 +41,7 @@ from ndm_ct._core.checks import choose, expand
 from ndm_ct._core.config import Configurable
 from ndm_ct._core.keywords import keyword_names
 from ndm_ct._core.parallel import unwrapped
-from ndm_ct._core.precision import run_network
+from ndm_ct._core.precision import run_for_tensor
 
 __all__ = ["FromDenoiser", "FromScore", "FromVelocity", "Mixed", "Preconditioned", "Wrapper", "null_of"]
 
@@ -127,7 +127,7 @@ class Preconditioned(_Scheduled):
             ValueError: the network's output does not fit the prediction.
         """
         skip, out, into = (expand(c, z) for c in self._coefficients(schedule(t.double())))
-        output = run_network(self.net, into * z, t, **cond)
+        output = run_for_tensor(self.net, into * z, t, **cond)
         if self.prediction == "x":
             return skip * z - out * output
         expected = (z.shape[0], 2, *z.shape[1:])
@@ -157,7 +157,7 @@ class FromVelocity(_Scheduled):
     def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor:
         r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)`` under a schedule."""
         c = schedule(t.double())
-        u = run_network(self.net, z, t, **cond)
+        u = run_for_tensor(self.net, z, t, **cond)
         return expand(c.dsigma / c.wronskian, z) * z - expand(c.sigma / c.wronskian, z) * u
 
 
@@ -185,7 +185,7 @@ class FromDenoiser(_WhereAlphaIsPositive):
     def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor:
         r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)`` under a schedule; alpha must not be zero there."""
         c = schedule(t.double())
-        return run_network(self.net, z / expand(c.alpha, z), (c.sigma / c.alpha).to(z.dtype), **cond)
+        return run_for_tensor(self.net, z / expand(c.alpha, z), (c.sigma / c.alpha).to(z.dtype), **cond)
 
 
 class FromScore(_WhereAlphaIsPositive):
@@ -198,7 +198,7 @@ class FromScore(_WhereAlphaIsPositive):
     def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor:
         r""":math:`\hat x` at state z ``(B, *E)`` and time t ``(B,)`` under a schedule; alpha must not be zero there."""
         c = schedule(t.double())
-        return (z + expand(c.sigma**2, z) * run_network(self.net, z, t, **cond)) / expand(c.alpha, z)
+        return (z + expand(c.sigma**2, z) * run_for_tensor(self.net, z, t, **cond)) / expand(c.alpha, z)
 
 
 class Mixed(_Scheduled):
@@ -222,7 +222,7 @@ class Mixed(_Scheduled):
     def forward(self, z: Tensor, t: Tensor, schedule: Schedule, /, **cond: Any) -> Tensor:
         r""":math:`\hat\epsilon` at state z ``(B, *E)`` and time t ``(B,)`` under a schedule."""
         a = torch.sigmoid(self.share)
-        return (1.0 - a) * expand(schedule(t.double()).sigma, z) * z + a * run_network(self.net, z, t, **cond)
+        return (1.0 - a) * expand(schedule(t.double()).sigma, z) * z + a * run_for_tensor(self.net, z, t, **cond)
 
 
 def null_of(predictor: Any) -> dict[str, Any]:

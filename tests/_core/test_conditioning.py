@@ -1,5 +1,7 @@
 """Conditioning: which tensors go with their rows, values in containers, marks, and names at every public door."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,24 @@ def test_tensors_in_containers_follow_their_rows():
     assert taken["d"] == 5
     assert len(list(tensors_in(cond))) == 3
     assert map_tensors(len, {"a": [pair]}) == {"a": [3]}
+
+
+@dataclass(frozen=True)
+class Text:
+    tokens: torch.Tensor
+    name: str = "word"
+
+
+def test_dataclasses_follow_their_rows():
+    given = Text(torch.arange(3))
+    taken = Conditioning({"text": given, "kind": Text}, 3).take(torch.tensor([2, 0]))
+    assert (taken["text"].tokens.tolist(), taken["text"].name, taken["kind"]) == ([2, 0], "word", Text)
+    assert given.tokens.tolist() == [0, 1, 2]
+    made = ndm_ct.NDM(lambda z, t, text: 0.1 * text.tokens[:, None] * z, (2,), schedule=SHORT)
+    x, together = torch.ones(3, 2), ndm_ct.shared(Text(torch.arange(3)))
+    alone = [ndm_ct.loglik(made, x[:1], text=Text(torch.tensor([k]))) for k in range(3)]
+    torch.testing.assert_close(ndm_ct.loglik(made, x, text=given, batch_size=2), torch.cat(alone))
+    assert Conditioning({"text": together}, 3).take(torch.tensor([2]))["text"].tokens.tolist() == [0, 1, 2]
 
 
 def everything(**names):

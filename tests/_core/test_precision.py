@@ -193,6 +193,42 @@ def test_what_the_network_itself_returns_is_still_refused():
         made.predict_x(rows(3), torch.tensor(0.5, dtype=torch.float64))
 
 
+def test_autocast_around_the_work_is_one_of_the_networks():
+    """The network is run by autocast, and no sum or product of the algebra."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def inside(z, t):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(z).float()
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, z, t):
+            return self.net(z)
+
+    x = rows(3)[:, :2].contiguous()
+    around, own = (ndm_ct.adapters.from_velocity(each, (2,)) for each in (Around(), inside))
+    own.checks, options = False, {"rtol": 1e-2, "atol": 1e-2, "trace": "exact"}
+    expected = ndm_ct.loglik(own, x, **options), ndm_ct.sample(own, 3, method="euler", steps=4, generator=0)
+    whole, error = ndm_ct.loglik(around, x, return_info=True, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ndm_ct.loglik(around, x, **options), ndm_ct.sample(around, 3, method="euler", steps=4, generator=0)
+        told = ndm_ct.loglik(around, x, return_info=True, **options)[1]
+        assert torch.is_autocast_enabled("cpu")
+        with around.evaluating():
+            assert not torch.is_autocast_enabled("cpu")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs)
+    assert bool((whole != found[0]).any())
+    least = torch.finfo(torch.bfloat16).eps * 2**0.5
+    assert bool((told.ode_error > error.ode_error + least).all())  # it counts the network's rounding
+
+
 @pytest.mark.slow
 def test_it_trains_to_the_same_bound():
     """Eight Gaussians: the bounds differ by less than those of two seeds (measured: 0.0001 of a scatter of 0.006)."""

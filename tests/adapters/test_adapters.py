@@ -2,6 +2,9 @@
 
 import math
 import types
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -609,3 +612,41 @@ def test_signs_and_ends_of_velocities():
     for data_at, sign, expected in ((0, None, 0.3), (1, None, -0.7), (0, -1, -0.3), (1, 1, 0.7)):
         model = adapters.from_velocity(lambda z, t: t[:, None] + 0.0 * z, (D,), data_at=data_at, sign=sign)
         assert float(model.velocity(torch.zeros(1, D), 0.3)[0, 0]) == pytest.approx(expected)
+
+
+class Output(NamedTuple):
+    sample: torch.Tensor
+    hidden: None = None
+
+
+@dataclass
+class Held:
+    x: torch.Tensor
+
+
+PACKED = (lambda v: {"v": v}, lambda v: (v,), lambda v: [v, {"loss": 0.0}], Output, Held)
+
+
+@pytest.mark.parametrize("pack", PACKED)
+def test_the_only_tensor_of_an_output_is_taken(pack):
+    """By every adapter, by NDM itself and by guidance."""
+    torch.manual_seed(0)
+    z, t = torch.randn(3, 2), torch.tensor(0.4, dtype=torch.float64)
+    made = (
+        partial(adapters.from_velocity, event_shape=(2,)), partial(adapters.from_denoiser, event_shape=(2,)),
+        partial(adapters.from_eps, event_shape=(2,), alphas_cumprod=[0.9, 0.5, 0.1]),
+        partial(adapters.from_score, event_shape=(2,), schedule=schedules.VariancePreserving(0.1, 20.0)),
+        lambda net: ndm_ct.NDM(net, (2,)),
+        lambda net: ndm_ct.guided(ndm_ct.NDM(net, (2,)), 2.0, null={"y": torch.zeros(3)}),
+    )  # fmt: skip
+    for make in made:
+        found, expected = (make(lambda z, t, y, put=put: put(torch.sin(z) + y[:, None])) for put in (pack, lambda v: v))
+        y = torch.ones(3)
+        torch.testing.assert_close(found.predict_x(z, t, y=y), expected.predict_x(z, t, y=y), rtol=0.0, atol=0.0)
+
+
+def test_an_output_of_several_tensors_is_asked_about():
+    for make in (adapters.from_velocity, ndm_ct.NDM):
+        for pack in (lambda z: {"a": z, "b": z}, lambda z: (z, z), lambda z: None, lambda z: z.numpy()):
+            with pytest.raises(ndm_ct.PredictorError, match=r"returned .* expected one tensor .* dataclass"):
+                make(lambda z, t, pack=pack: pack(z), (2,)).predict_x(torch.zeros(3, 2), torch.tensor(0.4).double())
