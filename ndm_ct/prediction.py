@@ -366,7 +366,7 @@ def _validate_output(output: Any, prediction: str, z: Tensor) -> Tensor:
     """The output if it is a tensor with the shape and dtype of the state; else raises PredictorError."""
     if not isinstance(output, Tensor):
         raise PredictorError(
-            f"the predictor returned {type(output).__name__}, expected one tensor of shape {tuple(z.shape)} for "
+            f"the predictor returned {type(output).__name__}, expected a tensor of shape {tuple(z.shape)} for "
             f"prediction={prediction!r}, alone or in a tuple, dict or dataclass without another; return the one that "
             "is the prediction."
         )
@@ -412,6 +412,10 @@ def validate_finite(prediction: Tensor, t: Tensor) -> None:
         )
 
 
+_MISFITS = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
+"""What networks raise for arguments of another number, shape or dtype than theirs."""
+
+
 def explain(model: PredictedProcess, z: Tensor, t: Tensor, cond: Conditioning, rows: int, error: Exception) -> None:
     """Raise for a predictor that fails, with how it is called. What this library says of it is left to the work.
 
@@ -426,7 +430,7 @@ def explain(model: PredictedProcess, z: Tensor, t: Tensor, cond: Conditioning, r
     Raises:
         PredictorError: with the cure, from the error.
     """
-    if _is_ours(error):
+    if not isinstance(error, _MISFITS) or _is_ours(error):
         return
     how = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     try:
