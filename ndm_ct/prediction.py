@@ -41,6 +41,7 @@ from ndm_ct._core.checks import (
     first_parameter,
     some,
     validate_number,
+    validate_visible,
     with_float64,
 )
 from ndm_ct._core.conditioning import Conditioning
@@ -155,7 +156,11 @@ class PredictedProcess(nn.Module):
         Autocast that is on runs the networks in its precision, and nothing else.
         """
         modes = [(module, module.training) for module in self.modules()]
-        self.eval()
+        try:
+            self.eval()
+        except NotImplementedError:  # graphs of torch.export have one mode
+            for module in self.modules():
+                module.training = False
         try:
             with autocast_in_networks(self.device):
                 yield
@@ -298,12 +303,7 @@ def validate_predictor(
     predictor = unwrapped(predictor)
     if not callable(predictor):
         raise TypeError(f"predictor must be callable as predictor(z, t), got {type(predictor).__name__}.")
-    hidden = getattr(predictor, "func", getattr(predictor, "__self__", None))
-    if isinstance(hidden, nn.Module) and not isinstance(predictor, nn.Module):
-        raise TypeError(
-            f"predictor hides an nn.Module ({type(hidden).__name__}) in a partial or a bound method, so its "
-            "weights would not be trained, saved or moved; pass the module itself, and conditioning as keywords."
-        )
+    validate_visible("predictor", predictor)
     declared = getattr(predictor, "prediction", prediction)
     if isinstance(declared, str) and declared != prediction:
         raise ValueError(
@@ -377,7 +377,7 @@ def _validate_output(output: Any, prediction: str, z: Tensor) -> Tensor:
     if output.dtype != z.dtype:
         raise PredictorError(
             f"the predictor returned dtype {output.dtype} for z of {z.dtype}; keep one dtype (autocast inside the "
-            f"network is fine, if its output is cast back)."
+            f"network is fine, if its output is cast back; trainings have fit(precision='bf16-mixed'))."
         )
     return output
 

@@ -35,6 +35,7 @@ __all__ = [
     "validate_shape",
     "validate_time",
     "validate_values",
+    "validate_visible",
 ]
 
 
@@ -179,6 +180,22 @@ def validate_positive(argument: str, value: Any, unit: str | None = None) -> Non
     if not 0.0 < value < math.inf:
         expected = "positive and finite" if unit is None else f"a positive number of {unit}"
         raise ValueError(f"{argument} must be {expected}, got {value!r}.")
+
+
+def validate_visible(argument: str, network: Any) -> None:
+    """Raise TypeError for a partial or a bound method of a module: its parameters would be lost.
+
+    Args:
+        argument: name of the argument.
+        network: its value.
+    """
+    hidden = getattr(network, "func", getattr(network, "__self__", None))
+    if isinstance(hidden, nn.Module) and not isinstance(network, nn.Module):
+        raise TypeError(
+            f"{argument} hides an nn.Module ({type(hidden).__name__}) in a partial or a bound method, so its weights "
+            "would not be trained, saved or moved; pass the module itself, or a module around it that calls the method "
+            "in its forward, and conditioning as keywords."
+        )
 
 
 def validate_shape(argument: str, value: Any) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ndm_ct._core.checks import choose, expand
+from ndm_ct._core.checks import choose, expand, validate_visible
 from ndm_ct._core.config import Configurable
 from ndm_ct._core.keywords import keyword_names
 from ndm_ct._core.parallel import unwrapped
@@ -65,6 +65,7 @@ class Wrapper(nn.Module, Configurable):
         super().__init__()
         if not callable(net):
             raise TypeError(f"net must be callable as net(z, t), got {type(net).__name__}.")
+        validate_visible("net", net)
         self.net = unwrapped(net)
         self._names, self._anything = keyword_names(self.net, 2)
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ndm_ct._core.autodiff import Derivatives
-from ndm_ct._core.checks import expand, expand_time
+from ndm_ct._core.checks import expand, expand_time, validate_visible
 from ndm_ct._core.config import Configurable, Unconfigurable
 from ndm_ct._core.errors import PredictorError
 from ndm_ct._core.keywords import accepted_by, keyword_names
@@ -134,12 +134,7 @@ def as_noise_scale(scale: Any) -> NoiseScale | None:
             f"noise_scale must be callable as r(x, t), the logarithm of the scale S, got {type(scale).__name__}; for a "
             "constant pass lambda x, t: torch.full_like(x, value)."
         )
-    hidden = getattr(scale, "func", getattr(scale, "__self__", None))
-    if isinstance(hidden, nn.Module) and not isinstance(scale, nn.Module):
-        raise TypeError(
-            f"noise_scale hides an nn.Module ({type(hidden).__name__}) in a partial or a bound method, so its weights "
-            "would not be trained, saved or moved; pass the module itself, and conditioning as keywords."
-        )
+    validate_visible("noise_scale", scale)
     return GivenScale(scale)
 
 

@@ -124,6 +124,8 @@ def test_reference_density_checks_its_time():
         (lambda: NDM(3, (2,)), TypeError, "predictor must be callable"),
         (lambda: NDM(functools.partial(Linear()), (2,)), TypeError, "hides an nn.Module"),
         (lambda: NDM(Linear().forward, (2,)), TypeError, "hides an nn.Module"),
+        (lambda: ndm_ct.adapters.from_velocity(Linear().forward, (2,)), TypeError, "net hides an nn.Module"),
+        (lambda: ndm_ct.nn.FromDenoiser(functools.partial(Linear())), TypeError, "net hides an nn.Module"),
         (lambda: model(volatility=torch.ones(())), TypeError, "volatility must be a float or a callable"),
         (lambda: NDM(lambda z, t: z, (2,), schedule="cosine"), TypeError, "schedule must be a Schedule"),
         (lambda: NDM(lambda z, t: z, (2,), transform=lambda x, t: x), TypeError, "transform must be a Transform"),

@@ -650,3 +650,16 @@ def test_an_output_of_several_tensors_is_asked_about():
         for pack in (lambda z: {"a": z, "b": z}, lambda z: (z, z), lambda z: None, lambda z: z.numpy()):
             with pytest.raises(ndm_ct.PredictorError, match=r"returned .* expected (a|one) tensor .* dataclass"):
                 make(lambda z, t, pack=pack: pack(z), (2,)).predict_x(torch.zeros(3, 2), torch.tensor(0.4).double())
+
+
+def test_a_graph_of_torch_export_is_a_network():
+    """It has no train() and eval()."""
+    net = ndm_ct.nn.MLP(2, width=8).eval()
+    rows = torch.export.Dim("rows", min=2, max=64)
+    given = (torch.randn(4, 2), torch.rand(4))
+    graph = torch.export.export(net, given, dynamic_shapes=({0: rows}, {0: rows}), strict=False).module()
+    found, expected = (
+        ndm_ct.sample(ndm_ct.NDM(each, (2,), checks=False), 3, method="euler", steps=4, generator=0)
+        for each in (graph, net)
+    )
+    torch.testing.assert_close(found, expected)
