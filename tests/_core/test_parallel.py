@@ -358,8 +358,8 @@ def test_a_failure_in_one_process_ends_all(tmp_path):
         """
         made = model()
         own = made.predictor.forward
-        def forward(z, t, **cond):
-            return own(z, t, **cond) * (float("nan") if rank == 1 else 1.0)
+        def forward(z, t, schedule, **cond):
+            return own(z, t, schedule, **cond) * (float("nan") if rank == 1 else 1.0)
         made.predictor.forward = forward
         train(made)
         """,
