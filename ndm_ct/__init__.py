@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from ndm_ct.distributions import distribution
     from ndm_ct.evaluation.api import Comparison, Evaluation, compare, evaluate
     from ndm_ct.guidance import guided
-    from ndm_ct.inverse import PosteriorInfo, posterior, vary
+    from ndm_ct.inverse.posterior import PosteriorInfo, posterior
+    from ndm_ct.inverse.vary import vary
     from ndm_ct.likelihood.api import decode, encode, loglik
     from ndm_ct.likelihood.bits import BitsInfo, bits_per_dim
     from ndm_ct.likelihood.budget import LikelihoodInfo

@@ -72,7 +72,8 @@ def loglik(
 
     The data are taken as they are: nothing is rescaled by :math:`\alpha`. If you scaled the data yourself, add the
     log-determinant of that scaling. If the transform contains a ``Flow``, its log-determinant is included. With an
-    ``Encoder`` only a lower bound exists; use :func:`ndm_ct.elbo`.
+    ``Encoder`` only a lower bound exists; use :func:`ndm_ct.elbo`. What a sampler draws in a few fixed steps has a
+    density of its own, ``samplers.FixedGrid(model, "unipc", steps=8).loglik(x)``.
 
     Args:
         model: the model.

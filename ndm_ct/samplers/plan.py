@@ -22,6 +22,7 @@ from ndm_ct.prediction import validate_finite
 from ndm_ct.samplers import NAMES
 from ndm_ct.samplers.adaptive import sample_rows, sample_torchsde
 from ndm_ct.samplers.base import Sampler, steps_within, walk
+from ndm_ct.samplers.density import jacobian, logabsdet, validate_event
 from ndm_ct.samplers.grids import Grid, time_grid
 from ndm_ct.samplers.runge_kutta import RungeKutta
 from ndm_ct.samplers.stochastic import TorchSDE
@@ -60,9 +61,10 @@ class SampleInfo:
         accepted: accepted steps, of the same row.
         rejected: rejected steps, of the same row.
         z: the prior draw :math:`z_1`, ``(n, *E)``.
-        logp: log-density of each sample under the probability flow, nats, ``(n,)``, for its adaptive methods. None for
-            the others, which do not follow the flow exactly (``loglik`` scores their samples), with ``denoise`` and
-            for models with an Encoder.
+        logp: log-density of each sample, nats, ``(n,)``: under the probability flow for its adaptive methods, without
+            ``denoise``; on a grid with ``trace="exact"`` the density of what these very steps draw
+            (:mod:`ndm_ct.samplers.density`; a lower bound where few steps fold). None otherwise, and for models
+            with an Encoder.
         stderr: its standard error, ``(n,)``.
         ode_error: estimate of the size of the solver's error of ``logp``, nats, ``(n,)``, as in
             :class:`~ndm_ct.LikelihoodInfo`; NaN for the torchdiffeq methods.
@@ -162,11 +164,12 @@ class Plan:
         """The function that draws a batch, once the options of its kind of method are checked."""
         unused: dict[str, Any] = {"callback": self.callback, "trajectory": self.trajectory or None}
         if not self.adaptive:
-            self._raise_if_given({"rtol": self.rtol, "atol": self.atol, "trace": self.trace}, "takes fixed steps")
+            self._raise_if_given({"rtol": self.rtol, "atol": self.atol}, "takes fixed steps")
+            self._validate_trace_on_grid()
             if self.trajectory and not self.return_info:
                 raise ValueError("trajectory=True needs return_info=True: the states are in info.trajectory.")
             sampler, times = self._on_grid()
-            return OnGrid(sampler, times, self.callback, self.trajectory, self.denoise)
+            return OnGrid(sampler, times, self.callback, self.trajectory, self.denoise, self.trace is not None)
         unused |= {"steps": self.steps, "nfe": self.nfe, "grid": self.grid}
         if self.method in FLOW:
             unused |= {"stochasticity": self.stochasticity}
@@ -176,6 +179,18 @@ class Plan:
             return AdaptiveFlow(self, *self._tolerances(TOLERANCE))
         self._raise_if_given(unused | {"trace": self.trace}, "chooses its own steps along the reverse SDE")
         return AdaptiveSDE(self, self._own_model(), *self._tolerances(SDE_TOLERANCE))
+
+    def _validate_trace_on_grid(self) -> None:
+        if self.trace is None:
+            return
+        if self.trace != "exact":
+            raise ValueError(
+                f"trace of a method on a grid must be 'exact', the determinant of its steps, got {self.trace!r}; drop "
+                "it for samples without a density."
+            )
+        if not self.return_info:
+            raise ValueError("trace has no effect without return_info=True: the density is in info.logp.")
+        validate_event(self.model.event_shape)
 
     def _tolerances(self, default: float) -> tuple[float, float]:
         return default if self.rtol is None else self.rtol, default if self.atol is None else self.atol
@@ -318,6 +333,7 @@ class OnGrid(Draw):
     callback: Callable[[float, Tensor], None] | None
     keep: bool
     denoise: bool
+    density: bool
 
     @property
     def ticks(self) -> int:  # type: ignore[override]
@@ -338,7 +354,17 @@ class OnGrid(Draw):
         x = walk(
             self.sampler, z1, self.grid.to(z1.device), generator=generator, callback=seen, denoise=self.denoise, **cond
         )  # fmt: skip
+        logp = self._log_density(z1.double(), cond) if self.density else None
         per_call = evaluations_per_call(self.sampler.model.predictor)
         spent = per_call * (self.sampler.evaluations - before)
         trajectory = torch.stack([*states, x]) if self.keep else None
-        return Part(x, SampleInfo(spent, steps, 0, z1, times=self.grid, trajectory=trajectory))
+        return Part(x, SampleInfo(spent, steps, 0, z1, logp, times=self.grid, trajectory=trajectory))
+
+    def _log_density(self, z1: Tensor, cond: Conditioning) -> Tensor:
+        """Log-density of the ends of these steps, nats, float64."""
+        model, grid = self.sampler.model, self.grid.to(z1.device)
+
+        def draw(z: Tensor, generator: torch.Generator) -> Tensor:
+            return walk(self.sampler, z, grid, generator=generator, denoise=self.denoise, **cond)
+
+        return model.log_prior(z1) - logabsdet(jacobian(draw, z1, model.derivatives)[1])

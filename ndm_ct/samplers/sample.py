@@ -111,8 +111,8 @@ def sample(
         guidance: scale w of classifier-free guidance; needs a conditional model, see :func:`ndm_ct.guided`.
         denoise: return an estimate of x instead of :math:`z_{t_{min}}`, which still holds noise of standard deviation
             :math:`\sigma(t_{min})`. On a grid the last step is replaced by :math:`\hat x(z_t, t)` at its start, for
-            one evaluation. After adaptive steps it is :math:`\hat x` at :math:`t_{min}`, for one evaluation more. Such
-            samples have no density that the model could report.
+            one evaluation. After adaptive steps it is :math:`\hat x` at :math:`t_{min}`, for one evaluation more, and
+            such samples have no density that the model could report.
         differentiable: True keeps the graph, for gradients with respect to parameters and conditioning, for adaptive
             methods of the flow and for torchsde's methods. "adjoint" gets them from a second solve backwards, in
             memory that does not grow with the number of network evaluations, for torchdiffeq's and torchsde's.
@@ -126,7 +126,8 @@ def sample(
         callback: called as ``callback(t, z)`` before every step on a grid.
         trajectory: keep the states on the grid in ``info.trajectory``.
         trace: how to estimate ``info.logp``, as in :func:`ndm_ct.loglik`, for adaptive methods of the flow with
-            ``return_info``; None is "auto".
+            ``return_info``; None is "auto". On a grid of a deterministic method "exact" gives the density of what its
+            steps draw, up to 64 dimensions, for one walk more and d products; None gives none.
         return_info: also return a :class:`SampleInfo`; for adaptive methods of the flow this costs the divergence along
             the way.
         cond: conditioning, tensors with n rows or shared by all, as in :func:`ndm_ct.loglik`.
