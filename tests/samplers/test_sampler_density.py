@@ -105,6 +105,15 @@ def test_of_a_network_in_float32():
     torch.testing.assert_close(many, ndm_ct.loglik(model, x), rtol=0.0, atol=2e-2)
 
 
+def test_of_a_learned_transform():
+    torch.manual_seed(0)
+    net, F = ndm_ct.nn.Preconditioned(ndm_ct.nn.MLP(2, width=16)), ndm_ct.transforms.Neural(ndm_ct.nn.MLP(2, width=16))
+    model = ndm_ct.NDM(net, (2,), transform=F).double()
+    x, info = drawn(model, "unipc", 64, 20)
+    torch.testing.assert_close(FixedGrid(model, "unipc", steps=64).loglik(x), info.logp, rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(info.logp, ndm_ct.loglik(model, x), rtol=0.0, atol=0.01)
+
+
 def test_a_row_that_no_noise_leads_to():
     """One step of "euler" with a bounded field cannot leave a ball."""
     steps = FixedGrid(mixture(), lambda model: _Squashed(model), steps=1)
