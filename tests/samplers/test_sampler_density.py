@@ -105,6 +105,7 @@ def test_of_a_network_in_float32():
     torch.testing.assert_close(many, ndm_ct.loglik(model, x), rtol=0.0, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_of_a_learned_transform():
     torch.manual_seed(0)
     net, F = ndm_ct.nn.Preconditioned(ndm_ct.nn.MLP(2, width=16)), ndm_ct.transforms.Neural(ndm_ct.nn.MLP(2, width=16))
