@@ -129,8 +129,10 @@ def test_impossible_and_unknown_scores_have_their_ranks():
 
 
 def test_noise_that_hides_structure_is_said():
-    assert hidden_structure(np.array([math.nan, 0.05])) == ""
-    assert "changes log p by -0.3 nats" in hidden_structure(np.array([math.nan, -0.3]))
+    assert hidden_structure(np.full(60, 0.05)) == ""
+    assert hidden_structure(np.full(40, 400.0)) == ""  # few rows may be unlike all others
+    assert hidden_structure(np.append(np.zeros(60), np.full(20, 400.0))) == ""
+    assert "changes log p by -0.3 nats in the median row" in hidden_structure(np.append(np.full(60, -0.3), math.nan))
     random = np.random.default_rng(5)
     found = compared(random.normal(size=(100, 2)), random.normal(size=(100, 2)), random, truncations=0.5)
     assert not found.trusted
