@@ -61,8 +61,8 @@ def hidden_structure(truncations: np.ndarray) -> str:
     if abs(change) <= _TRUNCATION:
         return ""
     return (
-        f"the noise left at t = 0 changes log p by {change:.2g} nats in the median row and hides structure of the data; "
-        "train with a lower gamma_min"
+        f"the noise left at t = 0 changes log p by {change:.2g} nats in the median row and hides structure of the "
+        "data; train with a lower gamma_min"
     )
 
 
