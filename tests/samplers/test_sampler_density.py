@@ -105,6 +105,18 @@ def test_of_a_network_in_float32():
     torch.testing.assert_close(many, ndm_ct.loglik(model, x), rtol=0.0, atol=2e-2)
 
 
+def test_a_map_before_the_process_adds_its_log_determinant():
+    torch.manual_seed(0)
+    net = ndm_ct.nn.Preconditioned(ndm_ct.nn.MLP(2, width=16)).double()
+    before = ndm_ct.transforms.Whitening.of(3.0 * torch.randn(200, 2, dtype=torch.float64))
+    whole, inner = ndm_ct.NDM(net, (2,), transform=before), ndm_ct.NDM(net, (2,))
+    x, info = drawn(whole, "unipc", 6, 5)
+    y, logdet = before.to_latent(x)
+    expected = FixedGrid(inner, "unipc", steps=6).loglik(y) + logdet
+    torch.testing.assert_close(FixedGrid(whole, "unipc", steps=6).loglik(x), expected, rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(info.logp, expected, rtol=0.0, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_of_a_learned_transform():
     torch.manual_seed(0)
