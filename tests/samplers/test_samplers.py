@@ -1232,7 +1232,7 @@ REFUSED = {
     "times and nfe that differ": ({"method": "deis2", "grid": times(1.0, 0.5, 0.0), "nfe": 4}, ValueError, "shape .3,"),
     "tolerances on a grid": ({"method": "deis2", "steps": 4, "atol": 1e-3}, ValueError, "atol has no effect.*drop it"),
     "two options without effect": (
-        {"method": "deis2", "steps": 4, "rtol": 1e-3, "trace": "exact"}, ValueError, "rtol and trace has no effect",
+        {"method": "deis2", "steps": 4, "rtol": 1e-3, "atol": 1e-3}, ValueError, "rtol and atol has no effect",
     ),
     "stochasticity of a flow": (
         {"method": "dpmpp_2m", "steps": 4, "stochasticity": 0.5}, ValueError, "stochasticity has no effect.*take 'sde'",
