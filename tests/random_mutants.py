@@ -30,8 +30,8 @@ CORE = (
 """Files and folders that are changed."""
 
 CORE_TESTS = (
-    "test_process.py", "test_analytic.py", "test_units.py", "likelihood", "objectives", "samplers", "schedules",
-    "solvers", "transforms", "_core/test_properties.py", "adapters/test_diffusers.py",
+    "test_process.py", "test_noise_scale.py", "test_analytic.py", "test_units.py", "likelihood", "objectives",
+    "samplers", "schedules", "solvers", "transforms", "_core/test_properties.py", "adapters/test_diffusers.py",
 )  # fmt: skip
 """The tests that have to notice."""
 

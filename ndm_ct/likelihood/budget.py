@@ -40,7 +40,7 @@ class LikelihoodInfo:
         variance: unbiased estimate of the variance of the trace estimate, nats squared, ``(B,)``. ``stderr`` is larger
             than its root where few sweeps are behind it; for averages over rows or in exponents use the variance.
         ode_error: estimate of the size of the solver's own error, ``(B,)``. It adds up the local errors weighted with
-            the score, and is too small at tolerances of 1e-4 and more. For traces at nodes along the path it is the
+            the score, and can be too small at tolerances of 1e-5 and more. For traces at nodes along the path it is the
             defect of the path weighted with the score, and what the rule leaves. For "quadrature" it is the change of
             log p against ten times the tolerances. It is NaN for the torchdiffeq methods. Where the truncation is
             estimated it includes the rounding of the network, of relative size :math:`\varepsilon` in its precision,
