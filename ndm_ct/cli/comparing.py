@@ -58,9 +58,7 @@ def run_compare(options: argparse.Namespace) -> int:
 def _of_probability(run: Run) -> list[str]:
     """What a model gives probabilities of, in place of densities: columns, or whole rows of integers."""
     if run.table is not None:
-        return [
-            column.name for column in run.table.coding.columns if column.is_probability and column.kind != "left out"
-        ]
+        return [column.name for column in run.table.coding.columns if column.is_probability]
     return ["integers"] if run.bins is not None else []
 
 

@@ -9,24 +9,20 @@ import torch
 from torch import Tensor
 
 from ndm_ct import plots
-from ndm_ct._core.seeds import derive_seeds, make_generator
-from ndm_ct.cli.runs import Run, split
+from ndm_ct._core.seeds import derive_seeds
+from ndm_ct.cli.runs import Run
 from ndm_ct.columns import (
     COMPARED,
     LEAST_COMPARED,
-    SAMPLES,
-    TARGET,
     Anomalies,
     Diagnosis,
     Scored,
-    Table,
     Values,
     diagnose,
-    draw_noise,
     hidden_structure,
     row_generators,
 )
-from ndm_ct.files import read, spread_rows
+from ndm_ct.files import Rows, spread_rows
 from ndm_ct.likelihood.api import loglik
 from ndm_ct.samplers.sample import sample
 from ndm_ct.storage import write_atomically
@@ -44,26 +40,31 @@ def say_hidden(truncations: np.ndarray) -> None:
         print(f"warning: {said}", file=sys.stderr)
 
 
-def diagnose_run(run: Run, folder: Path) -> None:
+def diagnose_run(run: Run, rows: Rows, held_out: np.ndarray, folder: Path) -> None:
     """Compare samples of a trained table with the rows held out, say what was found, and write it beside the model.
 
     Tables of fewer than 50 held-out rows, and arrays of more axes, are left alone.
+
+    Args:
+        run: what was trained.
+        rows: all that was read.
+        held_out: numbers of the rows held out.
+        folder: of the run.
     """
-    settings = run.settings
-    rows = read(str(settings.data), settings.array, settings.header, words=run.table is not None)
-    held_out = split(len(rows.values), settings.validation_fraction, settings.seed)[1]
     if rows.values.ndim != 2 or run.bins is not None or len(held_out) < LEAST_COMPARED:
         return
-    random = np.random.default_rng(derive_seeds(settings.seed, "diagnosis"))
+    random = np.random.default_rng(derive_seeds(run.settings.seed, "diagnosis"))
     chosen = np.sort(random.permutation(held_out)[:COMPARED])
     seed = int(random.integers(2**31))
     if run.table is None:
         numbers = spread_rows(rows.values, chosen, COMPARED).astype(np.float64)
         scored, samples = _plain(run, numbers, seed)
     else:
-        values = Values(np.asarray(rows.values, dtype=np.float64), run.names, rows.words)
-        numbers = run.table.coding.places_of(values)[chosen]
-        scored, samples = _scored(run.table, run, numbers), _draw(run.table, run, len(chosen), seed)
+        table, model = run.table, run.model
+        numbers = table.coding.places_of(Values(rows.values.astype(np.float64), run.names, rows.words))[chosen]
+        roles = table.roles(numbers, [], "missing values need --conditionals yes.")
+        scored = table.score_rows(model, numbers, roles, on_failure="nan")
+        samples = table.draw_seeded(model, len(chosen), seed)
     found = diagnose(run.names, numbers, samples, Anomalies(scored.log_p, scored.stderr), scored.truncation, random)
     _write(found, chosen, folder)
 
@@ -80,20 +81,6 @@ def _plain(run: Run, numbers: np.ndarray, seed: int) -> tuple[Scored, np.ndarray
     columns = (each.double().cpu().numpy() for each in (log_p - run.log_scale, info.stderr, info.truncation))
     drawn = run.units(sample(run.model, len(numbers), generator=seed).cpu())
     return Scored(*columns), drawn.double().numpy()
-
-
-def _scored(table: Table, run: Run, numbers: np.ndarray) -> Scored:
-    """Scores of rows with kinds, each with noise seeded by itself; missing values are integrated out."""
-    noise = draw_noise(row_generators(numbers, "bins"), SAMPLES, table.coding.noises)
-    return table.score(
-        run.model, numbers, noise, roles=table.roles(numbers, [], "missing values need --conditionals yes."),
-        generator=row_generators(numbers, "row", run.model.device), on_failure="nan",
-    )  # fmt: skip
-
-
-def _draw(table: Table, run: Run, n: int, seed: int) -> np.ndarray:
-    roles = np.full((n, len(run.names)), TARGET) if table.conditionals else None
-    return table.draw(run.model, n, (make_generator(seed, "categories"), seed), roles=roles)
 
 
 def _write(found: Diagnosis, chosen: np.ndarray, folder: Path) -> None:

@@ -20,9 +20,7 @@ from ndm_ct.cli.parser import UsageError
 from ndm_ct.cli.runs import FORMAT, Run
 from ndm_ct.cli.settings import Settings, settings_from_file
 from ndm_ct.columns import (
-    OBSERVED,
     SAMPLES,
-    TARGET,
     Coding,
     Scored,
     Table,
@@ -212,9 +210,8 @@ def draw_table(options: argparse.Namespace, run: Run) -> int:
         n = rows.stop - rows.start
         generators = generators_of(options, range(rows.start, rows.stop))
         numbers = np.repeat(given, n, axis=0)
-        roles = np.where(np.isnan(numbers), TARGET, OBSERVED) if table.conditionals else None
         return {"x": torch.from_numpy(
-            table.draw(run.model, n, (generators, generators), numbers=numbers, roles=roles, **chosen)
+            table.draw(run.model, n, (generators, generators), numbers=numbers, **chosen)
         )}  # fmt: skip
 
     settings = chosen | {"given": options.given}

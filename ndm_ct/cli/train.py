@@ -41,7 +41,7 @@ _LEAST_ROWS_OF_A_MAP, _NUMBERS_OF_A_MAP = 1000, 2**18  # so that wide tables nee
 
 def run_train(options: argparse.Namespace) -> int:
     settings = _settings(options)
-    run, result = train(
+    run, result, rows, held_out = train(
         settings, options.out, device=options.device, progress=not options.quiet, time_limit=options.time_limit
     )
     _plot_training(result, options.out / "training.png")
@@ -49,7 +49,7 @@ def run_train(options: argparse.Namespace) -> int:
         print(f"stopped at step {result.step} of {settings.steps}; go on with: ndm-ct train --out {options.out}")
         return 130
     print(f"trained {result.step} steps: {options.out / 'model.safetensors'}")
-    diagnose_run(run, options.out)
+    diagnose_run(run, rows, held_out, options.out)
     if result.validation and run.table is None:
         last = result.validation[-1]
         nats = last["validation_elbo"] - run.log_scale
@@ -138,7 +138,7 @@ def _schedule(settings: Settings, gamma_min: float) -> Schedule:
 def train(
     settings: Settings, folder: PathLike, *, device: str | None = None, progress: bool = True,
     time_limit: float | None = None,
-) -> tuple[Run, FitResult]:  # fmt: skip
+) -> tuple[Run, FitResult, Rows, np.ndarray]:  # fmt: skip
     """Train a model in a folder, or go on with the training that is there.
 
     Args:
@@ -147,6 +147,9 @@ def train(
         device: name of a torch device, such as "cuda"; None is the CPU.
         progress: show a progress bar.
         time_limit: seconds after which training stops with a checkpoint; the same call continues it.
+
+    Returns:
+        The run, what the training reports, all rows that were read, and the numbers of those held out.
 
     Raises:
         ValueError: the settings do not fit the data or differ from those in the folder, or the device does not exist.
@@ -184,7 +187,7 @@ def train(
             log_every=max(1, settings.steps // 100), progress=progress,
             time_limit=time_limit, **options,
         )  # fmt: skip
-    return run, result
+    return run, result, rows, held_out
 
 
 def _prepared(

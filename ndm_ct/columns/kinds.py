@@ -104,8 +104,8 @@ class Column:
 
     @property
     def is_probability(self) -> bool:
-        """Whether its part of a score is a probability; else it is a density."""
-        return self.features == 0 or self.width is not None
+        """Whether its part of a score is a probability; else it is a density, or it has no part."""
+        return self.kind != "left out" and (self.features == 0 or self.width is not None)
 
     def to_json(self) -> dict[str, Any]:
         """The entries that are not at their defaults."""

@@ -312,6 +312,34 @@ class Table:
             hidden[possible] = info.truncation.double().cpu().numpy()
         return Scored(*_averaged(values.reshape(n, K), errors.reshape(n, K)), hidden.reshape(n, K).mean(1))
 
+    def score_rows(
+        self, model: NDM, numbers: np.ndarray, roles: np.ndarray | None, samples: int = SAMPLES, **options: Any
+    ) -> Scored:
+        """:meth:`score` with noise seeded by the rows themselves, so that equal rows get equal numbers.
+
+        Args:
+            model: the model.
+            numbers: ``(N, D)``.
+            roles: of every value, ``(N, D)``.
+            samples: K.
+            options: of :func:`ndm_ct.loglik`.
+        """
+        noise = draw_noise(row_generators(numbers, "bins"), samples, self.coding.noises)
+        return self.score(
+            model, numbers, noise, roles=roles, generator=row_generators(numbers, "row", model.device), **options
+        )
+
+    def draw_seeded(self, model: NDM, n: int, seed: int, **options: Any) -> np.ndarray:
+        """:meth:`draw` with all noise from one seed.
+
+        Args:
+            model: the model.
+            n: number of rows.
+            seed: of the noise.
+            options: further arguments of :meth:`draw`.
+        """
+        return self.draw(model, n, (make_generator(seed, "categories"), seed), **options)
+
     def draw(
         self, model: NDM, n: int, generators: Any, *, numbers: np.ndarray | None = None,
         roles: np.ndarray | None = None, **options: Any,
@@ -322,12 +350,14 @@ class Table:
             model: the model.
             n: number of rows.
             generators: a generator for the categories and one for the rest, or for every row a pair of these.
-            numbers: observed values ``(n, D)`` with ``roles``.
-            roles: of every value, ``(n, D)``.
+            numbers: observed values ``(n, D)``; NaN is drawn. Only models of all conditionals have observed values.
+            roles: of every value, ``(n, D)``, for models of all conditionals; None is what ``numbers`` says.
             options: of :func:`ndm_ct.sample`.
         """
         coding = self.coding
         given = np.full((n, len(coding.columns)), np.nan) if numbers is None else numbers
+        if roles is None and self.conditionals:
+            roles = np.where(np.isnan(given), TARGET, OBSERVED)
         _, cond, added = self.inputs(given, np.full((n, coding.noises), 0.5), roles)
         if np.isnan(added).any():
             raise ValueError(

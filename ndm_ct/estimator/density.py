@@ -29,19 +29,15 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import nn
 
 from ndm_ct._core.checks import choose, usable_device, validate_count
-from ndm_ct._core.seeds import derive_seeds, make_generator, seeded_weights
+from ndm_ct._core.seeds import derive_seeds, seeded_weights
 from ndm_ct.columns import (
     MARGINALS,
-    OBSERVED,
     SAMPLES,
-    TARGET,
     Coding,
     Scored,
     Table,
     columns_of,
-    draw_noise,
     hidden_structure,
-    row_generators,
     summary,
 )
 from ndm_ct.estimator.diagnosed import Diagnosed
@@ -242,8 +238,9 @@ class NDMDensity(Diagnosed, DensityMixin, BaseEstimator):  # type: ignore[misc]
                 memory.
             return_std: also return the standard errors of the estimates, ``(n_samples,)``, nats; 0 where exact.
         """
-        observed = [place_of(self.table_, name) for name in given] if hasattr(self, "table_") else []
-        found = self._scored(read_numbers(self, X), observed=observed, samples=samples, batch_size=batch_size)
+        numbers = read_numbers(self, X)
+        observed = [place_of(self.table_, name) for name in given]
+        found = self._scored(numbers, observed=observed, samples=samples, batch_size=batch_size)
         said = hidden_structure(found.truncation)
         if said:
             warnings.warn(said + ".", stacklevel=2)
@@ -260,12 +257,8 @@ class NDMDensity(Diagnosed, DensityMixin, BaseEstimator):  # type: ignore[misc]
         found = []
         for start in range(0, len(numbers), size):
             part = slice(start, start + size)
-            rows = numbers[part]
-            found.append(self.table_.score(
-                self.model_, rows, draw_noise(row_generators(rows, "bins"), K, self.table_.coding.noises),
-                roles=None if roles is None else roles[part],
-                generator=row_generators(rows, "row", self.model_.device), batch_size=batch_size,
-            ))  # fmt: skip
+            own = None if roles is None else roles[part]
+            found.append(self.table_.score_rows(self.model_, numbers[part], own, K, batch_size=batch_size))
         return Scored(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
     def score(self, X: Any, y: Any = None) -> float:
@@ -306,16 +299,10 @@ class NDMDensity(Diagnosed, DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _draws(self, numbers: np.ndarray, random_state: Any) -> np.ndarray:
         """Rows with missing values drawn given the others; all of them without a model of conditionals."""
-        table, roles = self.table_, None
-        if table.conditionals:
-            roles = np.where(np.isnan(numbers), TARGET, OBSERVED)
-        elif not np.isnan(numbers).all():
+        if not (self.table_.conditionals or np.isnan(numbers).all()):
             raise ValueError(_NEEDS_CONDITIONALS)
         seed = int(check_random_state(random_state).randint(2**31 - 1))
-        return table.draw(
-            self.model_, len(numbers), (make_generator(seed, "categories"), seed), numbers=numbers, roles=roles,
-            batch_size=_ROWS_AT_ONCE,
-        )  # fmt: skip
+        return self.table_.draw_seeded(self.model_, len(numbers), seed, numbers=numbers, batch_size=_ROWS_AT_ONCE)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

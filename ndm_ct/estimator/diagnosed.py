@@ -1,18 +1,15 @@
 """What an estimator says of its own density: samples beside held-out rows, and anomalies among them."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from ndm_ct._core.checks import validate_count
-from ndm_ct.columns import COMPARED, LEAST_COMPARED, SAMPLES, Anomalies, Diagnosis, Scored, diagnose
+from ndm_ct.columns import COMPARED, LEAST_COMPARED, SAMPLES, Anomalies, Diagnosis, Scored, Table, diagnose
 from ndm_ct.estimator.tables import framed, index_of, read_numbers
-
-if TYPE_CHECKING:
-    from ndm_ct.columns import Table
 
 __all__ = ["Diagnosed"]
 
@@ -20,7 +17,7 @@ __all__ = ["Diagnosed"]
 class Diagnosed:
     """Methods of :class:`~ndm_ct.estimator.NDMDensity` that use the rows held out from its training."""
 
-    table_: "Table"
+    table_: Table
     held_out_: np.ndarray
     _anomalies: Anomalies | None
 

@@ -110,6 +110,6 @@ def unit_of(columns: Sequence[Column]) -> str:
     """What a score is, in words."""
     kinds = {
         "density": [column.name for column in columns if column.features and column.width is None],
-        "probability": [column.name for column in columns if column.is_probability and column.kind != "left out"],
+        "probability": [column.name for column in columns if column.is_probability],
     }
     return ", ".join(f"{word} of {', '.join(names)}" for word, names in kinds.items() if names) + "; nats"

@@ -104,6 +104,10 @@ def density(**options):
     return NDMDensity(width=4, depth=1, steps=2, **options).fit(X.numpy())
 
 
+def drawn_from_table(estimator, seed):
+    return torch.tensor(estimator.table_.draw_seeded(estimator.model_, 3, seed, steps=2, method="ddpm"))
+
+
 def sampler():
     made = samplers.NAMES["ddpm"](model())
     made.prepare(time_grid(SHORT, 0.0, 2))
@@ -223,6 +227,7 @@ FOLLOWS = {
     "objectives.curvature": lambda g: curvature(model(), X, generator=g),
 }
 SEEDED = {
+    "columns.Table.draw_seeded": lambda seed: drawn_from_table(density(random_state=0), seed),
     "auditing.audit": lambda seed: torch.tensor(
         [ndm_ct.audit(lambda m, x, bins, g: x[:, 0], ["checkers"], seed=seed, progress=False).verdicts[0].bias]
     ),
