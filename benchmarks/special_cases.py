@@ -61,7 +61,7 @@ def build(name: str) -> Preset:
     preset = PRESETS[name]
     if name == "blurring":
         return preset(ndm_ct.nn.MLP((1, 2), width=64), (1, 2), blur=1.0, floor=0.1)
-    net = ndm_ct.nn.MLP(2, width=64)
+    net = ndm_ct.nn.MLP(2, width=64, until=name == "mean_flow")
     if name == "ncsn":
         return preset(OverSigma(net, lambda t: 0.01 * 1000.0**t), (2,), sigma_max=10.0)
     if name == "edm":

@@ -7,14 +7,17 @@ r"""How far are samples from real images after how many network evaluations?
         --samplers unipc@karras+denoise,diffusers:UniPCMultistep+karras
     python benchmarks/steps_vs_fid.py --data mnist --samples 5000 --batch 100 --seeds 0 --steps 5,10,20,50 \
         --samplers unipc@karras+denoise --reference-steps 250 --features cnn,efficientnet-lite0
+    python benchmarks/steps_vs_fid.py --models map --samplers unipc@karras+denoise,map+denoise --steps 1,2,4,5,10,20
     python benchmarks/steps_vs_fid.py --data my_images/ --size 32 --models my.safetensors --features inception
 
 The same command continues where it was stopped. ``benchmarks/README.md`` says how distances are measured.
 
 ``--models``    a network of ``bench/networks.py`` by name, a checkpoint, ``LABEL=`` either, or ``train``: a DDPM and
-                Neural Diffusion Models with the heads "x" and "moments", trained in the output folder.
+                Neural Diffusion Models with the heads "x" and "moments", trained in the output folder; or ``map``: the
+                committed network of these data, and the flow map that is distilled of it there.
 ``--samplers``  ``METHOD`` or ``METHOD@GRID`` of ``ndm_ct.sample`` ("ddpm", "heun@karras", ...), with ``+denoise`` for
                 the estimate of x in place of the last state; or a scheduler of diffusers (``bench/schedulers.py``).
+                Flow maps are sampled by "map" alone, and only they are.
 ``--steps``     network evaluations per sample. A method of two evaluations per step takes half as many steps; the
                 column ``nfe`` has the number it really took.
 ``--seeds``     seeds of the initial noise, which all methods share at the same seed (column ``noise``, a digest).
@@ -28,7 +31,17 @@ from typing import Any
 
 import torch
 from bench import data, features, metrics, pictures, runs
-from bench.draws import Cell, Drawn, Model, Store, Yardstick, draw, load_model, make, parse_sampler, trained
+from bench.draws import (
+    Cell,
+    Drawn,
+    Model,
+    Store,
+    Yardstick,
+    draw,
+    load_models,
+    make,
+    parse_sampler,
+)
 from tqdm import tqdm
 
 from ndm_ct._core.versions import versions
@@ -40,38 +53,7 @@ SAMPLERS = "ddpm,ddim,dpmpp_2m,unipc@karras+denoise"
 FEW_IMAGES = 1000
 """A smaller test set is not used as the reference."""
 
-COMMITTED = {
-    ("digits", 8): "digits", ("fashion-mnist", 16): "fashion", ("mnist", 28): "mnist-28",
-    ("fashion-mnist", 28): "fashion-28",
-}  # fmt: skip
-"""The network that is measured unless ``--models`` says otherwise, by data and size."""
-
 GRID_COLUMNS = 10
-
-
-def load_models(options: argparse.Namespace, split: data.Split, bins: Quantisation) -> list[Model]:
-    """The models asked for, in that order.
-
-    Raises:
-        ValueError: unknown names, labels that come twice, or a model of images of another shape.
-    """
-    shape = tuple(split.train.shape[1:])
-    models: list[Model] = []
-    for name in options.models or [COMMITTED.get((options.data, shape[-1]), "train")]:
-        if name == "train":
-            models += trained(options.out, split, bins, options.train_steps, not options.quiet)
-        else:
-            models.append(load_model(name))
-    labels = [model.label for model in models]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"--models: labels come twice in {', '.join(labels)}; name them as LABEL=PATH.")
-    for model in models:
-        if model.model.event_shape != shape:
-            raise ValueError(
-                f"the model {model.label} makes images of shape {model.model.event_shape}, the data have {shape}; "
-                "choose --size, --data or --models to agree."
-            )
-    return models
 
 
 def write_grids(cells: list[Cell], store: Store, real: torch.Tensor, levels: int, folder: Path) -> None:
@@ -163,6 +145,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     cells = [
         Cell(model, sampler, steps, seed)
         for seed in options.seeds for model in models for sampler in samplers for steps in budgets
+        if (sampler.method == "map") == model.model.is_map
     ]  # fmt: skip
     try_out(cells, store)
     report = begin(options, split, models, yardsticks, which)

@@ -107,7 +107,15 @@ class NDM(PredictedProcess, Pretrained):
         self.checked: dict[str, Any] = {}  # by purpose, the model as it was when the checks were passed
         accepted = [self.predictor_names, transform.cond_names()]
         accepted += [] if self.noise_scale is None else [self.noise_scale.cond_names()]
-        self.cond_names = frozenset().union(*(names for names, _ in accepted)), any(every for _, every in accepted)
+        names = frozenset().union(*(names for names, _ in accepted)) - {
+            "until"
+        }  # that of a flow map is for its sampler
+        self.cond_names = names, any(every for _, every in accepted)
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the network takes ``until``, the time at which a step ends (:mod:`ndm_ct.flow_maps`)."""
+        return "until" in self.predictor_names[0]
 
     @property
     def data_shape(self) -> tuple[int, ...]:

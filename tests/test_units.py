@@ -20,7 +20,7 @@ from ndm_ct.samplers.plan import METHODS
 from ndm_ct.schedules.base import Coefficients, Schedule
 
 UNITS = (1e-5, 1e-3, 1.0, 1e3, 1e4)
-ON_GRIDS = [name for name in NAMES if name != "ddpm_analytic"]  # it needs residuals
+ON_GRIDS = [name for name in NAMES if name not in ("ddpm_analytic", "map")]  # they need residuals, a flow map
 ADAPTIVE = [name for name in METHODS if name not in NAMES] + ["sde"]
 
 

@@ -1,5 +1,6 @@
 """Samples of image models at a number of network evaluations, and their distances from real images, kept in files."""
 
+import argparse
 import hashlib
 import io
 import json
@@ -21,6 +22,12 @@ from ndm_ct.storage import write_atomically
 
 from . import data, features, metrics, networks, schedulers
 from .runs import read_json, write_json
+
+COMMITTED = {
+    ("digits", 8): "digits", ("fashion-mnist", 16): "fashion", ("mnist", 28): "mnist-28",
+    ("fashion-mnist", 28): "fashion-28",
+}  # fmt: skip
+"""The network that is measured unless ``--models`` says otherwise, by data and size."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,37 @@ def _loaded(label: str, path: Path, source: str) -> Model:
     return Model(label, model, source, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
+def load_models(options: argparse.Namespace, split: data.Split, bins: Quantisation) -> list[Model]:
+    """The models asked for, in that order.
+
+    Raises:
+        ValueError: unknown names, labels that come twice, or a model of images of another shape.
+    """
+    shape = tuple(split.train.shape[1:])
+    models: list[Model] = []
+    committed = COMMITTED.get((options.data, shape[-1]), "train")
+    training = options.out, split, bins, options.train_steps, not options.quiet
+    for name in options.models or [committed]:
+        if name == "train":
+            models += trained(*training)
+        elif name == "map" and committed == "train":
+            raise ValueError(f"--models map: there is no committed network of {options.data} to distil.")
+        elif name == "map":
+            models += [load_model(committed), distilled(committed, *training)]
+        else:
+            models.append(load_model(name))
+    labels = [model.label for model in models]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"--models: labels come twice in {', '.join(labels)}; name them as LABEL=PATH.")
+    for model in models:
+        if model.model.event_shape != shape:
+            raise ValueError(
+                f"the model {model.label} makes images of shape {model.model.event_shape}, the data have {shape}; "
+                "choose --size, --data or --models to agree."
+            )
+    return models
+
+
 def untrained(kind: str, shape: tuple[int, ...], std: float, seed: int = 0) -> ndm_ct.NDM:
     """A network to train: "DDPM", "NDM-x" or "NDM-moments", of about the same size, for data of deviation ``std``."""
     channels, side = shape[0], shape[-1]
@@ -251,11 +289,27 @@ def trained(out: Path, split: data.Split, bins: Quantisation, steps: int, progre
     shape = tuple(split.train.shape[1:])
     std = float(bins.centres(split.train[:5000], torch.float32).std())
     for kind in ("DDPM", "NDM-x", "NDM-moments"):
-        folder = out / "models" / kind
-        result = ndm_ct.fit(
-            untrained(kind, shape, std), split.train, steps=steps, batch_size=min(64, len(split.train)), lr=2e-3,
-            quantisation=bins, run_dir=folder, progress=progress, log_every=max(1, min(100, steps // 10)),
-        )  # fmt: skip
-        if not result.finished:  # Ctrl-C, which a training turns into a checkpoint
-            raise KeyboardInterrupt
-        yield _loaded(kind, folder / "model.safetensors", f"trained for {steps} steps")
+        model = untrained(kind, shape, std)
+        yield _trained(model, kind, out, split, bins, steps, progress, f"trained for {steps} steps")
+
+
+def distilled(name: str, out: Path, split: data.Split, bins: Quantisation, steps: int, progress: bool) -> Model:
+    """The flow map of a committed network, distilled or continued in ``out/models``."""
+    teacher = load_model(name).model
+    model, objective, _ = ndm_ct.presets.consistency_trajectory(teacher)
+    source = f"the network {name}, distilled for {steps} steps"
+    return _trained(model, "map", out, split, bins, steps, progress, source, objective=objective, lr=1e-3)
+
+
+def _trained(
+    model: ndm_ct.NDM, label: str, out: Path, split: data.Split, bins: Quantisation, steps: int, progress: bool,
+    source: str, **options: Any,
+) -> Model:  # fmt: skip
+    folder = out / "models" / label
+    result = ndm_ct.fit(
+        model, split.train, steps=steps, batch_size=min(64, len(split.train)), quantisation=bins, run_dir=folder,
+        progress=progress, log_every=max(1, min(100, steps // 10)), **{"lr": 2e-3, **options},
+    )  # fmt: skip
+    if not result.finished:  # Ctrl-C, which a training turns into a checkpoint
+        raise KeyboardInterrupt
+    return _loaded(label, folder / "model.safetensors", source)

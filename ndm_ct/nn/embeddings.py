@@ -203,11 +203,13 @@ class Network(nn.Module, Configurable):
     classes: int | None
     context: int | None
     sequence: int | None = None
+    until: bool
     embedding: TimeEmbedding | None
+    ends: TimeEmbedding | None
     labels: _LabelEmbedding | None
     contexts: _ContextEmbedding | None
 
-    _unmentioned = ("classes", "context", "sequence", "attention", "heads")
+    _unmentioned = ("classes", "context", "sequence", "attention", "heads", "until")
     """Arguments that a description leaves out at their defaults, as files did before the arguments were there."""
 
     @property
@@ -219,7 +221,7 @@ class Network(nn.Module, Configurable):
     def cond_names(self) -> tuple[frozenset[str], bool]:
         """Conditioning keywords the network accepts, those that it was built for, and whether it accepts any."""
         names, anything = keyword_names(self.forward, 2)
-        return names & frozenset(self.null), anything
+        return names & {*self.null, *(["until"] if self.until else [])}, anything
 
     def config(self, own: list[Any] | None = None) -> dict[str, Any]:
         """As of every configurable object; arguments at their defaults that earlier files lack are not mentioned."""
@@ -227,13 +229,22 @@ class Network(nn.Module, Configurable):
         config = super().config(own)
         return {k: value for k, value in config.items() if k not in self._unmentioned or value != defaults[k]}
 
-    def _set_embeddings(self, width: int, time: bool, classes: int | None, context: int | None) -> int | None:
+    def _set_embeddings(
+        self, width: int, time: bool, classes: int | None, context: int | None, until: bool
+    ) -> int | None:
         """Make the embeddings and return the width of the vector that modulates the blocks; None without one."""
+        if until and not time:
+            raise ValueError("until=True needs time=True: a network of a flow map takes both ends of its step.")
         self.time, self.classes = time, None if classes is None else validate_count("classes", classes)
         self.context = None if context is None else validate_count("context", context)
         self.embedding = TimeEmbedding(width) if time else None
         self.labels = None if classes is None else _LabelEmbedding(classes, width)
         self.contexts = None if context is None else _ContextEmbedding(context, width)
+        self.until, self.ends = until, None
+        if until:  # it starts as nothing, so that a network with the weights of one without it is that network
+            self.ends = TimeEmbedding(width)
+            for parameter in self.ends.output.parameters():
+                nn.init.zeros_(parameter)
         return None if self.embedding is None and classes is None and context is None else width
 
     def validate_event(self, event_shape: tuple[int, ...]) -> None:
@@ -247,7 +258,10 @@ class Network(nn.Module, Configurable):
         """
         raise NotImplementedError
 
-    def _embed(self, z: Tensor, t: Tensor | None, label: Tensor | None, context: Tensor | None = None) -> Tensor | None:
+    def _embed(
+        self, z: Tensor, t: Tensor | None, label: Tensor | None, context: Tensor | None = None,
+        until: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         name = type(self).__name__
         if self.embedding is None and t is not None:
             raise TypeError(f"this {name} was built with time=False but got a time; call net(x).")
@@ -257,7 +271,11 @@ class Network(nn.Module, Configurable):
             raise TypeError(f"this {name} was built without classes but got a label; build it with classes=K.")
         if self.contexts is None and context is not None:
             raise TypeError(f"this {name} was built without a context but got one; build it with context=K.")
+        if self.ends is None and until is not None:
+            raise TypeError(f"this {name} was built for single times but got until; build it with until=True.")
         parts: list[Tensor] = [] if self.embedding is None else [self.embedding(t)]
+        if self.ends is not None:
+            parts.append(self.ends(t if until is None else until))
         if self.labels is not None:
             parts.append(self.labels(label, z))
         if self.contexts is not None:

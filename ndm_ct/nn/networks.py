@@ -57,6 +57,8 @@ class MLP(Network):
         dropout: probability of dropping a hidden unit in training.
         classes: K: the network takes ``label=``, see this module's header; None: it takes none.
         context: K: the network takes ``context=``; None: it takes none.
+        until: whether the network also takes ``until=``, the time at which a step ends that begins at t, for a flow map
+            (:mod:`ndm_ct.samplers.maps`).
 
     Example:
         >>> import torch
@@ -76,20 +78,22 @@ class MLP(Network):
         dropout: float = 0.0,
         classes: int | None = None,
         context: int | None = None,
+        until: bool = False,
     ) -> None:
         super().__init__()
         self.event_shape = validate_shape("event_shape", [event_shape] if isinstance(event_shape, int) else event_shape)
         self.width, self.depth = validate_count("width", width), validate_count("depth", depth)
         self.outputs, self.dropout = _validate_outputs(outputs), _validate_dropout(dropout)
         size = event_size(self.event_shape)
-        embedding = self._set_embeddings(width, time, classes, context)
+        embedding = self._set_embeddings(width, time, classes, context, until)
         self.input = _linear(size, width, _INPUT_GAIN)
         self.blocks = nn.ModuleList(_DenseBlock(width, embedding, dropout) for _ in range(depth))
         self.output = _zero(nn.Linear(width, size * (outputs or 1)))
 
     def forward(
-        self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
+        self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None, context: Tensor | None = None,
+        until: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """``(B, *E)`` to ``(B, *E)``, or ``(B, K, *E)`` with ``outputs=K``.
 
         Args:
@@ -97,13 +101,13 @@ class MLP(Network):
             t: times, ``(B,)``; left out for a network with ``time=False``.
             label: integers ``(B,)`` from 0 to K - 1 for a network with ``classes=K``; -1 and None mean "no label".
             context: numbers ``(B, K)`` for a network with ``context=K``; a NaN in a row, and None, mean "no context".
+            until: times ``(B,)`` at which steps end, for a network with ``until=True``; None is t.
 
         Raises:
-            TypeError: t is missing, or given to a network without time; a label given to one without classes, or a
-                context to one without.
+            TypeError: t is missing, or given to a network without time; a condition that it was not built for.
             ValueError: label or context has the wrong shape or dtype, or is not a class of the network.
         """
-        embedding = self._embed(z, t, label, context)
+        embedding = self._embed(z, t, label, context, until)
         h = self.input(z.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
@@ -153,6 +157,8 @@ class UNet(Network):
         attention: at how many of the resolutions, from the lowest, pixels attend; None: at one with a sequence, else at
             none.
         heads: heads of the attention.
+        until: whether the network also takes ``until=``, the time at which a step ends that begins at t, for a flow map
+            (:mod:`ndm_ct.samplers.maps`).
 
     Example:
         >>> import torch
@@ -174,6 +180,7 @@ class UNet(Network):
         sequence: int | None = None,
         attention: int | None = None,
         heads: int = 4,
+        until: bool = False,
     ) -> None:
         super().__init__()
         self.channels, self.width = validate_count("channels", channels), validate_count("width", width)
@@ -182,7 +189,7 @@ class UNet(Network):
             raise ValueError(f"levels must be at most {_MOST_LEVELS}, got {levels}; each halves the sides of images.")
         self.dropout = _validate_dropout(dropout)
         widths = [width if level == 0 else 4 * width for level in range(levels)]
-        embedding = self._set_embeddings(4 * width, time, classes, context)
+        embedding = self._set_embeddings(4 * width, time, classes, context, until)
         self.input = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.ModuleList(_ConvolutionBlock(w, embedding, dropout) for w in widths[1:])
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
@@ -206,7 +213,7 @@ class UNet(Network):
 
     def forward(
         self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None, context: Tensor | None = None,
-        sequence: Tensor | None = None,
+        sequence: Tensor | None = None, until: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """``(B, C, H, W)`` to ``(B, C, H, W)``, or ``(B, K, C, H, W)`` with ``outputs=K``.
 
@@ -216,6 +223,7 @@ class UNet(Network):
             label: integers ``(B,)`` from 0 to K - 1 for a network with ``classes=K``; -1 and None mean "no label".
             context: numbers ``(B, K)`` for a network with ``context=K``; a NaN in a row, and None, mean "no context".
             sequence: tokens ``(B, L, K)`` for a network with ``sequence=K``; one with a NaN is no token.
+            until: times ``(B,)`` at which steps end, for a network with ``until=True``; None is t.
 
         Raises:
             TypeError: t is missing, or given to a network without time; a condition that it was not built for.
@@ -224,7 +232,7 @@ class UNet(Network):
         """
         self._validate(z)
         self._validate_sequence(sequence, z)
-        embedding = self._embed(z, t, label, context)
+        embedding = self._embed(z, t, label, context, until)
         h = self.input(self._padded(z))
         skips = []
         for shrink, block in zip(self.shrink, self.down, strict=True):

@@ -40,6 +40,8 @@ class DiT(Network):
         classes: K: the network takes ``label=`` (:mod:`ndm_ct.nn.networks`); None: it takes none.
         context: K: the network takes ``context=``; None: it takes none.
         sequence: K: the network takes ``sequence=``, to which patches attend in every block; None: it takes none.
+        until: whether the network also takes ``until=``, the time at which a step ends that begins at t, for a flow map
+            (:mod:`ndm_ct.samplers.maps`).
 
     Raises:
         ValueError: the sides are not multiples of the patch, or the width not one of 4 and of the heads.
@@ -52,7 +54,7 @@ class DiT(Network):
     def __init__(
         self, event_shape: Sequence[int], patch: int = 2, width: int = 64, depth: int = 4, heads: int = 4,
         outputs: int | None = None, time: bool = True, classes: int | None = None, context: int | None = None,
-        sequence: int | None = None,
+        sequence: int | None = None, until: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.event_shape, self.patch = validate_shape("event_shape", event_shape), validate_count("patch", patch)
@@ -64,7 +66,7 @@ class DiT(Network):
         if width % 4:
             raise ValueError(f"width={width} must be a multiple of 4, two waves along each side.")
         channels, height, across = self.event_shape
-        embedding = self._set_embeddings(width, time, classes, context)
+        embedding = self._set_embeddings(width, time, classes, context, until)
         self.input = nn.Conv2d(channels, width, patch, stride=patch)
         self.register_buffer("places", _places(height // patch, across // patch, width), persistent=False)
         self.blocks = nn.ModuleList(_Block(width, heads, embedding, sequence) for _ in range(depth))
@@ -75,7 +77,7 @@ class DiT(Network):
 
     def forward(
         self, z: Tensor, t: Tensor | None = None, /, label: Tensor | None = None, context: Tensor | None = None,
-        sequence: Tensor | None = None,
+        sequence: Tensor | None = None, until: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """``(B, C, H, W)`` to ``(B, C, H, W)``, or ``(B, K, C, H, W)`` with ``outputs=K``.
 
@@ -92,7 +94,7 @@ class DiT(Network):
         """
         self.validate_event(tuple(z.shape[1:]))
         self._validate_sequence(sequence, z)
-        embedding = self._embed(z, t, label, context)
+        embedding = self._embed(z, t, label, context, until)
         h = self.input(z)
         rows, columns = h.shape[2:]
         h = h.flatten(2).mT + self.places.to(h.dtype)

@@ -1,4 +1,4 @@
-r"""What is minimised: the bound, regressions, straight paths, couplings; and where their times are drawn."""
+"""What is minimised: bound, regressions, straight paths, couplings, distillation; and where times are drawn."""
 
 from ndm_ct.objectives.bound import (
     Bound,
@@ -8,6 +8,7 @@ from ndm_ct.objectives.bound import (
     loss,
 )
 from ndm_ct.objectives.coupled import COUPLINGS, Coupled, couple
+from ndm_ct.objectives.distillation import Distillation
 from ndm_ct.objectives.regression import Regression
 from ndm_ct.objectives.straight import Straight, acceleration, curvature
 from ndm_ct.objectives.terms import diffusion_integrand, prior_term, reconstruction_term, times, transition_kl
@@ -17,6 +18,7 @@ __all__ = [
     "COUPLINGS",
     "Bound",
     "Coupled",
+    "Distillation",
     "ElboInfo",
     "LearnedBuckets",
     "LossHistory",

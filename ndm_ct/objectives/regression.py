@@ -142,10 +142,10 @@ class Regression:
 
     def describe(self) -> str:
         """Its settings, the same in every process, for a checkpoint to compare."""
-        return f"Regression({self.target!r}, weight={_name(self.weight)}, times={_name(self.times)})"
+        return f"Regression({self.target!r}, weight={name_of(self.weight)}, times={name_of(self.times)})"
 
 
-def _name(function: Any) -> str | None:
+def name_of(function: Any) -> str | None:
     if function is None or is_dataclass(function):
         return None if function is None else repr(function)
     return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -23,7 +23,10 @@ constructor                :math:`\alpha, \sigma`     network      objective (me
 :func:`diffenc`            VP; F is learned           v            the bound                              ``"ddpm"``
 :func:`mulan`              VP; one per coordinate     raw          the bound                              ``"sde"``
 :func:`nfdm`               1 - t, 0.01^{1 - t}        raw          the bound                              ``"sde"``
+:func:`mean_flow`          1 - t, t                   raw, until   :math:`\|U-\mathrm{target}\|^2`          ``"map"``
 =========================  =========================  ===========  =====================================  ============
+
+:func:`progressive_distillation` and :func:`consistency_trajectory` make such a map of a trained model.
 
 A raw network is one that :class:`~ndm_ct.nn.Preconditioned` scales. Each constructor returns a :class:`Preset`:
 
@@ -54,10 +57,12 @@ References:
     https://arxiv.org/abs/2310.19789
     Sahoo et al., Diffusion Models With Learned Adaptive Noise (MuLAN), https://arxiv.org/abs/2312.13236
     Bartosh, Vetrov and Naesseth, Neural Flow Diffusion Models (NFDM), https://arxiv.org/abs/2404.12940
+    Geng et al., Mean Flows for One-step Generative Modeling, https://arxiv.org/abs/2505.13447
 """
 
 from collections.abc import Callable
 
+from ndm_ct.presets.few_steps import consistency_trajectory, mean_flow, progressive_distillation
 from ndm_ct.presets.learned import DiffEncHead, diffenc, mulan, nfdm
 from ndm_ct.presets.published import (
     OnLevels,
@@ -79,16 +84,16 @@ from ndm_ct.presets.published import (
 )  # fmt: skip
 
 __all__ = [
-    "PRESETS", "DiffEncHead", "OnLevels", "Preset", "blurring", "ddim", "ddpm", "diffenc", "edm", "flow_matching",
-    "indm", "interpolant", "lsgm", "mulan", "ncsn", "nfdm", "rectified_flow", "score_sde_subvp", "score_sde_ve",
-    "score_sde_vp", "vdm",
+    "PRESETS", "DiffEncHead", "OnLevels", "Preset", "blurring", "consistency_trajectory", "ddim", "ddpm", "diffenc",
+    "edm", "flow_matching", "indm", "interpolant", "lsgm", "mean_flow", "mulan", "ncsn", "nfdm",
+    "progressive_distillation", "rectified_flow", "score_sde_subvp", "score_sde_ve", "score_sde_vp", "vdm",
 ]  # fmt: skip
 
 PRESETS: dict[str, Callable[..., Preset]] = {
     each.__name__: each
     for each in (
         ddpm, ddim, vdm, score_sde_vp, score_sde_subvp, score_sde_ve, ncsn, edm, flow_matching, rectified_flow,
-        interpolant, blurring, indm, lsgm, diffenc, mulan, nfdm,
+        interpolant, blurring, indm, lsgm, diffenc, mulan, nfdm, mean_flow,
     )
 }  # fmt: skip
 """All constructors by name."""

@@ -30,6 +30,7 @@ name                    class                                                   
 ``"srk"``               ``SDE``, stochastic Runge-Kutta for additive noise       2             2N
 ``"langevin"``          ``AnnealedLangevin``, five steps at every level          bias left     5N
 ``"pc"``                ``PredictorCorrector``, "ddpm" and one Langevin step     bias left     2N
+``"map"``               ``FlowMap``, steps of a flow map alone                   the map's     N
 ======================  =======================================================  ============  =======================
 
 ``"sde"`` without a grid is :mod:`ndm_ct.samplers.adaptive`. Orders are measured by the tests on exactly solvable
@@ -48,6 +49,7 @@ from ndm_ct.samplers.deployed import FixedGrid
 from ndm_ct.samplers.exponential import DPMSolverPP, DPMSolverPPSDE, DPMSolverPPSingle
 from ndm_ct.samplers.frozen import DDIM, DDPM
 from ndm_ct.samplers.langevin import AnnealedLangevin, PredictorCorrector
+from ndm_ct.samplers.maps import FlowMap
 from ndm_ct.samplers.multistep import DEIS, PNDM, UniPC
 from ndm_ct.samplers.runge_kutta import EDM, RungeKutta
 from ndm_ct.samplers.stochastic import SDE
@@ -65,6 +67,7 @@ __all__ = [
     "DPMSolverPPSDE",
     "DPMSolverPPSingle",
     "FixedGrid",
+    "FlowMap",
     "PredictorCorrector",
     "RungeKutta",
     "Sampler",
@@ -101,5 +104,6 @@ NAMES: dict[str, Callable[[NDM], Sampler]] = {
     "srk": partial(SDE, method="srk"),
     "langevin": AnnealedLangevin,
     "pc": PredictorCorrector,
+    "map": FlowMap,
 }
 """Samplers by name."""

@@ -37,6 +37,7 @@ X = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
 X64 = X.double()
 LEVELS = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
 COARSE = {"rtol": 1e-3, "atol": 1e-3}
+FLOW_MAP = NDM(nn.Preconditioned(nn.MLP(2, width=4, until=True)), (2,), checks=False)
 
 
 def random_functions():
@@ -223,6 +224,7 @@ FOLLOWS = {
     "samplers.walk": lambda g: stepping.walk(sampler(), X, time_grid(SHORT, 0.0, 2), generator=g),
     "transforms.Composed.to_latent": lambda g: Composed(Identity(), encoder()).to_latent(X, generator=g)[0],
     "transforms.Encoder.to_latent": lambda g: encoder().to_latent(X, generator=g)[0],
+    "objectives.Distillation": lambda g: objectives.Distillation("mean_flow")(FLOW_MAP, X, generator=g),
     "objectives.Straight.forward": lambda g: Straight()(model(), X, generator=g),
     "objectives.curvature": lambda g: curvature(model(), X, generator=g),
 }

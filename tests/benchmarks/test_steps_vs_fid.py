@@ -263,6 +263,9 @@ def test_a_checkpoint_is_measured_under_its_label(tmp_path, finished):
     options = benchmark.parse(["--models", f"{path},again={path},digits", "--out", str(tmp_path)])
     models = benchmark.load_models(options, data.digits(), Quantisation(17))
     assert [model.label for model in models] == ["mine", "again", "DDPM"]
+    options.models, options.train_steps = ["map"], 2
+    teacher, student = benchmark.load_models(options, data.digits(), Quantisation(17))
+    assert (teacher.label, student.label, teacher.model.is_map, student.model.is_map) == ("DDPM", "map", False, True)
     options.models = [str(path), str(path)]
     with pytest.raises(ValueError, match="labels come twice in mine, mine"):
         benchmark.load_models(options, data.digits(), Quantisation(17))

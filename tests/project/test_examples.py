@@ -382,7 +382,8 @@ def test_every_deterministic_sampler_is_compared():
     def ends(name, seed):
         return walk(samplers[name](model), z, grid, generator=torch.Generator().manual_seed(seed))
 
-    assert {name for name in NAMES if torch.equal(ends(name, 0), ends(name, 1))} == set(drawing.ORDERS)
+    names = NAMES.keys() - {"map"}  # for flow maps alone
+    assert {name for name in names if torch.equal(ends(name, 0), ends(name, 1))} == set(drawing.ORDERS)
 
 
 def test_draws_are_counted_and_begin_at_the_same_noise():

@@ -811,13 +811,13 @@ class Bounded:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, z, t):
+    def __call__(self, z, t, until=None):
         self.calls += 1
         return torch.tanh(0.7 * z.flip(1)) * (1.0 - 0.3 * t[:, None])
 
 
 def small_model(schedule=SMOOTH, **kwargs):
-    """A cheap model for any sampler."""
+    """A cheap model for any sampler, that of flow maps included."""
     return NDM(Bounded(), (2,), schedule=schedule, **kwargs)
 
 
@@ -881,7 +881,7 @@ class Net(torch.nn.Module):
         super().__init__()
         self.first, self.last = torch.nn.Linear(3, 16), torch.nn.Linear(16, 2)
 
-    def forward(self, z, t):
+    def forward(self, z, t, until=None):
         return self.last(torch.tanh(self.first(torch.cat([z, t[:, None]], 1))))
 
 
@@ -1318,7 +1318,7 @@ def test_steps_go_down_inside_the_interval(t, s):
 def test_a_prediction_that_is_not_finite_is_named(name):
     """With its time and rows, by every sampler."""
 
-    def broken(z, t):
+    def broken(z, t, until=None):
         return torch.where((t[:, None] < 0.8) & (torch.arange(len(z)) == 2)[:, None], math.nan, 0.5 * z)
 
     model = NDM(broken, (2,), schedule=SMOOTH)
