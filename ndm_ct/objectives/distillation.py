@@ -77,7 +77,7 @@ class Distillation:
         steps: N, steps from 1 to ``t_min``: those that the map of "progressive" learns, and the length of the teacher's
             step for "consistency". Without effect for "mean_flow".
         weight: w, a function of the schedule's :class:`~ndm_ct.schedules.Coefficients` at t; None is
-            :math:`\max(\alpha^2/\sigma^2, 1)`, and for "mean_flow" :math:`1/(\|\text{error}\|^2 + 10^{-3})` of each row.
+            :math:`\max(\alpha^2/\sigma^2, 1)`, and for "mean_flow" :math:`1/(\|\text{error}\|^2 + 10^{-3})` row by row.
         times: ``times(schedule, t_min, u)``, times for numbers u in [0, 1); without effect for "progressive".
         equal: share of the rows with s = t; without effect for "progressive".
 
