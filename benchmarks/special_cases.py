@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import ndm_ct
 from ndm_ct.presets import PRESETS, Preset
 
-STEPS_OF_SAMPLER = {"ddpm": 250, "ddim": 50, "sde": 250, "pc": 250, "langevin": 250, "edm": 25, "euler": 50}
+STEPS_OF_SAMPLER = {"ddpm": 250, "ddim": 50, "sde": 250, "pc": 250, "langevin": 250, "edm": 25, "euler": 50, "map": 2}
 """Steps of the methods that take a grid."""
 
 

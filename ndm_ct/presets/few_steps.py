@@ -1,5 +1,6 @@
 r"""Published models of few steps, as flow maps (:mod:`ndm_ct.flow_maps`); see :mod:`ndm_ct.presets`."""
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -91,8 +92,9 @@ def _student(teacher: NDM, net: nn.Module | None) -> NDM:
             "network that takes until, such as Preconditioned(UNet(1, until=True))."
         )
     predictor = _with_until(teacher.predictor) if net is None else net
+    latents = copy.deepcopy(teacher.transform).requires_grad_(False) if ordinary else None
     return NDM(
-        predictor, teacher.event_shape, transform=teacher.transform if ordinary else None, schedule=teacher.schedule,
+        predictor, teacher.event_shape, transform=latents, schedule=teacher.schedule,
         prediction=teacher.prediction if net is None else "x", t_min=teacher.t_min, checks=teacher.checks,
         prior=teacher.prior if teacher.has_custom_prior else None,
     )  # fmt: skip
@@ -110,15 +112,15 @@ def _with_until(predictor: Any) -> nn.Module:
         raise ValueError(
             f"the map cannot start from the teacher's network: {error} Pass net=, a network that takes until."
         ) from error
-    copy: nn.Module = from_config(_asked(config))
+    student: nn.Module = from_config(_asked(config))
     parameter = next(predictor.parameters())
-    lost = copy.to(parameter).load_state_dict(predictor.state_dict(), strict=False)
+    lost = student.to(parameter).load_state_dict(predictor.state_dict(), strict=False)
     wrong = [*lost.unexpected_keys, *(name for name in lost.missing_keys if ".ends." not in f".{name}")]
     if wrong:
         raise ValueError(
             f"the map cannot start from the teacher's network, whose weights differ in {wrong}; pass net=."
         )
-    return copy.requires_grad_(True)
+    return student.requires_grad_(True)
 
 
 def _asked(config: Any) -> Any:

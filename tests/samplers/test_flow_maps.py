@@ -267,6 +267,15 @@ def test_a_learned_forward_process_teaches_a_map():
     assert ndm_ct.loglik(model, rows(3).float(), rtol=1e-2).isfinite().all()
 
 
+def test_latents_are_kept_and_not_trained():
+    teacher = NDM(Preconditioned(MLP(2, 8)), (2,), transform=transforms.Whitening.of(rows().float()))
+    model, objective, method = presets.consistency_trajectory(teacher)
+    ndm_ct.fit(model, rows().float(), steps=2, objective=objective, progress=False)
+    assert all(map(torch.equal, teacher.transform.state_dict().values(), model.transform.state_dict().values()))
+    x = ndm_ct.sample(model, 50, method=method, steps=2, generator=0)
+    torch.testing.assert_close(x, ndm_ct.sample(teacher, 50, method="ddim", steps=2, generator=0), rtol=0, atol=0.05)
+
+
 def test_what_is_refused():
     plain = NDM(Preconditioned(MLP(2, 8)), (2,))
     with pytest.raises(ValueError, match=r"no flow map.*until=True"):

@@ -876,6 +876,14 @@ def test_nfe_buys_the_most_steps_that_fit(name, schedule):
             ndm_ct.sample(sampler.model, 2, method=method_of(name), nfe=first - 1)
 
 
+def test_one_evaluation_buys_no_guided_estimate():
+    """One step that ends at the estimate of x is one prediction, two evaluations with guidance."""
+    sampler = SAMPLERS["ddim"](small_model())
+    assert steps_within(sampler, 2, per_call=2, denoise=True) == 1
+    with pytest.raises(ValueError, match=r"nfe=1 is less than one step of DDIM, which takes 2 evaluations"):
+        steps_within(sampler, 1, per_call=2, denoise=True)
+
+
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
