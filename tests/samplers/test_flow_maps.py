@@ -270,10 +270,10 @@ def test_a_learned_forward_process_teaches_a_map():
 def test_latents_are_kept_and_not_trained():
     teacher = NDM(Preconditioned(MLP(2, 8)), (2,), transform=transforms.Whitening.of(rows().float()))
     model, objective, method = presets.consistency_trajectory(teacher)
-    ndm_ct.fit(model, rows().float(), steps=2, objective=objective, progress=False)
+    ndm_ct.fit(model, rows().float(), steps=2, lr=1e-6, objective=objective, progress=False)
     assert all(map(torch.equal, teacher.transform.state_dict().values(), model.transform.state_dict().values()))
     x = ndm_ct.sample(model, 50, method=method, steps=2, generator=0)
-    torch.testing.assert_close(x, ndm_ct.sample(teacher, 50, method="ddim", steps=2, generator=0), rtol=0, atol=0.05)
+    torch.testing.assert_close(x, ndm_ct.sample(teacher, 50, method="ddim", steps=2, generator=0), rtol=0, atol=1e-3)
 
 
 def test_what_is_refused():
