@@ -11,6 +11,7 @@ from ndm_ct._core.versions import __version__ as __version__
 if TYPE_CHECKING:
     from ndm_ct import (
         adapters,
+        bridges,
         codec,
         discrete,
         divergence,
@@ -64,6 +65,7 @@ __all__ = [
     "adapters",
     "audit",
     "bits_per_dim",
+    "bridges",
     "check",
     "codec",
     "compare",

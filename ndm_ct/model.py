@@ -71,6 +71,8 @@ class NDM(PredictedProcess, Pretrained):
         torch.Size([3, 2])
     """
 
+    flow_only = False
+    """Whether ``sample`` follows the probability flow alone, because the process is not that of the schedule."""
     adapted = False
     """Whether :mod:`ndm_ct.adapters` made it of a network trained elsewhere, with integer levels placed elsewhere."""
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 EXTERNAL = "external"
 """What a configuration has in place of an object that it cannot describe."""
 
-_PACKAGES = ("schedules", "transforms", "nn", "guidance", "presets", "adapters", "columns")
+_PACKAGES = ("schedules", "transforms", "nn", "guidance", "presets", "adapters", "columns", "bridges")
 """Packages with subclasses of :class:`Configurable`; the test of the start-up holds this list."""
 
 

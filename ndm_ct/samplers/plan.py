@@ -135,6 +135,11 @@ class Plan:
                 f"method must be a name or a class of ndm_ct.samplers, got {type(self.method).__name__}; "
                 "functools.partial(DEIS, order=2) is one with options."
             )
+        if self.model.flow_only and self.method not in FLOW:
+            raise ValueError(
+                f"method={self.method!r} assumes the noise of the schedule, and a {type(self.model).__name__} has "
+                "another; take 'ode', with steps= for a grid, or the model's simulate() for its SDE."
+            )
         for name in ("denoise", "trajectory", "return_info"):
             flag = getattr(self, name)
             if not isinstance(flag, bool):

@@ -290,16 +290,21 @@ def _rebuild(config: Any, tensors: dict[str, Tensor], given: dict[str, Any]) -> 
     # Forked, so that the initial weights, soon replaced, take nothing from the caller's random numbers.
     with _describing(), torch.random.fork_rng(devices=[]):
         parts = _parts(config, given)
-        model = NDM(
-            parts["predictor"],
-            config["event_shape"],
-            transform=parts["transform"],
-            schedule=parts["schedule"],
-            volatility=parts["volatility"],
-            noise_scale=parts["noise_scale"],
-            prior=parts["prior"],
-            prediction=config["prediction"],
-            t_min=config["t_min"],
+        own = getattr(parts["predictor"], "as_model", None)  # of a predictor that makes a subclass of NDM
+        model = (
+            NDM(
+                parts["predictor"],
+                config["event_shape"],
+                transform=parts["transform"],
+                schedule=parts["schedule"],
+                volatility=parts["volatility"],
+                noise_scale=parts["noise_scale"],
+                prior=parts["prior"],
+                prediction=config["prediction"],
+                t_min=config["t_min"],
+            )
+            if own is None
+            else own(config["event_shape"], parts["prior"])
         )
     model.adapted = config.get("adapted", False) is True
     for name, tensor in model.state_dict(keep_vars=True).items():

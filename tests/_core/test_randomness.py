@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import ndm_ct
-from ndm_ct import NDM, discrete, nn, objectives, process, reference, samplers, schedules, solvers
+from ndm_ct import NDM, bridges, discrete, nn, objectives, process, reference, samplers, schedules, solvers
+from ndm_ct._core.noise import as_randomness
 from ndm_ct._core.seeds import derive_seeds, make_generator
 from ndm_ct.cli import runs, selfcheck, settings, train
 from ndm_ct.data.containers import fixed_seeds
@@ -76,6 +77,20 @@ def model():
         for parameter in net.parameters():
             parameter += 0.05
     return net
+
+
+def bridge():
+    nets = built(lambda: [nn.MLP(2, width=8, depth=1) for _ in range(2)])
+    with torch.no_grad():
+        for parameter in (parameter for net in nets for parameter in net.parameters()):
+            parameter += 0.05
+    return bridges.SchroedingerBridge(*nets, (2,), checks=False)
+
+
+def bridged(seed):
+    trained = bridge()
+    bridges.alternate(trained, X, stages=1, steps=1, path_steps=2, seed=seed, progress=False)
+    return torch.cat([parameter.flatten() for parameter in trained.parameters()])
 
 
 def encoder():
@@ -187,6 +202,11 @@ FOLLOWS = {
         IsotropicNormal((2,)), 3, generator=g, dtype=torch.float32, device="cpu"
     ),
     "prior.IsotropicNormal.sample": lambda g: IsotropicNormal((2,)).sample(3, generator=g),
+    "bridges.HalfBridge": lambda g: bridges.HalfBridge("forward", steps=2)(bridge(), X, generator=g),
+    "bridges.SchroedingerBridge.path": lambda g: next(
+        bridge().path("forward", X, torch.tensor([0.0, 0.1]), "euler", as_randomness(g, len(X), "cpu", "path"))
+    ),
+    "bridges.SchroedingerBridge.simulate": lambda g: bridge().simulate(X, steps=2, generator=g),
     "objectives.Bound.forward": lambda g: objectives.Bound(LossHistory())(model(), X, generator=g),
     "objectives.elbo": lambda g: ndm_ct.elbo(model(), X, samples=3, generator=g),
     "objectives.elbo_discrete": lambda g: objectives.elbo_discrete(model(), X, steps=4, generator=g),
@@ -229,6 +249,7 @@ FOLLOWS = {
     "objectives.curvature": lambda g: curvature(model(), X, generator=g),
 }
 SEEDED = {
+    "bridges.alternate": bridged,
     "columns.Table.draw_seeded": lambda seed: drawn_from_table(density(random_state=0), seed),
     "auditing.audit": lambda seed: torch.tensor(
         [ndm_ct.audit(lambda m, x, bins, g: x[:, 0], ["checkers"], seed=seed, progress=False).verdicts[0].bias]
@@ -255,6 +276,7 @@ SEEDED = {
     "estimator.NDMDensity.sample": lambda seed: torch.tensor(density(random_state=0).sample(3, random_state=seed)),
 }
 DRAWS_NOTHING = {
+    "bridges.SchroedingerBridge.prior_divergence",  # it is not known
     "training.Settings",  # they hold the seed of fit and of evaluate
     "evaluation.Settings",
     "distributions.NDMDistribution",  # it holds that of distribution

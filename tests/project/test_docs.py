@@ -26,7 +26,7 @@ from ndm_ct.samplers import sample as sampling
 DOCS = ROOT / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if "```python" in path.read_text())
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
-TRAINED = re.compile(r"(\b(?:fit|NDMDensity)\(.*?\bsteps=)\d{3,}")
+TRAINED = re.compile(r"(\b(?:fit|alternate|NDMDensity)\(.*?\bsteps=)\d{3,}")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
