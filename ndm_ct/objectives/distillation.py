@@ -77,12 +77,15 @@ class Distillation:
         steps: N, steps from 1 to ``t_min``: those that the map of "progressive" learns, and the length of the teacher's
             step for "consistency". Without effect for "mean_flow".
         weight: w, a function of the schedule's :class:`~ndm_ct.schedules.Coefficients` at t; None is
-            :math:`\max(\alpha^2/\sigma^2, 1)`, and for "mean_flow" :math:`1/(\|\text{error}\|^2 + 10^{-3})` row by row.
+            :math:`\max(\alpha^2/\sigma^2, 1)`, and 1 for "mean_flow".
+        power: p, by which rows of "mean_flow" are weighed by :math:`(\|\text{error}\|^2 + 10^{-3})^{-p}`. The paper
+            takes 1 for images. Any p > 0 draws U from the mean towards the mode of what it is regressed on, so that
+            the flow at s = t, and ``loglik``, are no longer those of the data.
         times: ``times(schedule, t_min, u)``, times for numbers u in [0, 1); without effect for "progressive".
         equal: share of the rows with s = t; without effect for "progressive".
 
     Raises:
-        ValueError: an unknown loss; a teacher is missing; ``steps`` or ``equal`` makes no sense.
+        ValueError: an unknown loss; a teacher is missing; ``steps``, ``equal`` or ``power`` makes no sense.
 
     Example:
         >>> import torch, ndm_ct
@@ -99,14 +102,16 @@ class Distillation:
     weight: Callable[[Coefficients], Tensor] | None = None
     times: Callable[[Schedule, float, Tensor], Tensor] = uniform_times
     equal: float = 0.25
+    power: float = 0.0
 
     def __post_init__(self) -> None:
         choose("loss", self.loss, LOSSES)
         validate_count("steps", self.steps)
         if self.teacher is None and self.loss != "mean_flow":
             raise ValueError(f"loss={self.loss!r} needs a teacher, a trained model; 'mean_flow' needs none.")
-        if not 0.0 <= self.equal <= 1.0:
-            raise ValueError(f"equal must be a share of the rows, from 0 to 1, got {self.equal!r}.")
+        for name in ("equal", "power"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)!r}.")
 
     def __call__(self, model: NDM, x: Tensor, /, *, generator: GeneratorLike = None, **cond: Any) -> Tensor:
         """One estimate per row, times of low discrepancy over the batch.
@@ -149,7 +154,8 @@ class Distillation:
             error = self._mean_flow(model, y, z, t, s, eps, cond)
             validate_finite(error, t)
             square = sum_event(error.square())
-            return square * (self._weight(model, t, square) if self.weight else 1.0 / (square.detach() + _SMALLEST))
+            square = square * (square.detach() + _SMALLEST) ** -self.power
+            return square if self.weight is None else self._weight(model, t, square) * square
         target = self._two_steps(model, z, t, s, cond)
         error = mean_slope(model, z, t, s, **cond) - target
         validate_finite(error, t)
@@ -221,7 +227,8 @@ class Distillation:
         names = f"weight={name_of(self.weight)}, times={name_of(self.times)}"
         weights = [] if self.teacher is None else self.teacher.state_dict().values()
         teacher = sum(float(each.double().abs().sum()) for each in weights)
-        return f"Distillation({self.loss!r}, steps={self.steps}, equal={self.equal}, {names}, teacher={teacher:.9g})"
+        own = f"{self.loss!r}, steps={self.steps}, equal={self.equal}, power={self.power}"
+        return f"Distillation({own}, {names}, teacher={teacher:.9g})"
 
 
 def _midpoint(teacher: NDM, z: Tensor, t: Tensor, u: Tensor, /, **cond: Any) -> Tensor:

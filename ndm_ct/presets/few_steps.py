@@ -63,19 +63,20 @@ def consistency_trajectory(teacher: NDM, net: nn.Module | None = None, *, steps:
     return Preset(_student(teacher, net), Distillation("consistency", teacher, steps), "map")
 
 
-def mean_flow(net: nn.Module, event_shape: Shape, *, data_std: float = 1.0) -> Preset:
+def mean_flow(net: nn.Module, event_shape: Shape, *, data_std: float = 1.0, power: float = 0.0) -> Preset:
     r"""MeanFlow: a map that learns from data alone, :math:`\alpha = 1 - t, \sigma = t`.
 
     Args:
         net: a raw network that takes ``until``, scaled to predict x.
         event_shape: shape of one event.
         data_std: standard deviation of the data.
+        power: p of :class:`~ndm_ct.objectives.Distillation`; the paper takes 1 for images.
 
     References:
         Geng et al., Mean Flows for One-step Generative Modeling, https://arxiv.org/abs/2505.13447
     """
     model = NDM(Preconditioned(net, data_std=data_std), event_shape, schedule=schedules.Rectified())
-    return Preset(model, Distillation("mean_flow", equal=0.75), "map")
+    return Preset(model, Distillation("mean_flow", equal=0.75, power=power), "map")
 
 
 def _student(teacher: NDM, net: nn.Module | None) -> NDM:
