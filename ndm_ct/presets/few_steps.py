@@ -93,9 +93,11 @@ def _student(teacher: NDM, net: nn.Module | None) -> NDM:
             "network that takes until, such as Preconditioned(UNet(1, until=True))."
         )
     predictor = _with_until(teacher.predictor) if net is None else net
+    # Copies without gradients: a map follows the teacher's schedule and latents, and must not move them.
+    schedule = copy.deepcopy(teacher.schedule).requires_grad_(False)
     latents = copy.deepcopy(teacher.transform).requires_grad_(False) if ordinary else None
     return NDM(
-        predictor, teacher.event_shape, transform=latents, schedule=teacher.schedule,
+        predictor, teacher.event_shape, transform=latents, schedule=schedule,
         prediction=teacher.prediction if net is None else "x", t_min=teacher.t_min, checks=teacher.checks,
         prior=teacher.prior if teacher.has_custom_prior else None,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Flow maps: the map of a Gaussian's flow is known, and every loss is zero or stationary there."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -265,6 +266,17 @@ def test_a_learned_forward_process_teaches_a_map():
     ndm_ct.fit(model, rows().float(), steps=3, objective=objective, progress=False)
     assert ndm_ct.sample(model, 5, method=method, steps=2).shape == (5, 2)
     assert ndm_ct.loglik(model, rows(3).float(), rtol=1e-2).isfinite().all()
+
+
+def test_a_learned_schedule_stays_as_it_is():
+    teacher = NDM(Preconditioned(MLP(2, 8)), (2,), schedule=schedules.LearnedLogSNR(-7.0, 5.0))
+    before = [each.clone() for each in teacher.schedule.parameters()]
+    for make in (presets.consistency_trajectory, partial(presets.progressive_distillation, steps=4)):
+        model, objective, _ = make(teacher)
+        ndm_ct.fit(model, rows().float(), steps=3, lr=0.1, objective=objective, progress=False)
+        for part in (teacher, model):
+            assert all(map(torch.equal, before, part.schedule.parameters()))
+    assert all(each.requires_grad for each in teacher.schedule.parameters())
 
 
 def test_latents_are_kept_and_not_trained():
