@@ -31,17 +31,7 @@ from typing import Any
 
 import torch
 from bench import data, features, metrics, pictures, runs
-from bench.draws import (
-    Cell,
-    Drawn,
-    Model,
-    Store,
-    Yardstick,
-    draw,
-    load_models,
-    make,
-    parse_sampler,
-)
+from bench.draws import Cell, Drawn, Model, Store, Yardstick, draw, load_models, make, parse_sampler
 from tqdm import tqdm
 
 from ndm_ct._core.versions import versions

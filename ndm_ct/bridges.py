@@ -28,7 +28,6 @@ References:
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,17 +274,13 @@ class HalfBridge:
             t = grid[1:].repeat_interleave(len(x))
             drift = model.policy(other, states, t)
         probe = (2 * coins(tuple(states.shape), source, x.device) - 1).to(states)
-        value, slope = model.derivatives.jvp(partial(_at, model, self.policy, t), (states,), (probe,))
+        value, slope = model.derivatives.jvp(lambda z: model.policy(self.policy, z, t), (states,), (probe,))
         loss = sum_event(value * (0.5 * value + drift) + model.predictor.diffusion * probe * slope)
         return loss.reshape(self.steps, len(x)).mean(0)
 
     def describe(self) -> str:
         """Its settings, the same in every process, for a checkpoint to compare."""
         return repr(self)
-
-
-def _at(model: SchroedingerBridge, name: str, t: Tensor, z: Tensor) -> Tensor:
-    return model.policy(name, z, t)
 
 
 def alternate(

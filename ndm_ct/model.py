@@ -73,6 +73,7 @@ class NDM(PredictedProcess, Pretrained):
 
     flow_only = False
     """Whether ``sample`` follows the probability flow alone, because the process is not that of the schedule."""
+
     adapted = False
     """Whether :mod:`ndm_ct.adapters` made it of a network trained elsewhere, with integer levels placed elsewhere."""
 
@@ -109,10 +110,9 @@ class NDM(PredictedProcess, Pretrained):
         self.checked: dict[str, Any] = {}  # by purpose, the model as it was when the checks were passed
         accepted = [self.predictor_names, transform.cond_names()]
         accepted += [] if self.noise_scale is None else [self.noise_scale.cond_names()]
-        names = frozenset().union(*(names for names, _ in accepted)) - {
-            "until"
-        }  # that of a flow map is for its sampler
-        self.cond_names = names, any(every for _, every in accepted)
+        names = frozenset().union(*(names for names, _ in accepted))
+        # "until" of a flow map is for its sampler to give.
+        self.cond_names = names - {"until"}, any(every for _, every in accepted)
 
     @property
     def is_map(self) -> bool:

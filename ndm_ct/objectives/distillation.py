@@ -151,26 +151,23 @@ class Distillation:
             cond: conditioning.
         """
         if self.loss == "mean_flow":
-            error = self._mean_flow(model, y, z, t, s, eps, cond)
-            validate_finite(error, t)
-            square = sum_event(error.square())
-            square = square * (square.detach() + _SMALLEST) ** -self.power
-            return square if self.weight is None else self._weight(model, t, square) * square
-        target = self._two_steps(model, z, t, s, cond)
-        error = mean_slope(model, z, t, s, **cond) - target
+            error, weight = self._mean_flow(model, y, z, t, s, eps, cond), self.weight
+        else:
+            error = mean_slope(model, z, t, s, **cond) - self._two_steps(model, z, t, s, cond)
+            weight = self.weight or truncated_snr
         validate_finite(error, t)
         square = sum_event(error.square())
-        return self._weight(model, t, square) * square
-
-    def _weight(self, model: NDM, t: Tensor, like: Tensor) -> Tensor:
-        return (self.weight or truncated_snr)(model.schedule(t)).to(like.dtype)
+        if self.loss == "mean_flow":
+            square = square * (square.detach() + _SMALLEST) ** -self.power
+        return square if weight is None else weight(model.schedule(t)).to(square.dtype) * square
 
     def _ends(self, model: NDM, rows: int, generator: Randomness, device: torch.device) -> tuple[Tensor, Tensor]:
         """Times t and s of steps, float64."""
         u, low = low_discrepancy(rows, generator, device), model.t_min
         if self.loss == "progressive":
             last = (u * self.steps).floor()
-            return tuple(low + (1.0 - low) / self.steps * each for each in (last + 1.0, last))  # type: ignore[return-value]
+            length = (1.0 - low) / self.steps
+            return low + length * (last + 1.0), low + length * last
         others = draw_uniform((rows, 2), generator, torch.float64, device)
         first, second = (self.times(model.schedule, low, each) for each in (u, others[:, 0]))
         t, s = torch.maximum(first, second), torch.minimum(first, second)

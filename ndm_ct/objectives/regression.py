@@ -146,6 +146,7 @@ class Regression:
 
 
 def name_of(function: Any) -> str | None:
+    """How ``describe`` names a weight or the times of an objective."""
     if function is None or is_dataclass(function):
         return None if function is None else repr(function)
     return str(getattr(function, "__qualname__", type(function).__qualname__))
